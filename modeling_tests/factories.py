@@ -1,0 +1,74 @@
+"""Small things that many tests build: each call builds a new one, so that no test can spoil another's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration
+
+
+def tiny_config(
+    *, text_config: dict[str, Any] | None = None, vision_config: dict[str, Any] | None = None, **overrides: Any
+) -> CrossLMMConfig:
+    """A new CrossLMM config with a 5×5 patch grid (and 3 pixels to spare), five decoder layers and no two sizes alike.
+
+    text_config, vision_config: fields that differ from the tiny ones; overrides: fields of the top config. A config
+    belongs to one model: building a model writes the attention implementation into it, so ask for one each time.
+    """
+    from transformers_crosslmm import CrossLMMConfig
+
+    text = {
+        "vocab_size": 131,
+        "hidden_size": 48,
+        "intermediate_size": 56,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "cross_attention_interval": 2,
+    }
+    vision = {
+        "hidden_size": 20,
+        "intermediate_size": 28,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 33,
+        "patch_size": 6,
+    }
+    top = {"image_token_id": 127, "video_token_id": 128, "pooled_grid_size": 3, "vision_chunk_size": 4}
+    return CrossLMMConfig(
+        text_config=text | (text_config or {}), vision_config=vision | (vision_config or {}), **(top | overrides)
+    )
+
+
+def random_model(
+    config: CrossLMMConfig, *, attn_implementation: str | None = None, seed: int = 0
+) -> CrossLMMForConditionalGeneration:
+    """A model in eval mode whose every parameter matters: seeded normal weights, norms off 1, gates far from 0.
+
+    With Transformers' own initialisation (0.02, zero biases, our zero gates) most of the network adds next to nothing
+    to the logits, and a comparison would not see it.
+    """
+    from transformers_crosslmm import CrossLMMForConditionalGeneration
+
+    model = CrossLMMForConditionalGeneration._from_config(config, attn_implementation=attn_implementation).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("gate.weight"):
+                value = noise.sign() * (0.5 + noise.abs())  # tanh of it is far from the gate itself
+            elif "norm" in name and name.endswith("weight"):
+                value = 1 + 0.3 * noise
+            elif parameter.ndim == 1:
+                value = 0.3 * noise
+            elif "embed" in name and parameter.ndim == 2:
+                value = noise
+            else:
+                value = noise / parameter[0].numel() ** 0.5  # keeps the size of what goes through
+            parameter.copy_(value)
+    return model
