@@ -1,0 +1,760 @@
+"""CrossLMM network: SigLIP, token merge, projector, and a Qwen2 whose layers look back at the original tokens.
+
+Shapes: B rows, L language tokens (pooled visual + text), F frames of all media, N = g x g patches per frame,
+        P = F x N patches, D vision width, s x s pooled tokens per frame, C language width, Q packed queries,
+        H query heads, G key/value heads, E head width.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel, Qwen2Model, SiglipVisionConfig, SiglipVisionModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.qwen2.modeling_qwen2 import (
+    Qwen2Attention,
+    Qwen2DecoderLayer,
+    Qwen2RMSNorm,
+    Qwen2RotaryEmbedding,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+
+from .attention_crosslmm import Segments, folded_attention, packed_attention
+from .cache_crosslmm import (
+    Medium,
+    VisualCacheLayer,
+    VisualMemory,
+    attach_visual_memory,
+    visual_layer,
+    visual_memory,
+)
+from .configuration_crosslmm import CROSS_ATTENTION_CACHES, CrossLMMConfig, CrossLMMTextConfig
+
+MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
+@dataclass
+class CrossLMMModelOutputWithPast(BaseModelOutputWithPast):
+    """image_hidden_states, video_hidden_states: the projected pooled tokens (tokens, C) of this call's media."""
+
+    image_hidden_states: torch.FloatTensor | None = None
+    video_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class CrossLMMCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """image_hidden_states, video_hidden_states: the projected pooled tokens (tokens, C) of this call's media."""
+
+    image_hidden_states: torch.FloatTensor | None = None
+    video_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class CrossLMMEncodedMedia(BaseModelOutputWithPooling):
+    """Encoded media of which several rows use the same: `pooler_output[j]` belongs to medium `media_index[j]` of
+    `last_hidden_state`, so that beams share its patches. Copies share tensors."""
+
+    media_index: tuple[int, ...] | None = None
+
+    def __deepcopy__(self, memo) -> "CrossLMMEncodedMedia":
+        return replace(self)
+
+
+@dataclass(frozen=True)
+class VisualContext:
+    """What the cross-attention of one forward call needs, the patches themselves apart.
+
+    v2v, t2v: which tokens look at which patches.
+    memory: the patches' bookkeeping, and, with a cache, the home of what generation keeps.
+    """
+
+    memory: VisualMemory
+    v2v: Segments | None
+    t2v: Segments | None
+
+
+class CrossLMMVisionTower(SiglipVisionModel):
+    """SigLIP up to the hidden state that CrossLMM reads; what lies behind it is not built."""
+
+    def __init__(self, config: SiglipVisionConfig, num_blocks: int):
+        super().__init__(config)
+        del self.encoder.layers[num_blocks:]
+        self.post_layernorm = nn.Identity()
+
+
+class CrossLMMMultiModalProjector(nn.Module):
+    """Two linear layers with GELU between them, on pooled tokens only: D -> hidden -> C."""
+
+    def __init__(self, config: CrossLMMConfig):
+        super().__init__()
+        width = config.text_config.hidden_size
+        hidden_size = config.projector_hidden_size or width
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, width)
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(F.gelu(self.linear_1(pooled)))
+
+
+class CrossLMMGate(nn.Module):
+    """One learnable scalar; tanh keeps it within [-1, 1] (Eq. 7, Figure 3)."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, update: torch.Tensor) -> torch.Tensor:
+        return update * torch.tanh(self.weight.float()).to(update.dtype)
+
+
+class CrossLMMCrossAttentionBranch(nn.Module):
+    """V2V or T2V: queries from the language stream, keys and values from the original visual tokens (Eq. 5-10)."""
+
+    is_causal = False  # SDPA takes a missing mask for a causal one otherwise
+
+    def __init__(self, config: CrossLMMTextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        key_width = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.cross_attention_hidden_size, key_width, bias=False)
+        self.v_proj = nn.Linear(config.cross_attention_hidden_size, key_width, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        self.gate = CrossLMMGate()
+
+    def split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.unflatten(-1, (-1, self.head_dim))
+
+    def keys_values(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(P, D) to two of (P, G, E)."""
+        return self.split_heads(self.k_proj(states)), self.split_heads(self.v_proj(states))
+
+    def forward(
+        self,
+        normed: torch.Tensor,
+        states: torch.Tensor | None,
+        segments: Segments,
+        memory: VisualMemory,
+        cache_layer: VisualCacheLayer | None,
+    ) -> torch.Tensor:
+        """Update of the rows `segments.queries`: (Q, C).
+
+        normed (B x L, C), states (patches from `memory.first_patch` on, D). `cache_layer` is given to T2V when
+        generation keeps what it sees.
+        """
+        query = self.split_heads(self.q_proj(normed[segments.queries]))  # (Q, H, E)
+        if cache_layer is None or (memory.form == "features" and self.projecting_is_cheaper(query)):
+            first, last = segments.reach()
+            key, value = self.keys_values(states[first - memory.first_patch : last - memory.first_patch])
+            attended = packed_attention(self, query, key, value, segments.shifted(-first))
+        elif memory.form == "kv":
+            known = 0 if cache_layer.cross_keys is None else len(cache_layer.cross_keys)
+            if known < memory.num_patches:
+                cache_layer.append_cross(*self.keys_values(states[known - memory.first_patch :]))
+            attended = packed_attention(self, query, cache_layer.cross_keys, cache_layer.cross_values, segments)
+        else:
+            attended = folded_attention(query, states, *self.folding(memory, states), self.scaling, segments)
+        return self.gate(self.o_proj(attended.flatten(1)))
+
+    def projecting_is_cheaper(self, query: torch.Tensor) -> bool:
+        """Whether projecting the patches costs less than folding: folded scores run over D instead of E."""
+        num_queries, num_heads, head_dim = query.shape
+        return num_queries * num_heads > 2 * num_heads // self.num_key_value_groups * head_dim
+
+    def folding(self, memory: VisualMemory, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value projection as (D, G, E), once per generation, by asking the modules: an adapter, a quantised
+        weight or an offloaded one answers for itself."""
+        if self.layer_idx not in memory.folding:
+            identity = torch.eye(states.shape[-1], dtype=states.dtype, device=states.device)
+            memory.folding[self.layer_idx] = self.keys_values(identity)
+        return memory.folding[self.layer_idx]
+
+
+class CrossLMMCrossAttention(nn.Module):
+    """The dual cross-attention block: V2V for pooled visual tokens, T2V for all other tokens, side by side."""
+
+    def __init__(self, config: CrossLMMTextConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.input_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if config.use_v2v:
+            self.v2v = CrossLMMCrossAttentionBranch(config, layer_idx)
+        if config.use_t2v:
+            self.t2v = CrossLMMCrossAttentionBranch(config, layer_idx)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        visual_states: torch.Tensor | None,
+        context: VisualContext,
+        cache_layer: VisualCacheLayer | None,
+    ) -> torch.Tensor:
+        """(B, L, C) to (B, L, C); tokens that see nothing pass untouched."""
+        rows = hidden_states.flatten(0, 1)
+        normed = self.input_layernorm(rows)
+        if visual_states is not None:
+            visual_states = visual_states.to(rows.device)
+        for name, kept in (("v2v", None), ("t2v", cache_layer)):
+            segments: Segments | None = getattr(context, name)
+            if segments is None or name not in self._modules:
+                continue
+            segments = segments.to(rows.device)
+            update = self._modules[name](normed, visual_states, segments, context.memory, kept)
+            if segments.is_dummy:
+                update = update * 0.0
+            rows = rows.index_add(0, segments.queries, update.to(rows.dtype))
+        return rows.view_as(hidden_states)
+
+
+class CrossLMMDecoderLayer(Qwen2DecoderLayer):
+    """Qwen2's layer, with the dual cross-attention between self-attention and MLP where the config puts one."""
+
+    def __init__(self, config: CrossLMMTextConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        if layer_idx in config.cross_attention_layer_indices and (config.use_v2v or config.use_t2v):
+            self.cross_attention = CrossLMMCrossAttention(config, layer_idx)
+
+    def __call__(self, hidden_states: torch.Tensor, *args, visual_states: torch.Tensor | None = None, **kwargs):
+        # Positional, because reentrant checkpointing follows gradients through positional arguments only.
+        return super().__call__(hidden_states, visual_states, *args, **kwargs)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        visual_states: torch.Tensor | None = None,
+        visual_context: VisualContext | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), past_key_values=past_key_values, **kwargs)
+        hidden_states = hidden_states + attended  # (Eq. 4)
+        if visual_context is not None and "cross_attention" in self._modules:
+            cache_layer = visual_layer(past_key_values, self.self_attn.layer_idx)
+            hidden_states = self.cross_attention(hidden_states, visual_states, visual_context, cache_layer)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class CrossLMMPreTrainedModel(PreTrainedModel):
+    config: CrossLMMConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CrossLMMDecoderLayer", "SiglipEncoderLayer", "SiglipVisionEmbeddings"]
+    _skip_keys_device_placement = ["past_key_values", "visual_states", "visual_context"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # Full names: these are searched as patterns, and "gate" would also match every `gate_proj`.
+    _keep_in_fp32_modules_strict = ["cross_attention.v2v.gate", "cross_attention.t2v.gate"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CrossLMMGate):
+            init.constant_(module.weight, self.config.get_text_config().gate_init)
+
+
+class CrossLMMTextModel(CrossLMMPreTrainedModel, Qwen2Model):
+    """Qwen2 with dual cross-attention layers. Without visual context it is plain Qwen2."""
+
+    config: CrossLMMTextConfig
+    input_modalities = ("text",)
+    _no_split_modules = ["CrossLMMDecoderLayer"]
+    _can_record_outputs = {"hidden_states": CrossLMMDecoderLayer, "attentions": Qwen2Attention}
+
+    def __init__(self, config: CrossLMMTextConfig):
+        # Qwen2Model's own __init__ would build plain layers first.
+        PreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(CrossLMMDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen2RotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.has_sliding_layers = "sliding_attention" in config.layer_types
+        self.post_init()
+
+
+class CrossLMMModel(CrossLMMPreTrainedModel):
+    """Encoder, token merge, projector and language model, without a head."""
+
+    def __init__(self, config: CrossLMMConfig):
+        super().__init__(config)
+        self.vision_tower = CrossLMMVisionTower._from_config(config.vision_config, num_blocks=config.num_vision_blocks)
+        self.multi_modal_projector = CrossLMMMultiModalProjector(config)
+        self.language_model = CrossLMMTextModel._from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.embed_tokens = value
+
+    def pool(self, original: torch.Tensor) -> torch.Tensor:
+        """Token merge: (F, N, D) to (F, s x s, D), row by row."""
+        grid, pooled_grid = self.config.patch_grid_size, self.config.pooled_grid_size
+        maps = original.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
+        if self.config.pooling_mode == "average":
+            maps = F.adaptive_avg_pool2d(maps, pooled_grid)
+        else:
+            maps = F.interpolate(maps, size=(pooled_grid, pooled_grid), mode="bilinear", align_corners=False)
+        return maps.flatten(2).transpose(1, 2)
+
+    @can_return_tuple
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor, video_num_frames: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Encodes videos: `last_hidden_state` is V of Eq. 1, (F, N, D); `pooler_output` a tuple of projected pooled
+        tokens, one (frames x s x s, C) per video.
+
+        pixel_values_videos: (F, 3, S, S), the frames of all videos one after the other.
+        video_num_frames: (videos,), frames of each; None when all belong to one video.
+        Raises ValueError for pixels that are not finite frames of the encoder's size, or counts that do not add up.
+        """
+        self._check_pixels("pixel_values_videos", pixel_values_videos)
+        frames = self._frames_per_video(pixel_values_videos, video_num_frames)
+        return self._encode(pixel_values_videos, frames, **kwargs)
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Encodes images (images, 3, S, S), each as a video of one frame; see `get_video_features`."""
+        self._check_pixels("pixel_values", pixel_values)
+        return self._encode(pixel_values, [1] * len(pixel_values), **kwargs)
+
+    def _check_pixels(self, name: str, pixels: torch.Tensor) -> None:
+        size, channels = self.config.vision_config.image_size, self.config.vision_config.num_channels
+        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (channels, size, size):
+            raise ValueError(
+                f"`{name}` must be (frames, {channels}, {size}, {size}), the frames of all media one after the other; "
+                f"got {tuple(pixels.shape)}. The processor makes it so; flatten a batch and time dimension and give "
+                "`video_num_frames`."
+            )
+        if not pixels.is_floating_point():
+            raise ValueError(f"`{name}` must hold normalised floats; got {pixels.dtype}: use the processor.")
+        if pixels.device.type != "meta" and not torch.isfinite(pixels).all():
+            raise ValueError(f"`{name}` must be finite; got NaN or infinity. Check the frames before the processor.")
+
+    @staticmethod
+    def _frames_per_video(pixels: torch.Tensor, video_num_frames: torch.Tensor | None) -> list[int]:
+        frames = [len(pixels)] if video_num_frames is None else [int(n) for n in video_num_frames]
+        if min(frames, default=0) < 1 or sum(frames) != len(pixels):
+            raise ValueError(
+                f"`video_num_frames` must be positive and add up to the {len(pixels)} frames of "
+                f"`pixel_values_videos`; got {frames}."
+            )
+        return frames
+
+    def _encode(self, pixels: torch.Tensor, frames: list[int], **kwargs) -> BaseModelOutputWithPooling:
+        """Chunk by chunk, so that the encoder's activations do not grow with the video."""
+        chunks = [
+            self.vision_tower(chunk.to(self.vision_tower.dtype), **kwargs)
+            for chunk in pixels.split(self.config.vision_chunk_size)
+        ]
+
+        def joined(name: str) -> Any:
+            parts = [chunk.get(name) for chunk in chunks]
+            if parts[0] is None:
+                return None
+            if isinstance(parts[0], tuple):
+                return tuple(torch.cat(layer) for layer in zip(*parts, strict=True))
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+        original = joined("last_hidden_state")
+        return BaseModelOutputWithPooling(
+            last_hidden_state=original,
+            pooler_output=self._project(original, frames),
+            hidden_states=joined("hidden_states"),
+            attentions=joined("attentions"),
+        )
+
+    def _project(self, original: torch.Tensor, frames: list[int]) -> tuple[torch.Tensor, ...]:
+        tokens = self.multi_modal_projector(self.pool(original)).flatten(0, 1)
+        return tokens.split([count * self.config.tokens_per_frame for count in frames])
+
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Where the placeholders of each modality stand, (B, L); by embedding when there are no ids."""
+        token_ids = {"image": self.config.image_token_id, "video": self.config.video_token_id}
+        if input_ids is not None:
+            return {modality: input_ids == token_id for modality, token_id in token_ids.items()}
+        ids = torch.tensor(list(token_ids.values()), device=inputs_embeds.device)
+        embedded = self.get_input_embeddings()(ids)
+        return {modality: (inputs_embeds == embedded[i]).all(-1) for i, modality in enumerate(token_ids)}
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_num_frames: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        cross_attention_cache: str | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> CrossLMMModelOutputWithPast:
+        """Runs text with the media whose placeholders it holds.
+
+        pixel_values (images, 3, S, S), pixel_values_videos (F, 3, S, S), video_num_frames (videos,): new media, in
+            the order of their placeholders.
+        mm_encoder_outputs: the same media already encoded: {"video": get_video_features(...), "image": ...}.
+        cross_attention_cache: "kv" or "features"; None for the config's, or for what the cache already holds.
+        Raises ValueError when placeholders and media do not match, when the sequence is longer than the context, and
+        for bad pixels, before the encoder runs.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
+        if self.language_model.gradient_checkpointing and self.training:
+            use_cache = False
+        length = inputs_embeds.shape[1]
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        self._check_length(past_length, length)
+        memory = visual_memory(past_key_values, self.config.text_config.cross_attention_layer_indices)
+        form = self._cache_form(cross_attention_cache, memory)
+
+        pixels = {"image": pixel_values, "video": pixel_values_videos}
+        media = dict(mm_encoder_outputs or {})
+        has_new_media = any(value is not None for value in (*pixels.values(), *media.values()))
+        masks: dict[str, torch.Tensor] = {}
+        if has_new_media or (memory is None and not _is_positive(past_length)):
+            masks = self.get_placeholder_mask(input_ids, inputs_embeds)
+            self._check_media(masks, pixels, video_num_frames, media)
+            if pixel_values is not None:
+                media["image"] = self.get_image_features(pixel_values, return_dict=True)
+            if pixel_values_videos is not None:
+                media["video"] = self.get_video_features(pixel_values_videos, video_num_frames, return_dict=True)
+            media = {modality: self._own_pooled_tokens(output) for modality, output in media.items() if output}
+
+        tokens: dict[str, torch.Tensor] = {}
+        for modality, output in media.items():
+            tokens[modality] = torch.cat(list(output.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter(masks[modality][..., None], tokens[modality])
+
+        context, states = None, None
+        new_states = any(output.last_hidden_state is not None for output in media.values())
+        if new_states:
+            memory, use_cache, past_key_values = self._remember(
+                media, masks, memory, form, past_key_values, past_length, use_cache
+            )
+        if memory is not None:
+            states = memory.states
+            context = self._visual_context(
+                memory, past_length, length, attention_mask, inputs_embeds.device, new_states or memory.prefilling
+            )
+        elif not _is_positive(past_length) and self._ranks_must_agree():
+            inputs_embeds, states, context = self._dummy_pass(inputs_embeds)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            visual_states=states,
+            visual_context=context,
+            **kwargs,
+        )
+        if memory is not None and use_cache:
+            memory.drop_states()
+        return CrossLMMModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=tokens.get("image"),
+            video_hidden_states=tokens.get("video"),
+        )
+
+    def _check_length(self, past_length: Any, length: int) -> None:
+        limit = self.config.text_config.max_sequence_length
+        if isinstance(past_length, int) and past_length + length > limit:
+            raise ValueError(
+                f"The sequence must fit the context of {limit} positions; got {past_length + length}. Sample fewer "
+                "frames, use a smaller `pooled_grid_size`, or stretch the context with rope scaling (YaRN)."
+            )
+
+    def _cache_form(self, asked: str | None, memory: VisualMemory | None) -> str:
+        if asked is not None and asked not in CROSS_ATTENTION_CACHES:
+            raise ValueError(
+                f"`cross_attention_cache` must be one of {', '.join(map(repr, CROSS_ATTENTION_CACHES))}; "
+                f"got {asked!r}."
+            )
+        if memory is not None:
+            if asked not in (None, memory.form):
+                raise ValueError(
+                    f"A cache keeps the form it began with; this one holds {memory.form!r}, "
+                    f"got `cross_attention_cache={asked!r}`. Leave it out, or begin a new cache."
+                )
+            return memory.form
+        return asked or self.config.text_config.cross_attention_cache
+
+    def _check_media(self, masks, pixels, video_num_frames, media) -> None:
+        """As many placeholders as the media fill, told before the encoder runs."""
+        for modality, mask in masks.items():
+            name, output = MODALITIES[modality], media.get(modality)
+            if pixels[modality] is not None and output is not None:
+                raise ValueError(
+                    f"`{name}` and `mm_encoder_outputs[{modality!r}]` are the same media twice; give one of the two."
+                )
+            placeholders = int(mask.sum()) if mask.device.type != "meta" else None
+            if pixels[modality] is not None:
+                self._check_pixels(name, pixels[modality])
+                if modality == "video":
+                    self._frames_per_video(pixels[modality], video_num_frames)
+                count = len(pixels[modality]) * self.config.tokens_per_frame
+            elif output is not None:
+                count = sum(len(tokens) for tokens in output.pooler_output)
+            else:
+                count = 0
+            if placeholders is not None and placeholders != count:
+                raise ValueError(
+                    f"Placeholders and {modality} features must match: the text holds {placeholders} {modality} "
+                    f"placeholders, `{name}` or `mm_encoder_outputs` fill {count}. Make both with the processor in "
+                    "one call, without truncation, and check that nothing drops the pixels on the way."
+                )
+
+    def _own_pooled_tokens(self, output: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling:
+        """Pooled tokens of this model's width: a draft model gets media that the main model encoded."""
+        lengths = [len(tokens) for tokens in output.pooler_output]
+        if output.pooler_output[0].shape[-1] == self.config.text_config.hidden_size:
+            return output
+        index = getattr(output, "media_index", None) or range(len(lengths))
+        per_frame = self.config.tokens_per_frame
+        frames = {medium: length // per_frame for medium, length in zip(index, lengths, strict=True)}
+        tokens = self._project(output.last_hidden_state.to(self.dtype), list(frames.values()))
+        order = list(frames)
+        return CrossLMMEncodedMedia(
+            last_hidden_state=output.last_hidden_state,
+            pooler_output=tuple(tokens[order.index(medium)] for medium in index),
+            media_index=tuple(order.index(medium) for medium in index),
+        )
+
+    def _remember(self, media, masks, memory, form, cache, past_length, use_cache):
+        """Enters this call's media into the memory of the cache, or into one of this call alone."""
+        batch = next(iter(masks.values())).shape[0]
+        rows, states = self._locate(media, masks, int(past_length), batch)
+        if memory is None:
+            memory = VisualMemory(
+                form=form,
+                patches_per_frame=self.config.patch_grid_size**2,
+                tokens_per_frame=self.config.tokens_per_frame,
+                rows=[[] for _ in range(batch)],
+            )
+            if use_cache:
+                text_config = self.config.text_config
+                if cache is None:
+                    cache = DynamicCache(config=text_config)
+                attach_visual_memory(
+                    cache, memory, text_config.cross_attention_layer_indices, text_config.num_hidden_layers
+                )
+        memory.append(rows, states)
+        return memory, use_cache, cache
+
+    def _locate(self, media, masks, past_length: int, batch: int) -> tuple[list[list[Medium]], torch.Tensor]:
+        """The media of each row in the order in which they begin, and the packed states (P, D) in that order."""
+        patches = self.config.patch_grid_size**2
+        found: list[tuple[int, list[int], str, int]] = []  # row, positions, modality, medium
+        for modality, output in media.items():
+            places = masks[modality].nonzero().tolist()
+            index = getattr(output, "media_index", None) or range(len(output.pooler_output))
+            taken = 0
+            for medium, pooled in zip(index, output.pooler_output, strict=True):
+                block = places[taken : taken + len(pooled)]
+                taken += len(pooled)
+                if len({row for row, _ in block}) != 1:
+                    raise ValueError(
+                        f"The {len(pooled)} placeholders of one {modality} must stand in one row; got rows "
+                        f"{sorted({row for row, _ in block})}. Give the media in the order of their placeholders."
+                    )
+                found.append((block[0][0], [column + past_length for _, column in block], modality, medium))
+        found.sort(key=lambda item: (item[0], item[1][0]))
+
+        stretches: dict[tuple[str, int], tuple[int, int]] = {}
+        rows: list[list[Medium]] = [[] for _ in range(batch)]
+        end = 0
+        for row, positions, modality, medium in found:
+            if (modality, medium) not in stretches:
+                count = len(positions) // self.config.tokens_per_frame * patches
+                stretches[modality, medium] = (end, end + count)
+                end += count
+            contiguous = range(positions[0], positions[-1] + 1)
+            is_contiguous = len(contiguous) == len(positions)
+            rows[row].append(Medium(contiguous if is_contiguous else tuple(positions), stretches[modality, medium]))
+
+        frames = {key: (last - first) // patches for key, (first, last) in stretches.items()}
+        originals, times = [], []
+        for modality, output in media.items():
+            in_order = [key for key in sorted(frames) if key[0] == modality]
+            parts = output.last_hidden_state.split([frames[key] for key in in_order])
+            originals += list(zip(in_order, parts, strict=True))
+        originals.sort(key=lambda item: stretches[item[0]][0])
+        times = [torch.arange(frames[key]) for key, _ in originals]
+        if len(media) == 1 and [key for key, _ in originals] == sorted(frames):
+            original = next(iter(media.values())).last_hidden_state
+        else:
+            original = torch.cat([part for _, part in originals])
+        return rows, self._visual_states(original, torch.cat(times)).flatten(0, 1)
+
+    def _visual_states(self, original: torch.Tensor, frame_numbers: torch.Tensor) -> torch.Tensor:
+        """What K and V are made of: the original tokens (F, N, D), normalised and dated if the config says so."""
+        config = self.config.text_config
+        states = original
+        if config.visual_norm == "layernorm":
+            precise = states if states.dtype == torch.float64 else states.float()
+            states = F.layer_norm(precise, precise.shape[-1:], eps=1e-6)
+        if config.visual_time == "sinusoidal":
+            half = states.shape[-1] // 2
+            steps = torch.arange(half, dtype=torch.float64) * (2.0 / states.shape[-1])
+            angles = frame_numbers.double()[:, None] * 10_000.0**-steps
+            code = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (F, D)
+            states = states + code[:, None].to(states.device, states.dtype)
+        return states.to(self.language_model.dtype)
+
+    def _visual_context(self, memory, past_length, length, attention_mask, device, has_new_media) -> VisualContext:
+        if not has_new_media:
+            return VisualContext(memory, None, memory.segments_after_media(length, device))
+        start = int(past_length)
+        is_token = None
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            is_token = attention_mask[:, -length:].bool().cpu()
+        v2v = memory.v2v_segments(start, length, self.config.text_config.v2v_scope, device)
+        t2v = memory.t2v_segments(start, length, is_token, device)
+        if self._ranks_must_agree():
+            v2v = v2v or Segments.dummy(memory.num_patches, device)
+            t2v = t2v or Segments.dummy(memory.num_patches, device)
+        return VisualContext(memory, v2v, t2v)
+
+    def _ranks_must_agree(self) -> bool:
+        """Whether a batch without media must still run every module: gradients and sharded weights are collective."""
+        is_sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self) or isinstance(self, FSDPModule)
+        return self.training or is_sharded
+
+    def _dummy_pass(self, inputs_embeds: torch.Tensor):
+        """One black frame through encoder, projector and cross-attention, with weight zero."""
+        size, channels = self.config.vision_config.image_size, self.config.vision_config.num_channels
+        frame = torch.zeros(1, channels, size, size, dtype=self.vision_tower.dtype, device=inputs_embeds.device)
+        output = self._encode(frame, [1])
+        inputs_embeds = inputs_embeds + 0.0 * output.pooler_output[0].sum().to(inputs_embeds.dtype)
+        states = self._visual_states(output.last_hidden_state, torch.zeros(1)).flatten(0, 1)
+        memory = VisualMemory("kv", len(states), self.config.tokens_per_frame, rows=[], num_patches=len(states))
+        nobody = Segments.dummy(len(states), inputs_embeds.device)
+        return inputs_embeds, states, VisualContext(memory, nobody, nobody)
+
+
+def _is_positive(past_length: Any) -> bool:
+    """Whether a cache holds tokens. A static cache counts on the device, and one that counts at all has begun."""
+    return past_length > 0 if isinstance(past_length, int) else True
+
+
+class CrossLMMForConditionalGeneration(CrossLMMPreTrainedModel, GenerationMixin):
+    """CrossLMM with its language-model head: answers questions about videos and images."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: CrossLMMConfig):
+        super().__init__(config)
+        self.model = CrossLMMModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_video_features(self, pixel_values_videos: torch.Tensor, video_num_frames=None, **kwargs):
+        """See `CrossLMMModel.get_video_features`."""
+        return self.model.get_video_features(pixel_values_videos, video_num_frames, **kwargs)
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs):
+        """See `CrossLMMModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_num_frames: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        cross_attention_cache: str | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CrossLMMCausalLMOutputWithPast:
+        """Logits, and the loss when `labels` (B, L; -100 where nothing is to be learned) are given; see
+        `CrossLMMModel.forward` for the rest."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            video_num_frames=video_num_frames,
+            mm_encoder_outputs=mm_encoder_outputs,
+            cross_attention_cache=cross_attention_cache,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return CrossLMMCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            video_hidden_states=outputs.video_hidden_states,
+        )
+
+
+__all__ = [
+    "CrossLMMForConditionalGeneration",
+    "CrossLMMModel",
+    "CrossLMMPreTrainedModel",
+    "CrossLMMTextModel",
+]
