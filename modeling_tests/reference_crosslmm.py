@@ -208,7 +208,7 @@ def decoder_layer(
     normed = rms_norm(hidden, weights[f"{name}.input_layernorm.weight"], eps)
     hidden = hidden + causal_self_attention(weights, f"{name}.self_attn", config, normed)  # (Eq. 4), pre-norm
 
-    if layer in cross_attention_layers(config):
+    if layer in cross_attention_layers(config) and (config["use_v2v"] or config["use_t2v"]):
         hidden = dual_cross_attention(weights, f"{name}.cross_attention", config, hidden, sources, positions)
 
     normed = rms_norm(hidden, weights[f"{name}.post_attention_layernorm.weight"], eps)
