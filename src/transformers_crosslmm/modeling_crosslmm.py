@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel, Qwen2Model, SiglipVisionConfig, SiglipVisionModel
+from transformers import PreTrainedModel, Qwen2Model, SiglipVisionConfig, SiglipVisionModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
@@ -29,16 +29,16 @@ from transformers.utils.generic import merge_with_config_defaults
 
 from .attention_crosslmm import Segments, folded_attention, packed_attention
 from .cache_crosslmm import (
-    Medium,
     VisualCacheLayer,
     VisualMemory,
     attach_visual_memory,
+    check_cache,
     visual_layer,
     visual_memory,
 )
 from .configuration_crosslmm import CROSS_ATTENTION_CACHES, CrossLMMConfig, CrossLMMTextConfig
-
-MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos"}
+from .generation_crosslmm import CrossLMMGenerationMixin
+from .media_crosslmm import check_pixels, first_placeholders, frames_per_video, locate_media, media_index
 
 
 @dataclass
@@ -55,17 +55,6 @@ class CrossLMMCausalLMOutputWithPast(CausalLMOutputWithPast):
 
     image_hidden_states: torch.FloatTensor | None = None
     video_hidden_states: torch.FloatTensor | None = None
-
-
-@dataclass
-class CrossLMMEncodedMedia(BaseModelOutputWithPooling):
-    """Encoded media of which several rows use the same: `pooler_output[j]` belongs to medium `media_index[j]` of
-    `last_hidden_state`, so that beams share its patches. Copies share tensors."""
-
-    media_index: tuple[int, ...] | None = None
-
-    def __deepcopy__(self, memo) -> "CrossLMMEncodedMedia":
-        return replace(self)
 
 
 @dataclass(frozen=True)
@@ -328,38 +317,14 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         video_num_frames: (videos,), frames of each; None when all belong to one video.
         Raises ValueError for pixels that are not finite frames of the encoder's size, or counts that do not add up.
         """
-        self._check_pixels("pixel_values_videos", pixel_values_videos)
-        frames = self._frames_per_video(pixel_values_videos, video_num_frames)
-        return self._encode(pixel_values_videos, frames, **kwargs)
+        check_pixels("pixel_values_videos", pixel_values_videos, self.config.vision_config)
+        return self._encode(pixel_values_videos, frames_per_video(pixel_values_videos, video_num_frames), **kwargs)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """Encodes images (images, 3, S, S), each as a video of one frame; see `get_video_features`."""
-        self._check_pixels("pixel_values", pixel_values)
+        check_pixels("pixel_values", pixel_values, self.config.vision_config)
         return self._encode(pixel_values, [1] * len(pixel_values), **kwargs)
-
-    def _check_pixels(self, name: str, pixels: torch.Tensor) -> None:
-        size, channels = self.config.vision_config.image_size, self.config.vision_config.num_channels
-        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (channels, size, size):
-            raise ValueError(
-                f"`{name}` must be (frames, {channels}, {size}, {size}), the frames of all media one after the other; "
-                f"got {tuple(pixels.shape)}. The processor makes it so; flatten a batch and time dimension and give "
-                "`video_num_frames`."
-            )
-        if not pixels.is_floating_point():
-            raise ValueError(f"`{name}` must hold normalised floats; got {pixels.dtype}: use the processor.")
-        if pixels.device.type != "meta" and not torch.isfinite(pixels).all():
-            raise ValueError(f"`{name}` must be finite; got NaN or infinity. Check the frames before the processor.")
-
-    @staticmethod
-    def _frames_per_video(pixels: torch.Tensor, video_num_frames: torch.Tensor | None) -> list[int]:
-        frames = [len(pixels)] if video_num_frames is None else [int(n) for n in video_num_frames]
-        if min(frames, default=0) < 1 or sum(frames) != len(pixels):
-            raise ValueError(
-                f"`video_num_frames` must be positive and add up to the {len(pixels)} frames of "
-                f"`pixel_values_videos`; got {frames}."
-            )
-        return frames
 
     def _encode(self, pixels: torch.Tensor, frames: list[int], **kwargs) -> BaseModelOutputWithPooling:
         """Chunk by chunk, so that the encoder's activations do not grow with the video."""
@@ -425,49 +390,45 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         Raises ValueError when placeholders and media do not match, when the sequence is longer than the context, and
         for bad pixels, before the encoder runs.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        media, masks, form = self.check_inputs(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            past_length=past_length,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            video_num_frames=video_num_frames,
+            mm_encoder_outputs=mm_encoder_outputs,
+            cross_attention_cache=cross_attention_cache,
+        )
+        text_config = self.config.text_config
+        use_cache = text_config.use_cache if use_cache is None else use_cache
+        use_cache = use_cache and not (self.language_model.gradient_checkpointing and self.training)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
-        if self.language_model.gradient_checkpointing and self.training:
-            use_cache = False
-        length = inputs_embeds.shape[1]
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        self._check_length(past_length, length)
-        memory = visual_memory(past_key_values, self.config.text_config.cross_attention_layer_indices)
-        form = self._cache_form(cross_attention_cache, memory)
 
-        pixels = {"image": pixel_values, "video": pixel_values_videos}
-        media = dict(mm_encoder_outputs or {})
-        has_new_media = any(value is not None for value in (*pixels.values(), *media.values()))
-        masks: dict[str, torch.Tensor] = {}
-        if has_new_media or (memory is None and not _is_positive(past_length)):
-            masks = self.get_placeholder_mask(input_ids, inputs_embeds)
-            self._check_media(masks, pixels, video_num_frames, media)
-            if pixel_values is not None:
-                media["image"] = self.get_image_features(pixel_values, return_dict=True)
-            if pixel_values_videos is not None:
-                media["video"] = self.get_video_features(pixel_values_videos, video_num_frames, return_dict=True)
-            media = {modality: self._own_pooled_tokens(output) for modality, output in media.items() if output}
-
+        if pixel_values is not None:
+            media["image"] = self.get_image_features(pixel_values, return_dict=True)
+        if pixel_values_videos is not None:
+            media["video"] = self.get_video_features(pixel_values_videos, video_num_frames, return_dict=True)
+        media = self.own_pooled_tokens(media)
         tokens: dict[str, torch.Tensor] = {}
         for modality, output in media.items():
             tokens[modality] = torch.cat(list(output.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(masks[modality][..., None], tokens[modality])
 
-        context, states = None, None
-        new_states = any(output.last_hidden_state is not None for output in media.values())
-        if new_states:
-            memory, use_cache, past_key_values = self._remember(
-                media, masks, memory, form, past_key_values, past_length, use_cache
-            )
+        memory = visual_memory(past_key_values, text_config.cross_attention_layer_indices)
+        is_new = any(output.last_hidden_state is not None for output in media.values())
+        if is_new:
+            if use_cache and past_key_values is None:
+                past_key_values = DynamicCache(config=text_config)
+            memory = self.remember(media, masks, past_key_values if use_cache else None, past_length, form)
+        states, context = None, None
         if memory is not None:
             states = memory.states
-            context = self._visual_context(
-                memory, past_length, length, attention_mask, inputs_embeds.device, new_states or memory.prefilling
-            )
-        elif not _is_positive(past_length) and self._ranks_must_agree():
+            context = self._visual_context(memory, past_length, inputs_embeds, attention_mask, is_new)
+        elif past_key_values is None and self._ranks_must_agree():
             inputs_embeds, states, context = self._dummy_pass(inputs_embeds)
 
         outputs = self.language_model(
@@ -491,135 +452,123 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
             video_hidden_states=tokens.get("video"),
         )
 
-    def _check_length(self, past_length: Any, length: int) -> None:
+    def check_inputs(
+        self,
+        *,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        past_key_values: Cache | None,
+        past_length: int | torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        pixel_values_videos: torch.Tensor | None,
+        video_num_frames: torch.Tensor | None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
+        cross_attention_cache: str | None,
+    ) -> tuple[dict[str, BaseModelOutputWithPooling], dict[str, torch.Tensor], str]:
+        """Everything that can be wrong with an input, told before any encoder runs.
+
+        Returns the media that came encoded, the placeholders (B, L) that media fill, per modality, and the form in
+        which their keys and values are kept. Without new media, tokens behind cached ones are not looked at: their
+        placeholder ids are text.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if past_key_values is not None:
+            check_cache(past_key_values)
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         limit = self.config.text_config.max_sequence_length
         if isinstance(past_length, int) and past_length + length > limit:
             raise ValueError(
                 f"The sequence must fit the context of {limit} positions; got {past_length + length}. Sample fewer "
                 "frames, use a smaller `pooled_grid_size`, or stretch the context with rope scaling (YaRN)."
             )
+        form = self._cache_form(cross_attention_cache, past_key_values)
 
-    def _cache_form(self, asked: str | None, memory: VisualMemory | None) -> str:
-        if asked is not None and asked not in CROSS_ATTENTION_CACHES:
-            raise ValueError(
-                f"`cross_attention_cache` must be one of {', '.join(map(repr, CROSS_ATTENTION_CACHES))}; "
-                f"got {asked!r}."
-            )
-        if memory is not None:
-            if asked not in (None, memory.form):
-                raise ValueError(
-                    f"A cache keeps the form it began with; this one holds {memory.form!r}, "
-                    f"got `cross_attention_cache={asked!r}`. Leave it out, or begin a new cache."
-                )
-            return memory.form
-        return asked or self.config.text_config.cross_attention_cache
-
-    def _check_media(self, masks, pixels, video_num_frames, media) -> None:
-        """As many placeholders as the media fill, told before the encoder runs."""
-        for modality, mask in masks.items():
-            name, output = MODALITIES[modality], media.get(modality)
-            if pixels[modality] is not None and output is not None:
-                raise ValueError(
-                    f"`{name}` and `mm_encoder_outputs[{modality!r}]` are the same media twice; give one of the two."
-                )
-            placeholders = int(mask.sum()) if mask.device.type != "meta" else None
+        media = {modality: output for modality, output in (mm_encoder_outputs or {}).items() if output is not None}
+        pixels = {"image": pixel_values, "video": pixel_values_videos}
+        if not media and pixel_values is None and pixel_values_videos is None:
+            has_begun = not isinstance(past_length, int) or past_length > 0
+            if has_begun or (input_ids if inputs_embeds is None else inputs_embeds).device.type == "meta":
+                return media, {}, form
+        masks = self.get_placeholder_mask(input_ids, inputs_embeds)
+        for modality, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            count = 0
             if pixels[modality] is not None:
-                self._check_pixels(name, pixels[modality])
+                if modality in media:
+                    raise ValueError(
+                        f"`{name}` and `mm_encoder_outputs[{modality!r}]` are the same media twice; give one."
+                    )
+                check_pixels(name, pixels[modality], self.config.vision_config)
                 if modality == "video":
-                    self._frames_per_video(pixels[modality], video_num_frames)
+                    frames_per_video(pixels[modality], video_num_frames)
                 count = len(pixels[modality]) * self.config.tokens_per_frame
-            elif output is not None:
-                count = sum(len(tokens) for tokens in output.pooler_output)
-            else:
-                count = 0
-            if placeholders is not None and placeholders != count:
+            elif modality in media:
+                masks[modality] = first_placeholders(masks[modality], media[modality])
+                count = sum(len(tokens) for tokens in media[modality].pooler_output)
+            if masks[modality].device.type != "meta" and (placeholders := int(masks[modality].sum())) != count:
                 raise ValueError(
                     f"Placeholders and {modality} features must match: the text holds {placeholders} {modality} "
                     f"placeholders, `{name}` or `mm_encoder_outputs` fill {count}. Make both with the processor in "
                     "one call, without truncation, and check that nothing drops the pixels on the way."
                 )
+        return media, masks, form
 
-    def _own_pooled_tokens(self, output: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling:
-        """Pooled tokens of this model's width: a draft model gets media that the main model encoded."""
-        lengths = [len(tokens) for tokens in output.pooler_output]
-        if output.pooler_output[0].shape[-1] == self.config.text_config.hidden_size:
-            return output
-        index = getattr(output, "media_index", None) or range(len(lengths))
-        per_frame = self.config.tokens_per_frame
-        frames = {medium: length // per_frame for medium, length in zip(index, lengths, strict=True)}
-        tokens = self._project(output.last_hidden_state.to(self.dtype), list(frames.values()))
-        order = list(frames)
-        return CrossLMMEncodedMedia(
-            last_hidden_state=output.last_hidden_state,
-            pooler_output=tuple(tokens[order.index(medium)] for medium in index),
-            media_index=tuple(order.index(medium) for medium in index),
+    def _cache_form(self, asked: str | None, cache: Cache | None) -> str:
+        if asked is not None and asked not in CROSS_ATTENTION_CACHES:
+            raise ValueError(
+                f"`cross_attention_cache` must be one of {', '.join(map(repr, CROSS_ATTENTION_CACHES))}; "
+                f"got {asked!r}."
+            )
+        memory = visual_memory(cache, self.config.text_config.cross_attention_layer_indices)
+        if memory is None:
+            return asked or self.config.text_config.cross_attention_cache
+        if asked not in (None, memory.form):
+            raise ValueError(
+                f"A cache keeps the form it began with; this one holds {memory.form!r}, "
+                f"got `cross_attention_cache={asked!r}`. Leave it out, or begin a new cache."
+            )
+        return memory.form
+
+    def own_pooled_tokens(self, media: dict[str, BaseModelOutputWithPooling]) -> dict[str, BaseModelOutputWithPooling]:
+        """Media with pooled tokens of this model's width: a draft model gets media that the main model encoded."""
+        own = {}
+        for modality, output in media.items():
+            if output.pooler_output[0].shape[-1] != self.config.text_config.hidden_size:
+                index = media_index(output)
+                lengths = dict(zip(index, (len(tokens) for tokens in output.pooler_output), strict=True))
+                order = sorted(lengths)
+                frames = [lengths[medium] // self.config.tokens_per_frame for medium in order]
+                pooled = self._project(output.last_hidden_state.to(self.device, self.dtype), frames)
+                output = replace(output, pooler_output=tuple(pooled[order.index(medium)] for medium in index))
+            own[modality] = output
+        return own
+
+    def remember(
+        self,
+        media: dict[str, BaseModelOutputWithPooling],
+        masks: dict[str, torch.Tensor],
+        cache: Cache | None,
+        past_length: int | torch.Tensor,
+        form: str,
+    ) -> VisualMemory:
+        """Enters media into the memory of the cache, or, without one, into a memory of this call alone."""
+        text_config = self.config.text_config
+        rows, original, frame_numbers = locate_media(
+            media, masks, int(past_length), tokens_per_frame=self.config.tokens_per_frame
         )
-
-    def _remember(self, media, masks, memory, form, cache, past_length, use_cache):
-        """Enters this call's media into the memory of the cache, or into one of this call alone."""
-        batch = next(iter(masks.values())).shape[0]
-        rows, states = self._locate(media, masks, int(past_length), batch)
+        memory = visual_memory(cache, text_config.cross_attention_layer_indices)
         if memory is None:
             memory = VisualMemory(
                 form=form,
-                patches_per_frame=self.config.patch_grid_size**2,
+                patches_per_frame=original.shape[1],
                 tokens_per_frame=self.config.tokens_per_frame,
-                rows=[[] for _ in range(batch)],
+                rows=[[] for _ in rows],
             )
-            if use_cache:
-                text_config = self.config.text_config
-                if cache is None:
-                    cache = DynamicCache(config=text_config)
-                attach_visual_memory(
-                    cache, memory, text_config.cross_attention_layer_indices, text_config.num_hidden_layers
-                )
-        memory.append(rows, states)
-        return memory, use_cache, cache
-
-    def _locate(self, media, masks, past_length: int, batch: int) -> tuple[list[list[Medium]], torch.Tensor]:
-        """The media of each row in the order in which they begin, and the packed states (P, D) in that order."""
-        patches = self.config.patch_grid_size**2
-        found: list[tuple[int, list[int], str, int]] = []  # row, positions, modality, medium
-        for modality, output in media.items():
-            places = masks[modality].nonzero().tolist()
-            index = getattr(output, "media_index", None) or range(len(output.pooler_output))
-            taken = 0
-            for medium, pooled in zip(index, output.pooler_output, strict=True):
-                block = places[taken : taken + len(pooled)]
-                taken += len(pooled)
-                if len({row for row, _ in block}) != 1:
-                    raise ValueError(
-                        f"The {len(pooled)} placeholders of one {modality} must stand in one row; got rows "
-                        f"{sorted({row for row, _ in block})}. Give the media in the order of their placeholders."
-                    )
-                found.append((block[0][0], [column + past_length for _, column in block], modality, medium))
-        found.sort(key=lambda item: (item[0], item[1][0]))
-
-        stretches: dict[tuple[str, int], tuple[int, int]] = {}
-        rows: list[list[Medium]] = [[] for _ in range(batch)]
-        end = 0
-        for row, positions, modality, medium in found:
-            if (modality, medium) not in stretches:
-                count = len(positions) // self.config.tokens_per_frame * patches
-                stretches[modality, medium] = (end, end + count)
-                end += count
-            contiguous = range(positions[0], positions[-1] + 1)
-            is_contiguous = len(contiguous) == len(positions)
-            rows[row].append(Medium(contiguous if is_contiguous else tuple(positions), stretches[modality, medium]))
-
-        frames = {key: (last - first) // patches for key, (first, last) in stretches.items()}
-        originals, times = [], []
-        for modality, output in media.items():
-            in_order = [key for key in sorted(frames) if key[0] == modality]
-            parts = output.last_hidden_state.split([frames[key] for key in in_order])
-            originals += list(zip(in_order, parts, strict=True))
-        originals.sort(key=lambda item: stretches[item[0]][0])
-        times = [torch.arange(frames[key]) for key, _ in originals]
-        if len(media) == 1 and [key for key, _ in originals] == sorted(frames):
-            original = next(iter(media.values())).last_hidden_state
-        else:
-            original = torch.cat([part for _, part in originals])
-        return rows, self._visual_states(original, torch.cat(times)).flatten(0, 1)
+            if cache is not None:
+                layers = text_config.cross_attention_layer_indices
+                attach_visual_memory(cache, memory, layers, text_config.num_hidden_layers)
+        memory.append(rows, self._visual_states(original, frame_numbers).flatten(0, 1))
+        return memory
 
     def _visual_states(self, original: torch.Tensor, frame_numbers: torch.Tensor) -> torch.Tensor:
         """What K and V are made of: the original tokens (F, N, D), normalised and dated if the config says so."""
@@ -636,15 +585,22 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
             states = states + code[:, None].to(states.device, states.dtype)
         return states.to(self.language_model.dtype)
 
-    def _visual_context(self, memory, past_length, length, attention_mask, device, has_new_media) -> VisualContext:
-        if not has_new_media:
+    def _visual_context(
+        self,
+        memory: VisualMemory,
+        past_length: int | torch.Tensor,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        has_new_media: bool,
+    ) -> VisualContext:
+        length, device = inputs_embeds.shape[1], inputs_embeds.device
+        if not has_new_media and not memory.prefilling:
             return VisualContext(memory, None, memory.segments_after_media(length, device))
-        start = int(past_length)
         is_token = None
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             is_token = attention_mask[:, -length:].bool().cpu()
-        v2v = memory.v2v_segments(start, length, self.config.text_config.v2v_scope, device)
-        t2v = memory.t2v_segments(start, length, is_token, device)
+        v2v = memory.v2v_segments(int(past_length), length, self.config.text_config.v2v_scope, device)
+        t2v = memory.t2v_segments(int(past_length), length, is_token, device)
         if self._ranks_must_agree():
             v2v = v2v or Segments.dummy(memory.num_patches, device)
             t2v = t2v or Segments.dummy(memory.num_patches, device)
@@ -667,12 +623,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         return inputs_embeds, states, VisualContext(memory, nobody, nobody)
 
 
-def _is_positive(past_length: Any) -> bool:
-    """Whether a cache holds tokens. A static cache counts on the device, and one that counts at all has begun."""
-    return past_length > 0 if isinstance(past_length, int) else True
-
-
-class CrossLMMForConditionalGeneration(CrossLMMPreTrainedModel, GenerationMixin):
+class CrossLMMForConditionalGeneration(CrossLMMPreTrainedModel, CrossLMMGenerationMixin):
     """CrossLMM with its language-model head: answers questions about videos and images."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -683,6 +634,8 @@ class CrossLMMForConditionalGeneration(CrossLMMPreTrainedModel, GenerationMixin)
         self.model = CrossLMMModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+        # What the model writes is text; a placeholder among it would stand for nothing.
+        self.generation_config.suppress_tokens = [config.image_token_id, config.video_token_id]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()

@@ -1,0 +1,207 @@
+"""Encoded videos and images as objects: which placeholders they fill, whose they are, and how they are kept on disk.
+
+Shapes: B rows, L tokens, F frames, S pixels along a side, N patches per frame, D vision width, C language width.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import SiglipVisionConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .cache_crosslmm import Medium
+
+EncodedMedia = Mapping[str, BaseModelOutputWithPooling]
+
+
+def check_pixels(name: str, pixels: torch.Tensor, vision_config: SiglipVisionConfig) -> None:
+    """Raises ValueError unless `pixels` are finite, normalised frames of the encoder's size: (F, 3, S, S)."""
+    size, channels = vision_config.image_size, vision_config.num_channels
+    if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (channels, size, size):
+        raise ValueError(
+            f"`{name}` must be (frames, {channels}, {size}, {size}), the frames of all media one after the other; "
+            f"got {tuple(pixels.shape)}. The processor makes it so; flatten a batch and time dimension and give "
+            "`video_num_frames`."
+        )
+    if not pixels.is_floating_point():
+        raise ValueError(f"`{name}` must hold normalised floats; got {pixels.dtype}: use the processor.")
+    if pixels.device.type != "meta" and not torch.isfinite(pixels).all():
+        raise ValueError(f"`{name}` must be finite; got NaN or infinity. Check the frames before the processor.")
+
+
+def frames_per_video(pixels: torch.Tensor, video_num_frames: torch.Tensor | None) -> list[int]:
+    """Frames of each video; all of them one video's when nothing is said.
+
+    Raises ValueError for videos without frames and for counts that do not add up.
+    """
+    frames = [len(pixels)] if video_num_frames is None else [int(count) for count in video_num_frames]
+    if min(frames, default=0) < 1 or sum(frames) != len(pixels):
+        raise ValueError(
+            f"`video_num_frames` must be positive and add up to the {len(pixels)} frames of "
+            f"`pixel_values_videos`; got {frames}."
+        )
+    return frames
+
+
+@dataclass
+class CrossLMMEncodedMedia(BaseModelOutputWithPooling):
+    """Encoded media of which several rows may use the same. Copies share tensors.
+
+    media_index: `pooler_output[j]` belongs to medium `media_index[j]` of `last_hidden_state` (F, N, D); None when each
+        has its own. So beams share patches.
+    row_index: the row in which each entry of `pooler_output` stands; None until somebody has looked.
+    """
+
+    media_index: tuple[int, ...] | None = None
+    row_index: tuple[int, ...] | None = None
+
+    def __deepcopy__(self, memo) -> "CrossLMMEncodedMedia":
+        return replace(self)
+
+
+def media_index(output: BaseModelOutputWithPooling) -> tuple[int, ...]:
+    """Which medium of `last_hidden_state` each entry of `pooler_output` is."""
+    index = output.media_index if isinstance(output, CrossLMMEncodedMedia) else None
+    return tuple(range(len(output.pooler_output))) if index is None else index
+
+
+def assign_rows(media: EncodedMedia, masks: dict[str, torch.Tensor]) -> dict[str, CrossLMMEncodedMedia]:
+    """The same media, each with the row in which it stands; the caller's dict and outputs stay untouched.
+
+    masks: placeholders (B, L) of each modality, as many as the media fill.
+    """
+    assigned = {}
+    for modality, output in media.items():
+        if output is None:
+            continue
+        row_index = output.row_index if isinstance(output, CrossLMMEncodedMedia) else None
+        if row_index is None:
+            rows = masks[modality].nonzero()[:, 0].cpu()
+            starts = torch.tensor([0, *(len(tokens) for tokens in output.pooler_output)]).cumsum(0)[:-1]
+            row_index = tuple(rows[starts].tolist())
+        assigned[modality] = CrossLMMEncodedMedia(
+            last_hidden_state=output.last_hidden_state,
+            pooler_output=tuple(output.pooler_output),
+            media_index=media_index(output),
+            row_index=row_index,
+        )
+    return assigned
+
+
+def expand_media(media: dict[str, CrossLMMEncodedMedia], times: int) -> dict[str, CrossLMMEncodedMedia]:
+    """Media for rows that are each repeated `times` times: A, B of one row become A, B, A, B. Nothing is copied."""
+    expanded = {}
+    for modality, output in media.items():
+        entries = list(zip(output.row_index, output.pooler_output, output.media_index, strict=True))
+        repeated = [
+            (row * times + copy, tokens, medium)
+            for row in dict.fromkeys(output.row_index)
+            for copy in range(times)
+            for own_row, tokens, medium in entries
+            if own_row == row
+        ]
+        rows, tokens, index = zip(*repeated, strict=True)
+        expanded[modality] = replace(output, pooler_output=tokens, media_index=index, row_index=rows)
+    return expanded
+
+
+def first_placeholders(mask: torch.Tensor, output: BaseModelOutputWithPooling) -> torch.Tensor:
+    """The placeholders (B, L) that media fill. Once their rows are known, what a row has beyond its media is text."""
+    if not isinstance(output, CrossLMMEncodedMedia) or output.row_index is None:
+        return mask
+    filled = torch.zeros(len(mask), 1, dtype=torch.long)
+    for row, tokens in zip(output.row_index, output.pooler_output, strict=True):
+        filled[row] += len(tokens)
+    return mask & (mask.cumsum(-1) <= filled.to(mask.device))
+
+
+def locate_media(
+    media: EncodedMedia, masks: dict[str, torch.Tensor], past_length: int, *, tokens_per_frame: int
+) -> tuple[list[list[Medium]], torch.Tensor, torch.Tensor]:
+    """Where the media of a call stand.
+
+    masks: placeholders (B, L) of each modality, as many as the media fill.
+    Returns the media of each row in the order in which they begin, with positions counted from the start of the cache;
+    the original tokens (F, N, D) in the order of rows and positions, each medium once; and the number of every frame
+    within its medium (F,).
+    Raises ValueError if the placeholders of one medium lie in two rows.
+    """
+    found: list[tuple[int, list[int], str, int]] = []  # row, positions, modality, medium
+    for modality, output in media.items():
+        places = masks[modality].nonzero().tolist()
+        taken = 0
+        for medium, pooled in zip(media_index(output), output.pooler_output, strict=True):
+            block = places[taken : taken + len(pooled)]
+            taken += len(pooled)
+            rows_touched = {row for row, _ in block}
+            if len(rows_touched) != 1:
+                raise ValueError(
+                    f"The {len(pooled)} placeholders of one {modality} must stand in one row; they stand in rows "
+                    f"{sorted(rows_touched)}. Give the media in the order of their placeholders."
+                )
+            found.append((block[0][0], [column + past_length for _, column in block], modality, medium))
+    found.sort(key=lambda item: (item[0], item[1][0]))
+
+    num_frames = {(modality, medium): len(p) // tokens_per_frame for _, p, modality, medium in found}
+    frames = {}
+    for modality, output in media.items():
+        mine = sorted(key for key in num_frames if key[0] == modality)
+        parts = output.last_hidden_state.split([num_frames[key] for key in mine])
+        frames.update(zip(mine, parts, strict=True))
+    if len(media) == 1 and list(num_frames) == list(frames):
+        original = next(iter(media.values())).last_hidden_state  # in order already: no copy
+    else:
+        original = torch.cat([frames[key] for key in num_frames])
+    frame_numbers = torch.cat([torch.arange(count) for count in num_frames.values()])
+
+    patches_per_frame = original.shape[1]
+    stretches, end = {}, 0
+    for key, count in num_frames.items():
+        stretches[key] = (end, end + count * patches_per_frame)
+        end += count * patches_per_frame
+    rows: list[list[Medium]] = [[] for _ in range(next(iter(masks.values())).shape[0])]
+    for row, positions, modality, medium in found:
+        whole = range(positions[0], positions[-1] + 1)
+        is_contiguous = len(whole) == len(positions)
+        rows[row].append(Medium(whole if is_contiguous else tuple(positions), stretches[modality, medium]))
+    return rows, original, frame_numbers
+
+
+def save_encoded_media(media: EncodedMedia, path: str | os.PathLike) -> None:
+    """Writes encoded media as one safetensors file, to be asked again without the video.
+
+    media: what `get_video_features` and `get_image_features` return, {"video": …, "image": …}.
+    """
+    tensors, metadata = {}, {}
+    for modality, output in media.items():
+        tensors[f"{modality}.original"] = output.last_hidden_state.contiguous()
+        tensors[f"{modality}.pooled"] = torch.cat(list(output.pooler_output)).contiguous()
+        metadata[f"{modality}.tokens"] = ",".join(str(len(tokens)) for tokens in output.pooler_output)
+    save_file(tensors, path, metadata={"format": "pt", **metadata})
+
+
+def load_encoded_media(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[str, CrossLMMEncodedMedia]:
+    """Reads what `save_encoded_media` wrote, ready for `mm_encoder_outputs`.
+
+    Raises ValueError if the file holds something else.
+    """
+    media = {}
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        metadata = file.metadata() or {}
+        for name, lengths in metadata.items():
+            modality, dot, kind = name.partition(".")
+            if dot and kind == "tokens":
+                pooled = file.get_tensor(f"{modality}.pooled").split([int(length) for length in lengths.split(",")])
+                media[modality] = CrossLMMEncodedMedia(
+                    last_hidden_state=file.get_tensor(f"{modality}.original"), pooler_output=tuple(pooled)
+                )
+    if not media:
+        raise ValueError(f"{os.fspath(path)!r} holds no encoded media; write them with `save_encoded_media`.")
+    return media
+
+
+__all__ = ["CrossLMMEncodedMedia", "load_encoded_media", "save_encoded_media"]
