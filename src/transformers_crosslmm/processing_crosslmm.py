@@ -1,0 +1,473 @@
+"""Chats, texts, videos and images to the inputs of a CrossLMM.
+
+A video becomes `<|video_pad|>` and an image `<|image_pad|>`, s·s of them per frame (an image is one frame).
+"""
+
+import io
+import os
+import re
+import urllib.parse
+import urllib.request
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, groupby, islice, pairwise
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from tokenizers import normalizers
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import load_image
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.video_processing_utils import VideoProcessorMixin
+
+from .video_processing_crosslmm import CrossLMMVideoMetadata, CrossLMMVideoProcessor, flatten_videos, is_nested
+
+IMAGE_TOKEN = "<|image_pad|>"
+VIDEO_TOKEN = "<|video_pad|>"
+VISION_END_TOKEN = "<|vision_end|>"
+MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", VISION_END_TOKEN, IMAGE_TOKEN, VIDEO_TOKEN)
+"""What the chat template writes around and for roles and media: Qwen2.5's own special tokens."""
+
+ESCAPE = "\ue000"
+"""Stands behind the first character of a special token that is text: it is then no special token when the tokenizer
+looks for those, and the tokenizer's normaliser drops the escape before the text is split into tokens. A private-use
+character, so no text loses anything."""
+
+CHAT_TEMPLATE = """\
+{%- macro render(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- elif content -%}
+        {%- for part in content -%}
+            {%- if part.type == "video" -%}
+                {{- "<|vision_start|><|video_pad|><|vision_end|>" -}}
+            {%- elif part.type == "image" -%}
+                {{- "<|vision_start|><|image_pad|><|vision_end|>" -}}
+            {%- elif part.text -%}
+                {{- part.text -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+    {{- "<|im_start|>" + message.role + "\\n" -}}
+    {%- if message.role == "assistant" -%}
+        {%- generation -%}
+            {{- render(message.content) + "<|im_end|>" -}}
+        {%- endgeneration -%}
+    {%- else -%}
+        {{- render(message.content) + "<|im_end|>" -}}
+    {%- endif -%}
+    {{- "\\n" -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- "<|im_start|>assistant\\n" -}}
+{%- endif -%}
+"""
+"""Qwen2.5's ChatML: a system prompt only if given, media where they stand, and marks for training on assistant turns
+(their words and their `<|im_end|>`)."""
+
+PLACEHOLDER = re.compile(f"({re.escape(IMAGE_TOKEN)}|{re.escape(VIDEO_TOKEN)})({re.escape(VISION_END_TOKEN)})?")
+MEDIA_SOURCES = {"video": ("video", "path", "url"), "image": ("image", "path", "url", "base64")}
+
+
+class CrossLMMProcessorKwargs(ProcessingKwargs, total=False):
+    """What Transformers' processors take, and:
+
+    time_instruction: say after each video how long it is, how many frames are seen and at which seconds.
+    """
+
+    time_instruction: bool
+
+
+class CrossLMMProcessor(ProcessorMixin):
+    """Transformers' SigLIP image processor, a Qwen2 tokenizer and `CrossLMMVideoProcessor` in one.
+
+    pooled_grid_size, pooling_mode: s and how, as in the model's config; patch_size: pixels of the vision tower's
+        patches. `from_config` takes them from there.
+    time_instruction: the default of that keyword argument of calls.
+
+    The tokenizer must know the marks of ChatML and of media (`MARKS`) as special tokens, as every Qwen2.5 tokenizer
+    does. It is given a normaliser that drops `ESCAPE`, so that text in chats cannot write those marks.
+    """
+
+    valid_processor_kwargs = CrossLMMProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor: BaseImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        video_processor: CrossLMMVideoProcessor,
+        chat_template: str | dict[str, str] | None = None,
+        pooled_grid_size: int = 3,
+        pooling_mode: Literal["bilinear", "average"] = "bilinear",
+        patch_size: int = 14,
+        time_instruction: bool = False,
+    ) -> None:
+        super().__init__(
+            image_processor,
+            tokenizer,
+            video_processor,
+            chat_template=CHAT_TEMPLATE if chat_template is None else chat_template,
+        )
+        self.pooled_grid_size = pooled_grid_size
+        self.pooling_mode = pooling_mode
+        self.patch_size = patch_size
+        self.time_instruction = time_instruction
+        size = video_processor.size
+        if not 1 <= pooled_grid_size <= min(size.height, size.width) // patch_size:
+            raise ValueError(
+                f"`pooled_grid_size` must lie between 1 and the patch grid, {size.height // patch_size}×"
+                f"{size.width // patch_size} for frames of {size.height}×{size.width} and `patch_size` {patch_size}; "
+                f"got {pooled_grid_size}."
+            )
+        if pooling_mode not in ("bilinear", "average"):
+            raise ValueError(f'`pooling_mode` must be "bilinear" or "average"; got {pooling_mode!r}.')
+        self.image_token, self.video_token = IMAGE_TOKEN, VIDEO_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.video_token_id = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
+        self._make_marks_escapable()
+
+    @classmethod
+    def from_config(
+        cls,
+        config: PreTrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chat_template: str | dict[str, str] | None = None,
+        time_instruction: bool = False,
+        **video_defaults: Any,
+    ) -> "CrossLMMProcessor":
+        """The processor of a model with this `CrossLMMConfig`.
+
+        video_defaults: attributes of the video processor, such as `num_frames`. Raises ValueError where the tokenizer
+        and the config disagree on the ids of the placeholders.
+        """
+        size = {"height": config.vision_config.image_size, "width": config.vision_config.image_size}
+        processor = cls(
+            SiglipImageProcessorPil(size=size, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5]),
+            tokenizer,
+            CrossLMMVideoProcessor(size=size, **video_defaults),
+            chat_template=chat_template,
+            pooled_grid_size=config.pooled_grid_size,
+            pooling_mode=config.pooling_mode,
+            patch_size=config.vision_config.patch_size,
+            time_instruction=time_instruction,
+        )
+        for name in ("image_token_id", "video_token_id"):
+            if getattr(config, name) != getattr(processor, name):
+                raise ValueError(
+                    f"`{name}` of the config is {getattr(config, name)}, of the tokenizer {getattr(processor, name)}. "
+                    "Build the config with the tokenizer's ids."
+                )
+        return processor
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Placeholders per frame of a video and per image."""
+        return self.pooled_grid_size**2
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        """As in Transformers, which looks for the video processor's base class where only torchvision puts it."""
+        if argument_name != "video_processor":
+            return super().check_argument_for_proper_class(argument_name, argument)
+        if not isinstance(argument, VideoProcessorMixin):
+            raise TypeError(f"`video_processor` must be a CrossLMMVideoProcessor; got {type(argument).__name__}.")
+        return VideoProcessorMixin
+
+    def __call__(self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any):
+        """Model inputs from texts in which each `<|video_pad|>` and `<|image_pad|>` stands for the next medium.
+
+        text: a string or a list of strings. images, videos: one, a flat list, or a list per text; see
+        `CrossLMMVideoProcessor` for what a video is. Options of the tokenizer and of the two processors are passed by
+        name, or in `text_kwargs`, `images_kwargs` and `videos_kwargs`.
+
+        Returns `input_ids` and `attention_mask` with the placeholders expanded, `pixel_values_videos` (frames of all
+        videos, 3, S, S), `video_num_frames` (videos,), `pixel_values` (images, 3, S, S), each if there is something
+        for it, and with `return_metadata=True` a `CrossLMMVideoMetadata` per video in `video_metadata`.
+
+        Raises ValueError when placeholders and media do not match in number, before anything is decoded, and when
+        truncation would cut placeholders.
+        """
+        if audio is not None:
+            raise ValueError("CrossLMM has no ear: `audio` must be None.")
+        if images is None and text is None and videos is None:
+            raise ValueError("Nothing to process: pass `text`, `images` or `videos`.")
+        texts = None if text is None else _as_texts(text)
+        flat_images, images_per_sample = _flatten_images(images)
+        flat_videos = [] if videos is None else flatten_videos(videos)
+        videos_per_sample = [len(sample or []) for sample in videos] if is_nested(videos) else None
+        if texts is not None:
+            _check_counts("image", IMAGE_TOKEN, texts, len(flat_images), images_per_sample)
+            _check_counts("video", VIDEO_TOKEN, texts, len(flat_videos), videos_per_sample)
+
+        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        text_options = options["text_kwargs"]
+        return_tensors = text_options.pop("return_tensors", None)
+        return_mm_token_type_ids = text_options.pop("return_mm_token_type_ids", False)
+        return_offsets = text_options.pop("return_text_replacement_offsets", False)
+
+        media: dict[str, Any] = {}
+        metadata: list[CrossLMMVideoMetadata] = []
+        num_frames: list[int] = []
+        if flat_images:
+            media |= self.image_processor(flat_images, **options["images_kwargs"] | {"return_tensors": "pt"})
+        if flat_videos:
+            video_options = options["videos_kwargs"] | {"return_metadata": True, "return_tensors": "pt"}
+            media |= self.video_processor(
+                [flat_videos], **video_options
+            )  # in one list, as one sample: see `is_nested`
+            metadata, num_frames = media.pop("video_metadata"), media["video_num_frames"].tolist()
+            self._describe_pooling(metadata, media["pixel_values_videos"])
+
+        encoded: dict[str, Any] = {}
+        if texts is not None:
+            expanded, offsets = self._expand(texts, num_frames, metadata, say_times=options["time_instruction"])
+            encoded |= self.tokenizer(expanded, **text_options)
+            self._check_special_mm_tokens(expanded, encoded, modalities=["image", "video"])
+            if return_offsets:
+                encoded["text_replacement_offsets"] = offsets
+            if return_mm_token_type_ids:
+                encoded["mm_token_type_ids"] = self.create_mm_token_type_ids(encoded["input_ids"])
+            self._locate_frames(texts, num_frames, metadata, encoded["input_ids"])
+        if metadata and options["videos_kwargs"].get("return_metadata", self.video_processor.return_metadata):
+            media["video_metadata"] = metadata
+        return BatchFeature(
+            encoded | media, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion
+        )
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        *,
+        load_audio_from_video: bool = False,
+        sanitize_control_tokens: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """As in Transformers: one chat or a list of chats to text, ids (`tokenize`) or model inputs (`return_dict`).
+
+        Content is a string or a list of parts `{"type": "text", "text": …}`, `{"type": "video", "video" | "path" |
+        "url": …}`, `{"type": "image", "image" | "path" | "url" | "base64": …}`; keys that are None count as absent.
+        Special tokens in texts are always escaped and so become ordinary characters, in the returned text as well.
+        load_audio_from_video: servers set it for every model; there is nothing to hear, so it changes nothing.
+        """
+        if not isinstance(conversation, list | tuple) or not conversation:
+            raise ValueError("A chat is a list of messages, at least one; a batch is a list of chats.")
+        if isinstance(conversation[0], Mapping):
+            conversation = [self._prepared_message(message) for message in conversation]
+        else:
+            conversation = [
+                [self._prepared_message(message) for message in getattr(chat, "messages", chat)]
+                for chat in conversation
+            ]
+        return super().apply_chat_template(conversation, chat_template, **kwargs)
+
+    def _prepared_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """The message without None, its parts checked and reduced to type and source, its texts escaped."""
+        return {
+            key: self._prepared_content(value)
+            if key == "content" and isinstance(value, list | tuple)
+            else self._escaped(value)
+            for key, value in message.items()
+            if value is not None
+        }
+
+    def _prepared_content(self, parts: Sequence[Any]) -> list[dict[str, Any]]:
+        prepared: list[dict[str, Any]] = []
+        for is_text, run in groupby(map(_prepared_part, parts), key=lambda part: part["type"] == "text"):
+            if is_text:  # together: a special token may begin in one part and end in the next
+                texts = self._escaped_texts([part["text"] for part in run])
+                prepared += [{"type": "text", "text": text} for text in texts]
+            else:
+                prepared += run
+        return prepared
+
+    def _escaped(self, value: Any) -> Any:
+        """The value with all strings in it escaped."""
+        if isinstance(value, str):
+            return self._escaped_texts([value])[0]
+        if isinstance(value, Mapping):
+            return {key: self._escaped(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._escaped(item) for item in value]
+        return value
+
+    def _escaped_texts(self, texts: list[str]) -> list[str]:
+        """Texts that are no special tokens, neither alone nor one after the other."""
+        joined = "".join(texts)
+        places = [match.start() + 1 for match in self._special_tokens.finditer(joined)]
+        pieces = [joined[start:end] for start, end in pairwise([0, *places, len(joined)])]
+        ends = [end + bisect_left(places, end) for end in accumulate(map(len, texts))]
+        escaped = ESCAPE.join(pieces)
+        return [escaped[start:end] for start, end in pairwise([0, *ends])]
+
+    def _make_marks_escapable(self) -> None:
+        """Learn the tokenizer's special tokens, and let it drop `ESCAPE` once it has looked for them."""
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                f"CrossLMM needs a tokenizer with a `tokenizers` backend; got {type(self.tokenizer).__name__}."
+            )
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special}
+        missing = [mark for mark in MARKS if mark not in special]
+        if missing:
+            raise ValueError(
+                f"The tokenizer must have the special tokens {', '.join(MARKS)}; it lacks {', '.join(missing)}. Use a "
+                "Qwen2.5 tokenizer, or add them with `add_special_tokens` and give the model their ids."
+            )
+        longest_first = sorted(special, key=len, reverse=True)
+        self._special_tokens = re.compile("|".join(map(re.escape, longest_first)))
+        backend = self.tokenizer.backend_tokenizer
+        if backend.normalizer is None or backend.normalizer.normalize_str(ESCAPE):
+            drop = normalizers.Replace(ESCAPE, "")
+            steps = [drop] if backend.normalizer is None else [drop, backend.normalizer]
+            backend.normalizer = normalizers.Sequence(steps)
+        escaped_ids = self.tokenizer(self._escaped("".join(MARKS)), add_special_tokens=False)["input_ids"]
+        written = [mark for mark in MARKS if self.tokenizer.convert_tokens_to_ids(mark) in escaped_ids]
+        if written:
+            raise ValueError(
+                f"The tokenizer finds {', '.join(written)} in normalised text, so that a chat's text could write "
+                "them. Add them with `normalized=False`."
+            )
+
+    def _describe_pooling(self, metadata: list[CrossLMMVideoMetadata], pixels: Tensor) -> None:
+        height, width = pixels.shape[-2:]
+        for video in metadata:
+            video.patch_grid = (height // self.patch_size, width // self.patch_size)
+            video.pooled_grid = (self.pooled_grid_size, self.pooled_grid_size)
+            video.pooling_mode = self.pooling_mode
+
+    def _expand(
+        self, texts: list[str], num_frames: list[int], metadata: list[CrossLMMVideoMetadata], *, say_times: bool
+    ) -> tuple[list[str], list[list[dict[str, Any]]]]:
+        """The texts with as many placeholders as there are tokens, and where (`span`) and to what (`new_span`)."""
+        videos = iter(zip(num_frames, metadata, strict=True))
+        expanded, offsets = [], []
+        for text in texts:
+            pieces: list[str] = []
+            replaced: list[dict[str, Any]] = []
+            length = last = 0
+            for match in PLACEHOLDER.finditer(text):
+                token, end_mark = match.group(1), match.group(2) or ""
+                if token == IMAGE_TOKEN:
+                    replacement = token * self.tokens_per_frame + end_mark
+                else:
+                    frames, video = next(videos)
+                    replacement = token * (self.tokens_per_frame * frames) + end_mark
+                    replacement += _time_instruction(frames, video) if say_times else ""
+                pieces += [text[last : match.start()], replacement]
+                length += match.start() - last + len(replacement)
+                last = match.end()
+                replaced.append({"span": match.span(), "new_span": (length - len(replacement), length)})
+            expanded.append("".join([*pieces, text[last:]]))
+            offsets.append(replaced)
+        return expanded, offsets
+
+    def _locate_frames(
+        self,
+        texts: list[str],
+        num_frames: list[int],
+        metadata: list[CrossLMMVideoMetadata],
+        input_ids: list[list[int]],
+    ) -> None:
+        videos = iter(zip(num_frames, metadata, strict=True))
+        for row, (text, ids) in enumerate(zip(texts, input_ids, strict=True)):
+            positions = [position for position, token_id in enumerate(ids) if token_id == self.video_token_id]
+            starts = iter(positions[:: self.tokens_per_frame])
+            for _ in range(text.count(VIDEO_TOKEN)):
+                frames, video = next(videos)
+                video.sample_index = row
+                video.token_spans = [(start, start + self.tokens_per_frame) for start in islice(starts, frames)]
+
+
+def _time_instruction(num_frames: int, video: CrossLMMVideoMetadata) -> str:
+    if video.frame_times is None or video.duration is None:
+        raise ValueError(
+            "`time_instruction` needs to know when each frame was shown; got frames without a frame rate. Pass "
+            "`video_metadata` with `fps`, or leave the instruction out."
+        )
+    moments = ", ".join(f"{seconds:.1f}" for seconds in video.frame_times)
+    return f"\nThe video lasts {video.duration:.1f} seconds. Seen of it: {num_frames} frames, at seconds {moments}.\n"
+
+
+def _prepared_part(part: Any) -> dict[str, Any]:
+    """A part of a message as {"type": "text", "text": …} or {"type": …, source: …}; keys that are None are dropped."""
+    if isinstance(part, str):
+        part = {"type": "text", "text": part}
+    part = {key: value for key, value in part.items() if value is not None}
+    kind = part.get("type") or next((name for name in ("text", *MEDIA_SOURCES) if name in part), None)
+    if kind in ("image_url", "video_url"):  # OpenAI's words
+        source = part[kind]
+        kind, part = kind.removesuffix("_url"), {"url": source["url"] if isinstance(source, Mapping) else source}
+    if kind == "text":
+        return {"type": "text", "text": part.get("text", "")}
+    if kind not in MEDIA_SOURCES:
+        raise ValueError(f"The `type` of a part of a message must be text, image or video; got {kind!r}.")
+    sources = [name for name in MEDIA_SOURCES[kind] if name in part]
+    if len(sources) > 1:
+        raise ValueError(f"A part of a message holds one {kind}; got {', '.join(sources)}. Split it into parts.")
+    return {"type": kind} | {name: part[name] for name in sources}
+
+
+def _as_texts(text: Any) -> list[str]:
+    texts = [text] if isinstance(text, str) else text
+    if not isinstance(texts, list | tuple) or not all(isinstance(sample, str) for sample in texts):
+        raise ValueError(f"`text` must be a string or a list of strings; got {type(text).__name__}.")
+    return list(texts)
+
+
+def _flatten_images(images: Any) -> tuple[list[Any], list[int] | None]:
+    """A flat list of what the image processor takes, and how many images each sample has, if they came so."""
+    if images is None:
+        return [], None
+    if isinstance(images, np.ndarray | Tensor) and images.ndim == 4:
+        images = list(images)
+    if not isinstance(images, list | tuple):
+        images = [images]
+    counts = None
+    if images and all(sample is None or isinstance(sample, list | tuple) for sample in images):
+        counts = [len(sample or []) for sample in images]
+        images = [image for sample in images for image in sample or []]
+    return [_image(image) for image in images], counts
+
+
+def _image(image: Any) -> Any:
+    """An image in a form that Transformers' image processors open: theirs, or bytes, a file object, a path, a URI."""
+    if isinstance(image, Mapping):  # `datasets` with decode=False
+        image = image["path"] if image.get("bytes") is None else image["bytes"]
+    if isinstance(image, bytes | bytearray | memoryview):
+        image = io.BytesIO(image)
+    if isinstance(image, os.PathLike):
+        return os.fspath(image)
+    if isinstance(image, str) and image.startswith("file://"):
+        return urllib.request.url2pathname(urllib.parse.urlsplit(image).path)
+    if isinstance(image, str | Image.Image | np.ndarray | Tensor):
+        return image
+    if hasattr(image, "read"):
+        return load_image(Image.open(image))
+    raise TypeError(
+        "An image is a PIL image, an array or tensor (H, W, 3) or (3, H, W), a path, URL, base64 string, bytes or a "
+        f"file object; got {type(image).__name__}."
+    )
+
+
+def _check_counts(kind: str, token: str, texts: list[str], num_media: int, per_sample: list[int] | None) -> None:
+    """Raise ValueError unless there is one placeholder per medium, in all or, for media in lists, in each text."""
+    if per_sample is not None and len(per_sample) != len(texts):
+        raise ValueError(
+            f"`{kind}s` has {len(per_sample)} lists for {len(texts)} texts. Pass one list per text, empty where a "
+            f"text has no {kind}, or a flat list."
+        )
+    placeholders = [text.count(token) for text in texts]
+    if sum(placeholders) != num_media or (per_sample is not None and placeholders != per_sample):
+        counts = f"; per text {placeholders} and {per_sample}" if per_sample is not None else ""
+        raise ValueError(
+            f"`text` has {sum(placeholders)} {token} for {num_media} {kind}s{counts}. Write one {token} for each "
+            f"{kind}, in their order, or leave both to `apply_chat_template`."
+        )
