@@ -1,14 +1,66 @@
-"""CrossLMM for Hugging Face Transformers."""
+"""CrossLMM for Hugging Face Transformers: import it, and the Auto classes and `pipeline` know the model."""
 
 from pathlib import Path
 
-from ._version import __version__
-from .configuration_crosslmm import CrossLMMConfig, CrossLMMTextConfig
-from .modeling_crosslmm import (
+from ._torchvision import hide_broken_torchvision
+
+hide_broken_torchvision()
+
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # noqa: E402
+from transformers.models.auto.video_processing_auto import AutoVideoProcessor  # noqa: E402
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil  # noqa: E402
+
+from ._version import __version__  # noqa: E402
+from .configuration_crosslmm import CrossLMMConfig, CrossLMMTextConfig  # noqa: E402
+from .media_crosslmm import load_encoded_media, save_encoded_media  # noqa: E402
+from .modeling_crosslmm import (  # noqa: E402
     CrossLMMForConditionalGeneration,
     CrossLMMModel,
     CrossLMMPreTrainedModel,
     CrossLMMTextModel,
 )
+from .processing_crosslmm import CrossLMMProcessor  # noqa: E402
+from .video_decoding import VideoDecodeWarning, VideoError, VideoLimits, decode_video  # noqa: E402
+from .video_processing_crosslmm import CrossLMMVideoProcessor  # noqa: E402
 
 TINY_CHECKPOINT = Path(__file__).parent / "tiny_checkpoint"
+"""Folder of the small trained checkpoint that comes with the package."""
+
+AutoConfig.register("crosslmm", CrossLMMConfig, exist_ok=True)
+AutoConfig.register("crosslmm_text", CrossLMMTextConfig, exist_ok=True)
+AutoModel.register(CrossLMMConfig, CrossLMMModel, exist_ok=True)
+AutoModel.register(CrossLMMTextConfig, CrossLMMTextModel, exist_ok=True)
+AutoModelForImageTextToText.register(CrossLMMConfig, CrossLMMForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(CrossLMMConfig, CrossLMMForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(CrossLMMConfig, CrossLMMProcessor, exist_ok=True)
+AutoVideoProcessor.register(CrossLMMConfig, CrossLMMVideoProcessor, exist_ok=True)
+AutoImageProcessor.register(
+    CrossLMMConfig,
+    image_processor_classes={"pil": SiglipImageProcessorPil, "torchvision": SiglipImageProcessorPil},
+    exist_ok=True,
+)
+__all__ = [
+    "TINY_CHECKPOINT",
+    "CrossLMMConfig",
+    "CrossLMMForConditionalGeneration",
+    "CrossLMMModel",
+    "CrossLMMPreTrainedModel",
+    "CrossLMMProcessor",
+    "CrossLMMTextConfig",
+    "CrossLMMTextModel",
+    "CrossLMMVideoProcessor",
+    "VideoDecodeWarning",
+    "VideoError",
+    "VideoLimits",
+    "__version__",
+    "decode_video",
+    "load_encoded_media",
+    "save_encoded_media",
+]

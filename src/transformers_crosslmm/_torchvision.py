@@ -1,0 +1,30 @@
+"""Keeps a broken torchvision from taking Transformers with it. Nothing here needs torchvision."""
+
+import importlib.util
+import sys
+import warnings
+
+
+def hide_broken_torchvision() -> None:
+    """Hides an installed torchvision that does not import (one built for another torch, mostly), with one warning.
+
+    Transformers asks only whether it is installed, and then fails wherever it imports it: in processors, pipelines and
+    most models.
+    """
+    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        import torchvision  # noqa: F401
+    except (RuntimeError, OSError, AttributeError, ImportError) as error:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        sys.modules["torchvision"] = None  # type: ignore[assignment]
+        import_utils = sys.modules.get("transformers.utils.import_utils")
+        for check in ("is_torchvision_available", "is_torchvision_v2_available", "is_torchvision_greater_or_equal"):
+            if import_utils is not None and hasattr(getattr(import_utils, check, None), "cache_clear"):
+                getattr(import_utils, check).cache_clear()
+        warnings.warn(
+            f"The installed torchvision does not work with this torch ({error}); going on as if it were not installed. "
+            "Uninstall it, or install the build that matches torch.",
+            stacklevel=3,
+        )
