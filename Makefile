@@ -1,0 +1,34 @@
+# `make demo` answers questions about a video; `make test` runs the tests. Both set up all they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP := setup.cfg requirements/constraints.txt
+
+.PHONY: demo test test-slow test-gpu check clean
+
+demo: $(VENV)/.installed  ## questions about samples/shapes.mp4, answered by the bundled checkpoint
+	@$(BIN)/python -m transformers_crosslmm.demo_tiny samples
+
+test: $(VENV)/.installed  ## the fast tests
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/.installed  ## the tests that need a GPU; a missing one is a failure
+	CROSSLMM_EXPECT_GPU=1 $(BIN)/python -m pytest -m gpu
+
+check: $(VENV)/.installed  ## lint, format and types; repairs nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+
+# torch first and by itself: pinned, so that no later requirement brings another build.
+$(VENV)/.installed: $(SETUP)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt -e ".[dev]"
+	touch $@
