@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration
+    from transformers import Qwen2Tokenizer
+
+    from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration, CrossLMMProcessor
 
 
 def tiny_config(
@@ -72,3 +74,34 @@ def random_model(
                 value = noise / parameter[0].numel() ** 0.5  # keeps the size of what goes through
             parameter.copy_(value)
     return model
+
+
+def tiny_tokenizer() -> Qwen2Tokenizer:
+    """A Qwen2 tokenizer whose vocabulary is the 256 bytes, three merges and Qwen2.5's marks for roles and media."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    merges = ["< |", "| >", "i m"]  # so that cutting a mark in pieces shows in its ids
+    vocabulary = [*sorted(ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in merges)]
+    marks = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    return Qwen2Tokenizer(
+        vocab={token: token_id for token_id, token in enumerate(vocabulary)},
+        merges=merges,
+        eos_token="<|im_end|>",
+        extra_special_tokens=marks,
+    )
+
+
+def tiny_processor(**overrides: Any) -> CrossLMMProcessor:
+    """The processor of `tiny_config()`: frames of 33×33, a 5×5 patch grid, nine tokens per frame."""
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    from transformers_crosslmm import CrossLMMProcessor, CrossLMMVideoProcessor
+
+    size = {"height": 33, "width": 33}
+    return CrossLMMProcessor(
+        SiglipImageProcessorPil(size=size),
+        tiny_tokenizer(),
+        CrossLMMVideoProcessor(size=size),
+        **({"pooled_grid_size": 3, "patch_size": 6} | overrides),
+    )

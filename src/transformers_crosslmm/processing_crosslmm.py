@@ -206,7 +206,7 @@ class CrossLMMProcessor(ProcessorMixin):
             _check_counts("image", IMAGE_TOKEN, texts, len(flat_images), images_per_sample)
             _check_counts("video", VIDEO_TOKEN, texts, len(flat_videos), videos_per_sample)
 
-        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        options: dict[str, Any] = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_options = options["text_kwargs"]
         return_tensors = text_options.pop("return_tensors", None)
         return_mm_token_type_ids = text_options.pop("return_mm_token_type_ids", False)
@@ -225,10 +225,10 @@ class CrossLMMProcessor(ProcessorMixin):
             metadata, num_frames = media.pop("video_metadata"), media["video_num_frames"].tolist()
             self._describe_pooling(metadata, media["pixel_values_videos"])
 
-        encoded: dict[str, Any] = {}
+        encoded = BatchFeature()
         if texts is not None:
             expanded, offsets = self._expand(texts, num_frames, metadata, say_times=options["time_instruction"])
-            encoded |= self.tokenizer(expanded, **text_options)
+            encoded.update(self.tokenizer(expanded, **text_options))
             self._check_special_mm_tokens(expanded, encoded, modalities=["image", "video"])
             if return_offsets:
                 encoded["text_replacement_offsets"] = offsets
@@ -238,10 +238,10 @@ class CrossLMMProcessor(ProcessorMixin):
         if metadata and options["videos_kwargs"].get("return_metadata", self.video_processor.return_metadata):
             media["video_metadata"] = metadata
         return BatchFeature(
-            encoded | media, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion
+            {**encoded, **media}, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion
         )
 
-    def apply_chat_template(
+    def apply_chat_template(  # type: ignore[override]
         self,
         conversation: Any,
         chat_template: str | None = None,

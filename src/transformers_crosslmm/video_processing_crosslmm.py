@@ -175,9 +175,9 @@ class FramesInMemory:
 
         values = {"total_num_frames": len(frames)} | {k: v for k, v in dict(metadata or {}).items() if v is not None}
         self.metadata = VideoMetadata(**values)
-        self.numbers = self.metadata.frames_indices
-        if self.numbers is None:
-            self.numbers = range(len(frames))
+        numbers = self.metadata.frames_indices  # a list or, from Transformers' own readers, an array
+        self.numbers: Sequence[int] = range(len(frames)) if numbers is None else [int(number) for number in numbers]
+        if numbers is None:
             if self.metadata.total_num_frames != len(frames):
                 raise ValueError(
                     f"`video_metadata` speaks of {self.metadata.total_num_frames} frames, the video holds "
@@ -214,7 +214,7 @@ class FramesInMemory:
             height=first.shape[-2],
             width=first.shape[-1],
             video_backend=self.metadata.video_backend,
-            frames_indices=[int(self.numbers[index]) for index in chosen],
+            frames_indices=[self.numbers[index] for index in chosen],
             frame_times=None if fps is None else [self.numbers[index] / fps for index in chosen],
         )
         return _stack([transform(self._frame(index)) for index in chosen]), metadata
@@ -322,7 +322,7 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
     valid_kwargs = CrossLMMVideosKwargs
     model_input_names = ["pixel_values_videos", "video_num_frames"]
 
-    size = {"height": 384, "width": 384}
+    size: Any = {"height": 384, "width": 384}
     resample = PILImageResampling.BICUBIC
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
@@ -330,8 +330,8 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
     do_rescale = True
     do_normalize = True
     do_sample_frames = True
-    num_frames = None
-    fps = 1.0
+    num_frames: int | None = None
+    fps: float | None = 1.0
     max_frames = 256
 
     def __init__(self, **kwargs: Any) -> None:
@@ -343,7 +343,7 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
             self.fps = None
 
     @classmethod
-    def from_dict(cls, video_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls, video_processor_dict: dict[str, Any], **kwargs: Any) -> Any:  # type: ignore[override]
         """As in Transformers; an overriding `fps` clears a saved `num_frames` and the other way round."""
         if kwargs.get("num_frames") is not None or kwargs.get("fps") is not None:
             video_processor_dict = video_processor_dict | {"num_frames": None, "fps": None}
@@ -356,7 +356,7 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
         TypeError for options that contradict each other, videos without frames, of a wrong rank, layout or value
         range, and seconds asked of frames without a clock; VideoError for files that cannot be decoded.
         """
-        validate_typed_dict(self.valid_kwargs, kwargs)
+        validate_typed_dict(self.valid_kwargs, kwargs)  # type: ignore[type-var]
         asked = {name: kwargs.pop(name, None) for name in SAMPLING_KWARGS}
         for name in self.valid_kwargs.__annotations__:
             if kwargs.get(name) is None:
@@ -534,7 +534,7 @@ def _is_real_number(dtype: torch.dtype) -> bool:
     return dtype != torch.bool and not dtype.is_complex
 
 
-def _resize(frame: Tensor, *, size: SizeDict, resample: int) -> Tensor:
+def _resize(frame: Tensor, *, size: Any, resample: int) -> Tensor:
     """(3, H, W) to (3, S, S) of the same dtype, as PIL does it within one grey level."""
     if frame.shape[-2:] == (size.height, size.width):
         return frame

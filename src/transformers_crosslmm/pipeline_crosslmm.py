@@ -1,0 +1,170 @@
+"""Video and question to answer, for `transformers.pipeline`."""
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import ImageTextToTextPipeline
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.pipelines.base import Pipeline
+from transformers.pipelines.image_text_to_text import ReturnType
+from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
+from transformers.utils.chat_template_utils import Chat, is_valid_message
+
+from .video_processing_crosslmm import flatten_videos, is_nested
+
+
+class Question(Chat):
+    """A chat of one turn made of videos and a question; it is answered with a string, not with a longer chat."""
+
+    def __init__(self, videos: list[Any], text: str) -> None:
+        parts = [{"type": "video", "video": video} for video in videos]
+        super().__init__([{"role": "user", "content": [*parts, {"type": "text", "text": text}]}])  # type: ignore[arg-type]
+        self.text = text
+
+
+class VideoTextToTextPipeline(ImageTextToTextPipeline):
+    """`pipeline("video-text-to-text", model=folder)`: answers chats, and questions about videos.
+
+        pipe([{"role": "user", "content": [{"type": "video", "path": "clip.mp4"}, {"type": "text", "text": "Why?"}]}])
+        pipe([chat, chat], batch_size=2)
+        pipe(videos="clip.mp4", text="Why?")
+        pipe(videos=["a.mp4", "b.mp4"], text=["Why?", "When?"])  # of each, its own
+        pipe(videos=["a.mp4", "b.mp4"], text="Which is longer?")  # of both
+
+    All parameters are those of `ImageTextToTextPipeline`: `max_new_tokens`, `generate_kwargs` (with a streamer, say),
+    `processor_kwargs` (`{"num_frames": 8}`), `return_full_text`, `return_tensors`, `continue_final_message`, …
+
+    Returns a list of `{"input_text", "generated_text"}` for one input, one per returned sequence, and a list of those
+    for several. `generated_text` is, for a chat, the chat with the answer, for a question, the answer;
+    `return_full_text` chooses otherwise.
+    """
+
+    _load_video_processor = False  # type: ignore[assignment]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # The parent's own __init__ adds a check of the class name against Transformers' models, which logs an error.
+        Pipeline.__init__(self, *args, **kwargs)
+
+    def __call__(self, videos: Any = None, text: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Answer chats (first argument or `text`), or questions `text` about `videos`.
+
+        videos: of one question one or several; of a list of questions one each, or a list each. Inputs may also be
+        mappings with "videos" and "text", and lists, generators and datasets of chats, questions and such mappings.
+        Raises ValueError when videos and questions differ in number.
+        """
+        if videos is None and text is None:
+            raise ValueError("Nothing to answer: pass a chat, or `videos` and `text`.")
+        if videos is not None and text is not None:
+            return Pipeline.__call__(self, _questions(videos, text), **kwargs)
+        inputs = text if videos is None else videos
+        if isinstance(inputs, str):
+            if videos is not None:
+                raise ValueError(f"A question is missing: pass `text` along with `videos={inputs!r}`.")
+            return Pipeline.__call__(self, Question([], inputs), **kwargs)
+        if isinstance(inputs, list | tuple) and not is_valid_message(inputs[0]):
+            inputs = [_as_chat(item) for item in inputs]
+        elif isinstance(inputs, Mapping):
+            inputs = _as_chat(inputs)
+        return Pipeline.__call__(self, inputs, **kwargs)
+
+    def preprocess(self, inputs: Any = None, *args: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
+        """Model inputs of one chat, of one mapping with "videos" and "text", or of what else `__call__` names."""
+        return super().preprocess(_as_chat(inputs), *args, **kwargs)
+
+    def get_iterator(
+        self,
+        inputs: Any,
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict[str, Any],
+        forward_params: dict[str, Any],
+        postprocess_params: dict[str, Any],
+    ) -> Iterable[Any]:
+        """As in Transformers, whose collation would pad frames like tokens and keep the first frame of each video."""
+        if batch_size == 1:
+            return super().get_iterator(
+                inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
+            )
+        as_dataset = PipelineDataset if hasattr(inputs, "__len__") else PipelineIterator
+        loader = DataLoader(
+            as_dataset(inputs, self.preprocess, preprocess_params),
+            num_workers=num_workers,
+            batch_size=batch_size,
+            collate_fn=self._collate,
+        )
+        outputs = PipelineIterator(loader, self.forward, forward_params, loader_batch_size=batch_size)
+        return PipelineIterator(outputs, self.postprocess, postprocess_params)
+
+    def _collate(self, items: list[BatchFeature]) -> BatchFeature:
+        """Texts padded on the left, for generation; frames, frame counts and images one after the other."""
+        names = ("input_ids", "attention_mask")
+        rows = [{name: item[name][0] for name in names} for item in items]
+        padded = self.tokenizer.pad(rows, padding=True, padding_side="left", return_tensors="pt")
+        batch = {name: padded[name] for name in names}
+        for name in ("pixel_values_videos", "video_num_frames", "pixel_values"):
+            tensors = [item[name] for item in items if name in item]
+            if tensors:
+                batch[name] = torch.cat(tensors)
+        return BatchFeature(batch | {"text": [item["text"] for item in items]})
+
+    def postprocess(  # type: ignore[override]
+        self, model_outputs: dict[str, Any], return_type: ReturnType | None = None, **kwargs: Any
+    ) -> list[dict[str, Any]]:
+        """Records of one input; see the class."""
+        prompt = model_outputs["prompt_text"]
+        if isinstance(prompt, Question):
+            model_outputs = model_outputs | {"prompt_text": prompt.text}
+        elif (last := prompt.messages[-1])["role"] == "assistant" and isinstance(last["content"], str):
+            # The parent appends a continuation to parts only.
+            last = last | {"content": [{"type": "text", "text": last["content"]}]}
+            model_outputs = model_outputs | {"prompt_text": Chat([*prompt.messages[:-1], last])}  # type: ignore[arg-type]
+        if return_type is None:
+            return_type = ReturnType.NEW_TEXT if isinstance(prompt, Question) else ReturnType.FULL_TEXT
+        return super().postprocess(model_outputs, return_type=return_type, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save model and processor, so that `pipeline("video-text-to-text", model=save_directory)` loads them.
+
+        Only a model that travels as remote code gets `custom_pipelines` and the pipeline's file: with that key in its
+        config a folder asks for `trust_remote_code` even where this package is installed.
+        """
+        if self.model.is_remote_code():
+            super().save_pretrained(save_directory, **kwargs)
+        else:
+            vars(self.model.config).pop("custom_pipelines", None)
+            self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
+
+def _questions(videos: Any, text: Any) -> Question | list[Question]:
+    if isinstance(text, str):
+        return Question(flatten_videos(videos), text)
+    if not isinstance(text, list | tuple) or not all(isinstance(question, str) for question in text):
+        raise ValueError("Beside `videos`, `text` is a question or a list of questions. Put a chat's videos into it.")
+    groups = [list(group or []) for group in videos] if is_nested(videos) else [[v] for v in flatten_videos(videos)]
+    if len(text) != len(groups):
+        raise ValueError(
+            f"{len(text)} questions for {len(groups)} videos. Pass one video per question, or a list of videos per "
+            "question."
+        )
+    return [Question(group, question) for group, question in zip(groups, text, strict=True)]
+
+
+def _as_chat(item: Any) -> Chat:
+    """A chat of what may stand for one input: a chat, its messages, a question, or {"videos": …, "text": …}."""
+    if isinstance(item, Chat):
+        return item
+    if isinstance(item, str):
+        return Question([], item)
+    if isinstance(item, Mapping) and "text" in item:
+        videos = item.get("videos")
+        return Question([] if videos is None else flatten_videos(videos), item["text"])
+    if isinstance(item, list | tuple) and item and is_valid_message(item[0]):
+        return Chat(item)  # type: ignore[arg-type]
+    raise ValueError(
+        'One input is a chat (a list of messages with "role" and "content"), a question, or a mapping with "videos" '
+        f'and "text"; got {type(item).__name__}.'
+    )
