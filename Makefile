@@ -7,7 +7,7 @@ SETUP := setup.cfg requirements/constraints.txt
 .PHONY: demo test test-slow test-gpu check clean
 
 demo: $(VENV)/.installed  ## questions about samples/shapes.mp4, answered by the bundled checkpoint
-	@$(BIN)/python -m transformers_crosslmm.demo_tiny samples
+	@$(BIN)/python samples/demo.py
 
 test: $(VENV)/.installed  ## the fast tests
 	$(BIN)/python -m pytest
