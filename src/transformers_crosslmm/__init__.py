@@ -16,6 +16,7 @@ from transformers import (  # noqa: E402
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # noqa: E402
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor  # noqa: E402
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil  # noqa: E402
+from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
 
 from ._version import __version__  # noqa: E402
 from .configuration_crosslmm import CrossLMMConfig, CrossLMMTextConfig  # noqa: E402
@@ -26,6 +27,7 @@ from .modeling_crosslmm import (  # noqa: E402
     CrossLMMPreTrainedModel,
     CrossLMMTextModel,
 )
+from .pipeline_crosslmm import VideoTextToTextPipeline  # noqa: E402
 from .processing_crosslmm import CrossLMMProcessor  # noqa: E402
 from .video_decoding import VideoDecodeWarning, VideoError, VideoLimits, decode_video  # noqa: E402
 from .video_processing_crosslmm import CrossLMMVideoProcessor  # noqa: E402
@@ -46,6 +48,14 @@ AutoImageProcessor.register(
     image_processor_classes={"pil": SiglipImageProcessorPil, "torchvision": SiglipImageProcessorPil},
     exist_ok=True,
 )
+if "video-text-to-text" not in PIPELINE_REGISTRY.supported_tasks:
+    PIPELINE_REGISTRY.register_pipeline(
+        "video-text-to-text",
+        pipeline_class=VideoTextToTextPipeline,
+        pt_model=AutoModelForImageTextToText,
+        type="multimodal",
+    )
+
 __all__ = [
     "TINY_CHECKPOINT",
     "CrossLMMConfig",
@@ -59,6 +69,7 @@ __all__ = [
     "VideoDecodeWarning",
     "VideoError",
     "VideoLimits",
+    "VideoTextToTextPipeline",
     "__version__",
     "decode_video",
     "load_encoded_media",
