@@ -81,8 +81,8 @@ def tiny_tokenizer() -> Qwen2Tokenizer:
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
 
-    merges = ["< |", "| >", "i m"]  # so that cutting a mark in pieces shows in its ids
-    vocabulary = [*sorted(ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in merges)]
+    merges = [("<", "|"), ("|", ">"), ("i", "m")]  # so that a mark cut in pieces shows in the ids
+    vocabulary = [*sorted(ByteLevel.alphabet()), *map("".join, merges)]
     marks = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     return Qwen2Tokenizer(
         vocab={token: token_id for token_id, token in enumerate(vocabulary)},

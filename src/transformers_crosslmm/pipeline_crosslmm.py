@@ -48,6 +48,10 @@ class VideoTextToTextPipeline(ImageTextToTextPipeline):
         # The parent's own __init__ adds a check of the class name against Transformers' models, which logs an error.
         Pipeline.__init__(self, *args, **kwargs)
 
+    def _sanitize_parameters(self, generate_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        # A copy, because the parent writes `max_new_tokens` and stop strings into the caller's own dict.
+        return super()._sanitize_parameters(generate_kwargs=generate_kwargs and dict(generate_kwargs), **kwargs)
+
     def __call__(self, videos: Any = None, text: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Answer chats (first argument or `text`), or questions `text` about `videos`.
 
