@@ -493,6 +493,52 @@ def test_rows_of_a_batch_equal_the_samples_alone():
             assert_close_to_scale(row[mask.bool()], model(**model_inputs(sample)).logits[0], relative=1e-5)
 
 
+KEPT = {
+    "nothing": {"use_cache": False},
+    "keys-and-values": {"cross_attention_cache": "kv"},
+    "features": {"cross_attention_cache": "features"},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
+@pytest.mark.parametrize("layout", [ONE_VIDEO, INTERLEAVED, (("image", 1), 1)], ids=["one", "interleaved", "folded"])
+def test_what_generation_keeps_does_not_change_the_logits(layout, kept):
+    """One text token behind an image is cheaper by folding W_k into the query than by projecting the patches."""
+    config = tiny_config(text_config=NORM_AND_TIME)
+    model = random_model(config).double()
+    sample = make_sample(config, *layout)
+    logits = model(**in_dtype(model_inputs(sample), torch.float64), **kept).logits[0]
+    assert_close_to_scale(logits, reference(model, sample).logits, relative=FLOAT64)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["kv", "features"])
+@pytest.mark.parametrize("layouts", [[INTERLEAVED], BATCH], ids=["one", "left-padded"])
+def test_decoding_token_by_token_equals_the_reference(layouts, form):
+    config = tiny_config(text_config=NORM_AND_TIME)
+    model = random_model(config).double()
+    samples = [make_sample(config, *layout, 4, seed=seed) for seed, layout in enumerate(layouts)]
+    inputs = in_dtype(model_inputs(*samples, padding_side="left"), torch.float64)
+    ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
+    start = ids.shape[1] - 4
+    prefill = model(
+        input_ids=ids[:, :start], attention_mask=mask[:, :start], **inputs, use_cache=True, cross_attention_cache=form
+    )
+    steps = [prefill.logits]
+    for end in range(start + 1, ids.shape[1] + 1):
+        outputs = model(
+            input_ids=ids[:, end - 1 : end],
+            attention_mask=mask[:, :end],
+            past_key_values=prefill.past_key_values,
+            use_cache=True,
+        )
+        steps.append(outputs.logits)
+    logits = torch.cat(steps, dim=1)
+    for sample, row, real in zip(samples, logits, mask, strict=True):
+        assert_close_to_scale(row[real.bool()], reference(model, sample).logits, relative=FLOAT64)
+
+
 @torch.no_grad()
 def test_kernels_agree():
     """Each model has a config of its own: building one writes the kernel's name into it."""
