@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING, Any
 
+import av
+import numpy as np
 import torch
+from PIL import Image
 
 if TYPE_CHECKING:
     from transformers import Qwen2Tokenizer
@@ -105,3 +109,23 @@ def tiny_processor(**overrides: Any) -> CrossLMMProcessor:
         CrossLMMVideoProcessor(size=size),
         **({"pooled_grid_size": 3, "patch_size": 6} | overrides),
     )
+
+
+def random_frames(num_frames: int = 10, *, height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray:
+    """(T, H, W, 3) uint8: smooth pictures, no two alike, that a video codec keeps nearly as they are."""
+    generator = np.random.default_rng(seed)
+    coarse = generator.integers(0, 256, (num_frames, 3, 4, 3), dtype=np.uint8)
+    return np.stack([np.asarray(Image.fromarray(frame).resize((width, height), Image.BICUBIC)) for frame in coarse])
+
+
+def mp4_of(frames: np.ndarray, *, fps: int) -> bytes:
+    """An H.264 file of (T, H, W, 3) frames shown 1/fps seconds each; H and W even."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as output:
+        stream = output.add_stream("libx264", rate=fps, options={"crf": "10"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        output.mux(stream.encode())
+    return file.getvalue()

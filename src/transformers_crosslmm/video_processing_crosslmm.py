@@ -44,9 +44,9 @@ class CrossLMMVideosKwargs(VideosKwargs, total=False):
     """
 
     max_frames: Annotated[int | None, positive_int()]
-    times: list[float] | None
-    start_seconds: float | None
-    end_seconds: float | None
+    times: list[int | float] | tuple[int | float, ...] | None
+    start_seconds: int | float | None
+    end_seconds: int | float | None
 
 
 @dataclass
@@ -444,7 +444,7 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
             raise ValueError(f"`resample` must be one of {names}; got {resample!r}.")
 
     def _normalised(self, videos: list[Tensor], options: dict[str, Any]) -> Tensor:
-        """(F, 3, S, S) float32 of frames (T, 3, S, S) per video; frees each video's list slot once it is copied."""
+        """(F, 3, S, S) float32 of frames (T, 3, S, S) per video."""
         shapes = sorted({tuple(frames.shape[1:]) for frames in videos})
         if len(shapes) > 1:
             raise ValueError(f"Without `do_resize` all videos must have the same frame size; got {shapes}.")
@@ -509,29 +509,29 @@ def _is_channels_last(frames: np.ndarray | Tensor, layout: str | None) -> bool:
 
 
 def _level_of(arrays: list[np.ndarray | Tensor], *, do_rescale: bool) -> float | None:
-    """What turns the video's values into grey levels 0..255: 255 for floats in 0..1, else 1; None: leave floats alone.
+    """What turns a video's floats into grey levels: 255 where they lie in 0..1, else 1; None: leave them as they are.
 
     Decided once per video, so that a dark frame is not taken for one in 0..1. Raises for values outside of 0..255.
     """
-    if not arrays:
-        return None
+    brightest = 0.0
     for array in arrays:
-        numeric = array.dtype.kind in "uif" if isinstance(array, np.ndarray) else _is_real_number(array.dtype)
-        if not numeric:
+        is_float = array.dtype.kind == "f" if isinstance(array, np.ndarray) else array.is_floating_point()
+        is_integer = str(array.dtype).removeprefix("torch.").startswith(("int", "uint"))
+        if not is_float and not is_integer:
             raise TypeError(f"Frames hold integers or floats; got {array.dtype}.")
-    low = min(float(array.min()) for array in arrays)
-    high = max(float(array.max()) for array in arrays)
-    if not (low >= 0 and high <= 255):  # also false for NaN
-        raise ValueError(
-            f"Frames hold values in 0..255, or floats in 0..1; got {low:g}..{high:g}. Undo any normalisation first."
-        )
+        if str(array.dtype).endswith("uint8"):
+            continue
+        lowest, highest = float(array.min()), float(array.max())
+        if not (lowest >= 0 and highest <= 255):  # true for NaN too
+            raise ValueError(
+                f"Frames hold values in 0..255, or floats in 0..1; got {lowest:g}..{highest:g}. Undo any "
+                "normalisation first."
+            )
+        if is_float:
+            brightest = max(brightest, highest)
     if not do_rescale:
         return None
-    return 255.0 if high <= 1 else 1.0
-
-
-def _is_real_number(dtype: torch.dtype) -> bool:
-    return dtype != torch.bool and not dtype.is_complex
+    return 255.0 if brightest <= 1 else 1.0
 
 
 def _resize(frame: Tensor, *, size: Any, resample: int) -> Tensor:
