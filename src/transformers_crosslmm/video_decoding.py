@@ -1,9 +1,9 @@
 """Video files to frames: exact, bounded in memory, and safe with files from strangers.
 
-A frame is asked for by time and found by its presentation timestamp: the frame at `t` is the last one that is due at or
-before `t`. Times are seconds from the start of the video stream. Pixels are FFmpeg's own conversion to 8-bit RGB at
-full size, turned upright as the file asks; `frame_transform` is applied to each frame as soon as it is decoded, so that
-full-size frames never pile up.
+A frame is asked for by time and found by its presentation timestamp: the frame at `t` is the last one that is due at
+or before `t`. Times are seconds from the start of the video stream. Pixels are FFmpeg's own conversion to 8-bit RGB at
+full size, turned upright as the file asks; `frame_transform` is applied to each frame as soon as it is decoded, so
+that full-size frames never pile up.
 
 How (see docs/decisions.md): compressed packets are read ahead of the decoder until the wanted one is known, so that
 decoding starts at the last keyframe before it and pictures that nothing depends on are skipped. A damaged group of
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import bisect
 import io
 import math
 import os
@@ -30,7 +31,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
 import av
@@ -142,12 +143,7 @@ def sample_times(
             raise ValueError(f"`{name}` must be at least 1; got {count}.")
     if fps is not None and not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"`fps` must be a positive number; got {fps}.")
-    end = duration_seconds if end_seconds is None else min(end_seconds, duration_seconds)
-    if not 0 <= start_seconds < end:
-        raise ValueError(
-            f"`start_seconds` must lie in the video and before `end_seconds`; got start_seconds={start_seconds}, "
-            f"end_seconds={end_seconds} and a video of {duration_seconds:.3f} s."
-        )
+    end = _check_part(duration_seconds, start_seconds, end_seconds)
     duration = end - start_seconds
     if fps is not None:
         # The tolerance keeps k / fps == duration out when the product rounds up.
@@ -158,6 +154,17 @@ def sample_times(
     elif max_frames is not None:
         num_frames = min(num_frames, max_frames)
     return [start_seconds + (i + 0.5) * duration / num_frames for i in range(num_frames)]
+
+
+def _check_part(duration_seconds: float, start_seconds: float, end_seconds: float | None) -> float:
+    """The end of the part of the video that is looked at."""
+    end = duration_seconds if end_seconds is None else min(end_seconds, duration_seconds)
+    if not 0 <= start_seconds < end:
+        raise ValueError(
+            f"`start_seconds` must lie in the video and before `end_seconds`; got start_seconds={start_seconds}, "
+            f"end_seconds={end_seconds} and a video of {duration_seconds:.3f} s."
+        )
+    return end
 
 
 def decode_video(
@@ -177,7 +184,8 @@ def decode_video(
 ) -> DecodedVideo:
     """Decode the frames of `source` at the moments asked for.
 
-    source: path, `file://`, `data:` or http(s) URI, the bytes of a file, or a binary file object (read from its start).
+    source: path, `file://`, `data:` or http(s) URI, the bytes of a file, or a binary file object (read from its
+        start).
     num_frames, fps, times: at most one of them, see `sample_times`; `times` are seconds in ascending order. None of
         them: every frame due in [start_seconds, end_seconds).
     frame_transform: called with each (3, H, W) uint8 frame as it is decoded; returns tensors of one shape.
@@ -273,6 +281,7 @@ class _Request:
         if self.times is not None:
             return self.times
         if self.num_frames is None and self.fps is None:
+            _check_part(duration_seconds, self.start_seconds, self.end_seconds)
             return None
         return sample_times(
             duration_seconds,
@@ -308,16 +317,29 @@ class _Info:
     num_wanted: int | None  # None: every frame
 
 
-# --- From pictures to tensors -----------------------------------------------------------------------------------------
+# --- From pictures to tensors ----------------------------------------------------------------------------------------
 
 
 def _chunks(source, *, chunk_size, request, frame_transform, limits, num_threads, strict, isolated):
     if isolated:
         raise NotImplementedError("isolated=True")
-    with _opened(source, limits) as file:
-        decoder = _Decoder(file, limits=limits, num_threads=num_threads)
-        info, pictures = decoder.info(request), decoder.pictures(request)
-        yield from _stack(info, pictures, chunk_size, frame_transform, limits, strict)
+    with _opened(source, limits) as opened:
+        file = _File(opened, limits=limits, num_threads=num_threads)
+        moments = request.moments(file.duration_seconds)
+        if moments is not None and len(moments) > limits.max_frames:
+            raise VideoLimitError(
+                f"{len(moments)} frames are more than max_frames={limits.max_frames}. {_RAISE_LIMITS}"
+            )
+        info = _Info(
+            fps=file.fps,
+            duration_seconds=file.duration_seconds,
+            total_num_frames=file.total_num_frames,
+            width=file.width,
+            height=file.height,
+            codec=file.codec,
+            num_wanted=None if moments is None else len(moments),
+        )
+        yield from _stack(info, _pictures(file, request, moments), chunk_size, frame_transform, limits, strict)
 
 
 def _stack(info, pictures, chunk_size, frame_transform, limits, strict):
@@ -421,7 +443,7 @@ def _tensor(picture: _Picture) -> torch.Tensor:
     return frame.flip(flipped) if flipped else frame
 
 
-# --- From a source to a file ------------------------------------------------------------------------------------------
+# --- From a source to a file -----------------------------------------------------------------------------------------
 
 _RAISE_LIMITS = "Pass `limits=VideoLimits(...)` with a higher value if that is intended."
 
@@ -554,44 +576,92 @@ class _Clock:
         self._since = time.monotonic()
 
 
-# --- From a file to pictures ------------------------------------------------------------------------------------------
+# --- From a file to pictures -----------------------------------------------------------------------------------------
 
 # Containers that hold pictures and sound themselves. What reads further files by name (playlists, concat, SDP, image
 # sequences) is not among them.
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,mpegts,mpeg,mpegvideo,avi,gif,flv,asf,ogg,h264,hevc,m4v,ivf,obu"
+
+# Containers whose packets carry presentation times and which can be entered in the middle. All others, and pictures
+# that build on each other without end (gif), are decoded from their first to their last packet.
+_SEEKABLE = ("mov", "matroska", "mpegts", "mpeg", "avi", "flv", "asf")
+_QUEUE_BYTES = 64 * 1024**2
+_EARLY_PICTURES = 32
+# Packets to read beyond the moment looked for: some containers do not store when a packet is decoded, and FFmpeg's
+# guess may be off by the pictures it holds back.
+_MARGIN = 8
+# A moment this little before a picture still counts as its own, or the rounding of k / fps would decide.
+_LATE = 1e-7
 
 
 def _refuse_to_open(*args, **kwargs):
     raise VideoOpenError("A video file must not refer to other files.")
 
 
-class _Decoder:
-    """Pictures of one file, in order of presentation."""
+class _Untimed(Exception):
+    """A packet carries no presentation time, so that pictures can only be counted."""
+
+
+class _File:
+    """One video stream of one file: packets, a decoder, and the way back and forth."""
 
     def __init__(self, file: BinaryIO, *, limits: VideoLimits, num_threads: int):
         self._file, self._limits, self._num_threads = file, limits, num_threads
-        self._clock = _Clock(limits)
-        self._open()
+        self.clock = _Clock(limits)
+        self.trouble: str | None = None
+        self.open()
+        stream = self._stream
+        self.tick = stream.time_base
+        self.format_name, self.codec = self._container.format.name, self._context.name
+        self.width, self.height = self._context.width, self._context.height
+        # Where pictures are only counted, the average is FFmpeg's default and the guess the stream's own word.
+        rate = stream.average_rate if stream.start_time is not None else stream.guessed_rate
+        rate = rate or stream.guessed_rate or stream.base_rate
+        self.fps = float(rate) if rate and 0 < rate < 1000 else 25.0
+        self.start = None if self.format_name == "avi" else stream.start_time
+        # AVI counts pictures in the order of decoding: FFmpeg's times are late, or wrong where it cannot tell in which
+        # order they are shown.
+        self.reordered = self.format_name == "avi" and self.codec in ("h264", "hevc")
+        self.seekable = (
+            self.format_name.split(",")[0] in _SEEKABLE and self.codec not in ("gif", "apng") and not self.reordered
+        )
+        # Other containers announce the end of their longest stream only.
+        ends = stream.start_time is not None and stream.duration and self.format_name.split(",")[0] in ("mov", "avi")
+        self.announced_end = stream.start_time + stream.duration if ends else None
+        self._count: int | None = None
+        self.duration_seconds = self._duration()
+        self.total_num_frames = self._count or stream.frames or max(1, round(self.duration_seconds * self.fps))
 
-    def _open(self) -> None:
+    def open(self) -> None:
+        """Open the file, or begin again at its first packet."""
         self._file.seek(0)
-        try:
+        options = {
+            "format_whitelist": _FORMATS,
+            "protocol_whitelist": "none",
+            # Probing decodes pictures, too.
+            "max_pixels": str(self._limits.max_pixels),
+        }
+        with _translated_errors(f"FFmpeg cannot open this as a video. Accepted formats: {_FORMATS}.", VideoOpenError):
             self._container = av.open(
-                _Input(self._file, self._clock),
+                _Input(self._file, self.clock),
                 mode="r",
-                options={"format_whitelist": _FORMATS, "protocol_whitelist": "none"},
+                options=options,
                 metadata_errors="replace",
+                buffer_size=65536,
                 io_open=_refuse_to_open,
             )
-        except (av.error.FFmpegError, UnicodeError) as error:
-            raise VideoOpenError(
-                f"FFmpeg cannot open this as a video file ({error}). Accepted formats: {_FORMATS}."
-            ) from error
         self._stream = self._pick_stream()
+        for stream in self._container.streams:
+            if stream is not self._stream and hasattr(stream, "discard"):  # PyAV < 17.1 reads and drops the others
+                stream.discard = av.stream.Discard.all
         self._context = self._stream.codec_context
         self._context.thread_count = self._num_threads
         self._context.thread_type = "AUTO"
         self._context.options = {"max_pixels": str(self._limits.max_pixels)}
+        # Some decoders (dav1d) keep the `skip_frame` that they are opened with.
+        with _translated_errors(f"FFmpeg cannot decode {self._context.name}.", VideoDecodeError):
+            self._context.open()
+        self._packets = self._container.demux(self._stream)
 
     def _pick_stream(self):
         attached = int(av.stream.Disposition.attached_pic)
@@ -607,92 +677,85 @@ class _Decoder:
             )
         return stream
 
-    def info(self, request: _Request) -> _Info:
-        rate = self._stream.average_rate or self._stream.guessed_rate or self._stream.base_rate
-        fps = float(rate) if rate else 25.0
-        tick = self._stream.time_base
-        if self._stream.duration:
-            duration = float(self._stream.duration * tick)
-        elif self._container.duration:
-            duration = self._container.duration / 1e6
+    def _duration(self) -> float:
+        start_seconds = float((self.start or 0) * self.tick)
+        if self._stream.duration and self._stream.start_time is not None:
+            seconds = float(self._stream.duration * self.tick)
+        elif self._container.duration and self.seekable:
+            # Such containers announce when they end, whenever the stream begins.
+            seconds = self._container.duration / 1e6
+            seconds -= start_seconds if start_seconds < seconds else 0
         else:
-            duration = self._scan(fps)
-        if duration > self._limits.max_duration_seconds:
+            seconds = self._scan()
+        if seconds > self._limits.max_duration_seconds:
             raise VideoLimitError(
-                f"The video lasts {duration:.0f} s, more than max_duration_seconds="
+                f"The video lasts {seconds:.0f} s, more than max_duration_seconds="
                 f"{self._limits.max_duration_seconds}. {_RAISE_LIMITS}"
             )
-        self._fps, self._moments = fps, request.moments(duration)
-        if self._moments is not None and len(self._moments) > self._limits.max_frames:
-            raise VideoLimitError(
-                f"{len(self._moments)} frames are more than max_frames={self._limits.max_frames}. {_RAISE_LIMITS}"
-            )
-        return _Info(
-            fps=fps,
-            duration_seconds=duration,
-            total_num_frames=self._stream.frames or max(1, round(duration * fps)),
-            width=self._context.width,
-            height=self._context.height,
-            codec=self._context.name,
-            num_wanted=None if self._moments is None else len(self._moments),
-        )
+        return seconds
 
-    def _scan(self, fps: float) -> float:
+    def _scan(self) -> float:
         """Seconds, by reading every packet."""
-        count, first, last = 0, math.inf, -math.inf
-        for packet in self._container.demux(self._stream):
-            if packet.size:
-                count += 1
-                if packet.pts is not None:
-                    first = min(first, packet.pts)
-                    last = max(last, packet.pts + (packet.duration or 0))
-        self._open()
-        if last > first:
-            return float((last - first) * self._stream.time_base)
-        return count / fps
+        count, first, last = 0, None, None
+        while (packet := self.read()) is not None:
+            count += 1
+            if packet.pts is not None:
+                first = packet.pts if first is None else min(first, packet.pts)
+                last = max(packet.pts if last is None else last, packet.pts + (packet.duration or 0))
+        self.open()
+        self._count = count
+        return count / self.fps if last is None or last == first else float((last - first) * self.tick)
 
-    def pictures(self, request: _Request) -> Iterator[_Picture]:
-        held, targets = None, deque(self._moments or ())
-        for seconds, frame in self._frames():
-            if self._moments is None:
-                if request.end_seconds is not None and seconds >= request.end_seconds:
-                    return
-                if seconds >= request.start_seconds:
-                    yield self._picture(seconds, frame)
-                continue
-            wanted = False
-            while targets and held is not None and targets[0] + 1e-7 < seconds:
-                targets.popleft()
-                wanted = True
-            if wanted:
-                yield self._picture(*held)
-            held = (seconds, frame)
-            if not targets:
-                return
-        if targets and held is not None:
-            yield self._picture(*held)
-
-    def _frames(self):
-        start, last = self._stream.start_time, -1 / self._fps
+    def read(self):
+        """The stream's next packet, or None at the end of what can be read."""
+        self.clock.check()
         try:
-            for packet in self._container.demux(self._stream):
-                try:
-                    frames = packet.decode()
-                except av.error.FFmpegError:
-                    continue
-                for frame in frames:
-                    if frame.pts is None:
-                        seconds = last + 1 / self._fps
-                    else:
-                        start = frame.pts if start is None else start
-                        seconds = float((frame.pts - start) * self._stream.time_base)
-                    last = seconds
-                    yield seconds, frame
+            for packet in self._packets:
+                if packet.size:
+                    return packet
         except av.error.FFmpegError as error:
-            warnings.warn(f"The file ends in the middle: {error}.", VideoDecodeWarning, stacklevel=6)
+            self.trouble = self.trouble or str(error)
+        return None
 
-    def _picture(self, seconds: float, frame) -> _Picture:
-        rgb = frame.reformat(format="rgb24")
+    def seek(self, pts: int) -> bool:
+        try:
+            self._container.seek(pts, stream=self._stream)
+        except (av.error.FFmpegError, OverflowError):
+            return False
+        self._packets = self._container.demux(self._stream)
+        return True
+
+    def keyframe_between(self, low: int, high: int) -> bool | None:
+        """Whether the container's index has a keyframe in (low, high]; None where it does not tell."""
+        entries = getattr(self._stream, "index_entries", None)  # PyAV < 17 does not show them
+        if not self.format_name.startswith("mov") or not entries or entries[-1].timestamp < high:
+            return None
+        found = entries.search_timestamp(high, backward=True)
+        return found >= 0 and entries[found].timestamp > low
+
+    def decode(self, packet, *, skip: bool = False) -> list:
+        """Pictures that come out when `packet` goes in, None for those still inside; `skip` leaves out a picture on
+        which no other depends."""
+        self.clock.check()
+        self._context.skip_frame = "NONREF" if skip else "DEFAULT"
+        try:
+            frames = self._context.decode(packet)
+        except EOFError:
+            frames = []
+        if packet is None:
+            self._context.flush_buffers()
+        return frames
+
+    def ticks(self, seconds: float) -> int:
+        """The last moment of the stream's clock that is not after `seconds`."""
+        return (self.start or 0) + math.floor(min((seconds + _LATE) / self.tick, 2.0**62))
+
+    def seconds(self, pts: int) -> float:
+        return float((pts - (self.start or 0)) * self.tick)
+
+    def picture(self, seconds: float, frame) -> _Picture:
+        with _translated_errors("FFmpeg cannot convert the picture to RGB.", VideoDecodeError):
+            rgb = frame.reformat(format="rgb24")
         plane = rgb.planes[0]
         return _Picture(
             seconds=seconds,
@@ -704,16 +767,402 @@ class _Decoder:
             valid=not frame.is_corrupt,
         )
 
+    def no_picture(self, seconds: float) -> _Picture:
+        return _Picture(seconds, None, self.width, self.height, 0, (False, False, False), False)
+
+
+@contextmanager
+def _translated_errors(message: str, kind: type[VideoError]):
+    """FFmpeg's errors as ours: `av.error` classes depend on its version and say nothing about the remedy."""
+    try:
+        yield
+    except av.error.MemoryError as error:
+        raise VideoLimitError(f"{message} ({error}: it asks for more memory than there is)") from error
+    except (av.error.FFmpegError, UnicodeError, OverflowError) as error:
+        raise kind(f"{message} ({error})") from error
+
 
 def _orientation(frame) -> tuple[bool, bool, bool]:
     """(transpose, mirror, upside down) that turn the stored picture upright, for quarter turns and mirrorings.
 
     FFmpeg's display matrix (a b u, c d v, x y w) sends the point (p, q) to (a p + c q, b p + d q).
     """
-    matrix = next((data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
+    matrix = next((entry for entry in frame.side_data if entry.type.name == "DISPLAYMATRIX"), None)
     if matrix is None:
         return False, False, False
-    a, b, _, c, d = struct.unpack("<5i", bytes(matrix)[:20])
+    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
     if a == d == 0 and b and c:
         return True, c < 0, b < 0
     return False, a < 0, d < 0
+
+
+def _pictures(file: _File, request: _Request, moments: list[float] | None) -> Iterator[_Picture]:
+    """The pictures asked for, in order; where one is missing, an empty one of the same shape."""
+    held: list[_Picture] = []
+    like: _Picture | None = None
+    for picture in _decoded(file, request, moments):
+        if picture.pixels is not None:
+            like = picture
+        held.append(picture)
+        if like is None:
+            continue
+        for picture in held:
+            if picture.pixels is None:
+                picture = replace(picture, width=like.width, height=like.height, orientation=like.orientation)
+            with file.clock.paused():
+                yield picture
+        held.clear()
+    if like is None:
+        raise VideoDecodeError(f"No frame of the video can be decoded. ({file.trouble or 'FFmpeg gives no reason'})")
+
+
+def _decoded(file: _File, request: _Request, moments: list[float] | None) -> Iterator[_Picture]:
+    if file.seekable:
+        last_seconds = -math.inf
+        try:
+            for picture in _LookAhead(file).pictures(request, moments):
+                last_seconds = picture.seconds
+                yield picture
+            return
+        except _Untimed:
+            file.open()
+            yield from _in_sequence(file, request, moments, after=last_seconds)
+    else:
+        yield from _in_sequence(file, request, moments)
+
+
+def _in_sequence(file: _File, request: _Request, moments, *, after: float = -math.inf) -> Iterator[_Picture]:
+    """Decode everything from the first packet; picture k of a stream without times is due at k / fps."""
+    targets = None if moments is None else deque(moments)
+    end = math.inf if request.end_seconds is None or moments is not None else request.end_seconds
+    held = None
+    for seconds, frame in _counted(file):
+        if targets is None:
+            if seconds >= end - _LATE:
+                return
+            if seconds >= request.start_seconds - _LATE and seconds > after:
+                yield file.picture(seconds, frame)
+            continue
+        wanted = False
+        while targets and held is not None and targets[0] + _LATE < seconds:
+            targets.popleft()
+            wanted = True
+        if wanted and held[0] > after:
+            yield file.picture(*held)
+        if not targets:
+            return
+        held = (seconds, frame)
+    if targets and held is not None and held[0] > after:
+        yield file.picture(*held)
+
+
+def _counted(file: _File) -> Iterator[tuple[float, av.VideoFrame]]:
+    last = -1 / file.fps
+    while True:
+        packet = file.read()
+        try:
+            frames = file.decode(packet)
+        except av.error.FFmpegError as error:
+            file.trouble = file.trouble or str(error)
+            frames = []
+        for frame in frames:
+            seconds = last + 1 / file.fps
+            if frame.pts is not None and not file.reordered:
+                file.start = frame.pts if file.start is None else file.start
+                seconds = max(file.seconds(frame.pts), seconds if last < 0 else last)
+            last = seconds
+            yield seconds, frame
+        if packet is None:
+            return
+
+
+class _Damaged(Exception):
+    """Pictures in `_LookAhead.pending` do not come out right."""
+
+
+class _LookAhead:
+    """Pictures by presentation time, decoding as little as possible.
+
+    Packets are read ahead of the decoder until some are decoded later than the target is due (dts > target): no later
+    packet can be due by then, so the wanted one is known. Decoding starts at the last keyframe due by the target, goes
+    no further than the wanted packet, and leaves out pictures that no other depends on.
+
+    A group of pictures that turns out damaged (an error, a picture missing or marked corrupt) is decoded again without
+    leaving anything out (care 1), then once more from one keyframe earlier (care 2): streams that refresh gradually
+    need it. What does not come right then is handed out as not valid.
+    """
+
+    def __init__(self, file: _File):
+        self.file = file
+        self.queue: deque[av.Packet] = deque()  # read and not yet decoded
+        self.queue_bytes = 0
+        self.due: list[int] = []  # ascending pts of packets read, later than `last`
+        self.recent: deque[float] = deque(maxlen=_MARGIN)  # dts of the packets read last
+        self.ended = False
+        self.end: int | None = None  # when the last picture read is over
+        self.early: dict[int, av.VideoFrame] = {}  # pictures out that a later target may want
+        self.pending: deque[int] = deque()  # pts wanted, given to the decoder and not yet out
+        self.last: int | None = None  # pts last wanted
+        self.keyframe: int | None = None  # where decoding began
+        self.awaited: int | None = None  # the keyframe, until the decoder has shown that it starts cleanly there
+        self.gradual = False  # keyframes only begin a refresh: what they promise is right one keyframe later
+        self.fresh = True  # the decoder has been given nothing yet
+        self.care = 0
+        self.careful_until: float = -math.inf
+        self.again: set[int] = set()  # pts that were pending in something damaged
+        self.patience_seconds = 4.0  # stretches up to this are read through rather than jumped over
+
+    def pictures(self, request: _Request, moments: list[float] | None) -> Iterator[_Picture]:
+        file = self.file
+        if file.start is None:
+            file.start = self._first_pts()
+        todo = deque(max(file.ticks(moment), file.start) for moment in moments or ())
+        first, end, every = -math.inf, math.inf, moments is None
+        if every and request.start_seconds > 0:
+            first = file.ticks(request.start_seconds - 2 * _LATE) + 1
+            self._start_at(first)
+        if every and request.end_seconds is not None:
+            end = file.ticks(request.end_seconds - 2 * _LATE) + 1
+        while True:
+            try:
+                if todo:
+                    yield from self._serve(todo[0])
+                    todo.popleft()
+                elif every:
+                    every = yield from self._serve_next(first, end)
+                else:
+                    yield from self._drain()
+                    break
+            except _Damaged:
+                todo.extendleft(reversed(self.pending))
+                self._begin_again()
+        if moments is None and file.announced_end is not None and self._after_the_data(file.announced_end - 1):
+            file.trouble = file.trouble or f"the data ends after {file.seconds(self.end):.3f} s"
+
+    def _serve(self, target: int):
+        """Hand out the last picture due at `target`, unless it was the last one already."""
+        if target > self.careful_until and self._worth_seeking(target):
+            yield from self._drain()
+            self._start_at(target)
+            self.care = 0
+        pts = yield from self._find(target)
+        lost = target in self.again and pts != target
+        self.again.discard(target)
+        if lost or self._after_the_data(target):
+            yield self.file.no_picture(self.file.seconds(target))
+        elif pts is not None:
+            yield from self._show(pts)
+
+    def _serve_next(self, first: float, end: float):
+        """Hand out the next picture due in [first, end); False when there is none."""
+        while (pts := (yield from self._find(None))) is not None and pts < first:
+            self._pass(pts)
+        if pts is None or pts >= end:
+            return False
+        yield from self._show(pts)
+        return True
+
+    def _show(self, pts: int):
+        if pts > self.careful_until:
+            yield from self._jump(pts)
+        self._pass(pts)
+        self.pending.append(pts)
+        if pts in self.early:
+            yield from self._receive([self.early.pop(pts)])
+        else:
+            yield from self._feed(pts)
+
+    def _pass(self, pts: int) -> None:
+        self.last = pts
+        del self.due[: bisect.bisect_right(self.due, pts)]
+        self.early = {early: frame for early, frame in self.early.items() if early >= pts}
+
+    # Reading
+
+    def _read(self) -> None:
+        packet = self.file.read()
+        if packet is None:
+            self.ended = True
+            return
+        if packet.pts is None:
+            raise _Untimed
+        self.recent.append(-math.inf if packet.dts is None else packet.dts)
+        self.queue.append(packet)
+        self.queue_bytes += packet.size
+        # The pictures before an edit list's start are decoded and not shown.
+        if not packet.is_discard:
+            over = packet.pts + (packet.duration or 0)
+            self.end = over if self.end is None else max(self.end, over)
+            if self.last is None or packet.pts > self.last:
+                bisect.insort(self.due, packet.pts)
+
+    def _read_past(self, pts: float) -> bool:
+        return self.ended or (len(self.recent) == _MARGIN and min(self.recent) > pts)
+
+    def _find(self, target: int | None):
+        """pts of the last picture due at `target` (None: of the next one), None if it is not a new one."""
+        while True:
+            position = bisect.bisect_right(self.due, target) if target is not None else 0
+            if position == 0 and self.due and (target is None or self.last is None):
+                position = 1  # before the first picture, it is the first one
+            wanted = self.due[position - 1] if position else None
+            limit = max((moment for moment in (target, wanted) if moment is not None), default=math.inf)
+            if self._read_past(limit):
+                return wanted
+            self._read()
+            # A stretch without keyframes is not kept as packets: all before the best one so far can be left out.
+            while self.queue_bytes > _QUEUE_BYTES:
+                yield from self._feed_one(skip=wanted is not None and self.queue[0].pts < wanted)
+
+    def _first_pts(self) -> int:
+        while len(self.queue) < 4 * _MARGIN and not self.ended:
+            self._read()
+        return self.due[0] if self.due else 0
+
+    def _after_the_data(self, target: int) -> bool:
+        """Whether a picture is announced for `target`, but the file is cut off before it."""
+        end, announced_end = self.end, self.file.announced_end
+        if not self.ended or end is None or announced_end is None:
+            return False
+        return end + 1.5 / (self.file.fps * self.file.tick) <= target < announced_end
+
+    # Jumping
+
+    def _worth_seeking(self, target: int) -> bool:
+        position = self.recent[-1] if self.recent else self.file.start
+        if self.ended or position == -math.inf or target <= position:
+            return False
+        between = self.file.keyframe_between(position, target)
+        if between is not None:
+            return between
+        return (target - position) * self.file.tick > self.patience_seconds
+
+    def _start_at(self, pts: int, *, earlier: bool = False) -> None:
+        """Begin at a keyframe due by `pts`, or at the first packet."""
+        behind, step, at = self.recent[-1] if self.recent else -math.inf, round(1 / self.file.tick), pts
+        while True:
+            rewound = at <= self.file.start or not self.file.seek(at)
+            if rewound:
+                self.file.open()
+            self.queue.clear()
+            self.recent.clear()
+            self.due.clear()
+            self.early.clear()
+            self.queue_bytes, self.ended, self.fresh = 0, False, True
+            while not self.ended and not self.queue and not self._read_past(pts):
+                self._read()
+                if not rewound and self.queue and not self.queue[0].is_keyframe:
+                    self._drop_first()
+            if rewound or (self.queue and self.queue[0].pts <= pts):
+                break
+            at, step = at - step, 2 * step
+        self._begun()
+        if rewound:
+            self.awaited = None
+        elif self.gradual and self.keyframe > self.file.start and not earlier:
+            self._start_at(self.keyframe - 1, earlier=True)
+        if self.recent and self.recent[-1] <= behind:
+            self.patience_seconds *= 2
+
+    def _begun(self) -> None:
+        self.keyframe = self.queue[0].pts if self.queue else None
+        self.awaited = None if self.queue and self.queue[0].is_discard else self.keyframe
+
+    def _drop_first(self) -> None:
+        packet = self.queue.popleft()
+        self.queue_bytes -= packet.size
+        place = bisect.bisect_left(self.due, packet.pts)
+        if self.due[place : place + 1] == [packet.pts]:
+            del self.due[place]
+
+    def _jump(self, pts: int):
+        """Leave out what lies before the last keyframe in the queue from which `pts` can be decoded."""
+        keyframes = []
+        for place, packet in enumerate(self.queue):
+            if packet.is_keyframe and packet.pts <= pts:
+                keyframes.append(place)
+            if packet.pts == pts:
+                break
+        else:
+            return
+        if self.gradual and keyframes:
+            keyframes.pop()
+        if not keyframes or (keyframes[-1] == 0 and (self.fresh or not self.care)):
+            return
+        yield from self._drain()
+        for _ in range(keyframes[-1]):
+            self._drop_first()
+        self.care = 0
+        self._begun()
+
+    def _begin_again(self) -> None:
+        first = self.pending[0]
+        self.again.update(self.pending)
+        self.careful_until = max(self.careful_until, self.pending[-1])
+        self.pending.clear()
+        self.last = first - 1
+        self.care += 1
+        earlier = self.care > 1 and self.keyframe is not None
+        self._start_at(min(first, self.keyframe - 1) if earlier else first)
+
+    # Decoding
+
+    def _feed(self, pts: int):
+        """Decode up to the packet of `pts`."""
+        to_go = next((place + 1 for place, packet in enumerate(self.queue) if packet.pts == pts), 0)
+        for _ in range(to_go):
+            yield from self._feed_one(skip=self.queue[0].pts < pts)
+
+    def _feed_one(self, *, skip: bool):
+        packet = self.queue.popleft()
+        self.queue_bytes -= packet.size
+        self.fresh = False
+        try:
+            frames = self.file.decode(
+                packet, skip=skip and self.care == 0 and not packet.is_keyframe and packet.pts not in self.pending
+            )
+        except av.error.FFmpegError:
+            # Pictures that are due before the keyframe where decoding began may need what lies before it.
+            if self.care == 0 and self.pending and (self.keyframe is None or packet.pts >= self.keyframe):
+                raise _Damaged from None
+            return
+        yield from self._receive(frames)
+
+    def _drain(self):
+        if not self.fresh:
+            try:
+                frames = self.file.decode(None)
+            except av.error.FFmpegError:
+                frames = []
+            self.fresh = True
+            yield from self._receive(frames)
+        yield from self._miss(math.inf)
+        self.early.clear()
+
+    def _receive(self, frames: list[av.VideoFrame]):
+        for frame in frames:
+            pts = frame.pts
+            if pts is None:
+                raise _Untimed
+            if self.awaited is not None and pts >= self.awaited:
+                self.gradual |= pts > self.awaited
+                self.awaited = None
+                if self.gradual and self.pending and self.care < 2:
+                    raise _Damaged
+            yield from self._miss(pts)
+            if self.pending and self.pending[0] == pts:
+                if frame.is_corrupt and self.care < 2:
+                    raise _Damaged
+                self.pending.popleft()
+                yield self.file.picture(self.file.seconds(pts), frame)
+            elif self.last is None or pts > self.last:
+                self.early[pts] = frame
+                if len(self.early) > _EARLY_PICTURES:
+                    del self.early[next(iter(self.early))]
+
+    def _miss(self, pts: float):
+        """Pictures come out in order: those pending before `pts` do not come."""
+        while self.pending and self.pending[0] < pts:
+            if self.care < 2:
+                raise _Damaged
+            yield self.file.no_picture(self.file.seconds(self.pending.popleft()))
