@@ -10,6 +10,7 @@ V2V_SCOPES = ("video", "frame", "causal")
 CROSS_ATTENTION_CACHES = ("kv", "features")
 VISUAL_NORMS = ("none", "layernorm")
 VISUAL_TIMES = ("none", "sinusoidal")
+WEIGHT_LAYOUT = 1
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -136,6 +137,8 @@ class CrossLMMConfig(PreTrainedConfig):
     pooling_mode (`str`): "bilinear" or "average".
     projector_hidden_size (`int`, *optional*): the LLM's width when not given.
     tie_word_embeddings (`bool`, *optional*): the text config's value.
+    untrained (`bool`): whether the weights were put together or converted, and never trained as a CrossLMM since.
+    weight_layout (`int`): which names and shapes the checkpoint's tensors have; there is one layout so far.
     """
 
     model_type = "crosslmm"
@@ -156,6 +159,8 @@ class CrossLMMConfig(PreTrainedConfig):
     pooling_mode: str = "bilinear"
     projector_hidden_size: int | None = None
     tie_word_embeddings: bool | None = None
+    untrained: bool = False
+    weight_layout: int = WEIGHT_LAYOUT
 
     def __post_init__(self, **kwargs):
         if not isinstance(self.vision_config, PreTrainedConfig):
@@ -220,6 +225,11 @@ class CrossLMMConfig(PreTrainedConfig):
                 f"`text_config.cross_attention_hidden_size` must be the vision encoder's width "
                 f"({self.vision_config.hidden_size}); got {self.text_config.cross_attention_hidden_size}. "
                 "Leave it out and it is filled in."
+            )
+        if self.weight_layout != WEIGHT_LAYOUT:
+            raise ValueError(
+                f"`weight_layout` must be {WEIGHT_LAYOUT}, the one this version reads; got {self.weight_layout}. "
+                "Upgrade transformers_crosslmm to read a checkpoint written by a newer one."
             )
         if self.image_token_id == self.video_token_id:
             raise ValueError(
