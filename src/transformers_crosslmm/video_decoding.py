@@ -18,11 +18,21 @@ from __future__ import annotations
 import base64
 import binascii
 import bisect
+import http.client
 import io
+import ipaddress
+import json
 import math
 import os
+import select
+import shutil
+import signal
+import socket
+import ssl
 import stat
 import struct
+import subprocess
+import sys
 import tempfile
 import time
 import urllib.parse
@@ -30,8 +40,8 @@ import urllib.request
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
 import av
@@ -82,7 +92,9 @@ class VideoLimits:
     max_output_bytes: size of the frames that `decode_video`, or one chunk of `iter_video`, holds.
     max_duration_seconds: length that the file announces.
     max_decode_seconds: time spent reading and decoding, checked between FFmpeg's calls (`isolated=True` is strict).
+    max_memory_bytes: memory of the process of `isolated=True`.
     max_redirects: how often an http(s) URL may lead to another one.
+    network_timeout_seconds: how long a server may stay silent.
     allow_private_addresses: let URLs lead to this machine and to private networks.
     """
 
@@ -92,7 +104,9 @@ class VideoLimits:
     max_output_bytes: int = 16 * 1024**3
     max_duration_seconds: float = 24 * 3600.0
     max_decode_seconds: float = 3600.0
+    max_memory_bytes: int = 4 * 1024**3
     max_redirects: int = 5
+    network_timeout_seconds: float = 30.0
     allow_private_addresses: bool = False
 
 
@@ -207,7 +221,8 @@ def decode_video(
         strict=strict,
         isolated=isolated,
     )
-    return next(chunks)
+    with closing(chunks):
+        return next(chunks)
 
 
 def iter_video(
@@ -321,32 +336,20 @@ class _Info:
 
 
 def _chunks(source, *, chunk_size, request, frame_transform, limits, num_threads, strict, isolated):
-    if isolated:
-        raise NotImplementedError("isolated=True")
     with _opened(source, limits) as opened:
-        file = _File(opened, limits=limits, num_threads=num_threads)
-        moments = request.moments(file.duration_seconds)
-        if moments is not None and len(moments) > limits.max_frames:
-            raise VideoLimitError(
-                f"{len(moments)} frames are more than max_frames={limits.max_frames}. {_RAISE_LIMITS}"
-            )
-        info = _Info(
-            fps=file.fps,
-            duration_seconds=file.duration_seconds,
-            total_num_frames=file.total_num_frames,
-            width=file.width,
-            height=file.height,
-            codec=file.codec,
-            num_wanted=None if moments is None else len(moments),
-        )
-        yield from _stack(info, _pictures(file, request, moments), chunk_size, frame_transform, limits, strict)
+        if isolated:
+            pictures = _isolated(opened, request, limits, num_threads)
+        else:
+            pictures = _read(opened, request, limits, num_threads)
+        with closing(pictures):
+            yield from _stack(next(pictures), pictures, chunk_size, frame_transform, limits, strict)
 
 
 def _stack(info, pictures, chunk_size, frame_transform, limits, strict):
     import torch
 
     announced = info.num_wanted or info.total_num_frames
-    num_returned, bad_times = 0, []
+    num_returned, bad_times, trouble = 0, [], ""
     slots, seconds, valid, size = None, [], [], (info.width, info.height)
 
     def chunk():
@@ -364,6 +367,9 @@ def _stack(info, pictures, chunk_size, frame_transform, limits, strict):
         )
 
     for picture in pictures:
+        if isinstance(picture, str):
+            trouble = picture
+            break
         if num_returned == limits.max_frames:
             raise VideoLimitError(
                 f"The call asks for more than max_frames={limits.max_frames} frames. {_RAISE_LIMITS}"
@@ -398,16 +404,11 @@ def _stack(info, pictures, chunk_size, frame_transform, limits, strict):
         if len(seconds) == chunk_size:
             yield chunk()
             slots, seconds, valid = None, [], []
-    if num_returned == 0:
-        raise VideoDecodeError("No frame of the video can be decoded.")
     if bad_times:
-        warnings.warn(
-            f"{len(bad_times)} of {num_returned} frames could not be decoded and are marked in `valid`, at "
-            + ", ".join(f"{moment:.3f}" for moment in bad_times[:8])
-            + (" s." if len(bad_times) <= 8 else " s and later."),
-            VideoDecodeWarning,
-            stacklevel=4,
-        )
+        shown = ", ".join(f"{moment:.3f}" for moment in bad_times[:8]) + (", ..." if len(bad_times) > 8 else "")
+        trouble = f"{len(bad_times)} of {num_returned} frames, at {shown} s, could not be decoded. {trouble}"
+    if trouble:
+        warnings.warn(f"The video is damaged: {trouble.strip()}", VideoDecodeWarning, stacklevel=4)
     if seconds:
         yield chunk()
 
@@ -463,7 +464,7 @@ def _opened(source: VideoSource, limits: VideoLimits) -> Iterator[BinaryIO]:
         )
     try:
         if not (hasattr(file, "seekable") and file.seekable()):
-            file, own = _spooled(file, limits), True
+            file, own = _spooled(file, limits, _Clock(limits)), True
         size = file.seek(0, os.SEEK_END)
         _check_size(size if isinstance(size, int) else file.tell(), limits)
         file.seek(0)
@@ -478,7 +479,7 @@ def _open_named(name: str, limits: VideoLimits) -> BinaryIO:
     if scheme == "data":
         return io.BytesIO(_data_uri(name, limits))
     if scheme in ("http", "https"):
-        raise NotImplementedError("URLs")
+        return _download(name, limits)
     if scheme == "file":
         parts = urllib.parse.urlsplit(name)
         if parts.netloc not in ("", "localhost"):
@@ -512,10 +513,11 @@ def _data_uri(uri: str, limits: VideoLimits) -> bytes:
         raise VideoOpenError(f"The data: URI is not valid base64: {error}.") from error
 
 
-def _spooled(stream, limits: VideoLimits) -> BinaryIO:
+def _spooled(stream, limits: VideoLimits, clock: _Clock) -> BinaryIO:
     """What cannot be rewound is kept in memory up to 16 MiB and on disk beyond."""
-    file = tempfile.SpooledTemporaryFile(max_size=16 * 1024**2)
-    while piece := stream.read(1024**2):
+    file = tempfile.SpooledTemporaryFile(max_size=16 * 1024**2)  # noqa: SIM115, the caller closes it
+    while piece := stream.read(64 * 1024):
+        clock.check()
         file.write(piece)
         _check_size(file.tell(), limits)
     return file
@@ -574,6 +576,70 @@ class _Clock:
         self._spent += time.monotonic() - self._since
         yield
         self._since = time.monotonic()
+
+
+# --- From a URL to a file --------------------------------------------------------------------------------------------
+
+
+def _download(url: str, limits: VideoLimits) -> BinaryIO:
+    """The body of an http(s) answer, checked at every redirect and never larger than `max_bytes`."""
+    clock = _Clock(limits)
+    for _ in range(limits.max_redirects + 1):
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise VideoOpenError(f"A video URL must be http(s) with a host name; got {url!r}.")
+        if parts.username is not None:
+            raise VideoOpenError("A video URL must not carry a user name or password. Download the video first.")
+        with closing(_connection(parts, limits)) as connection:
+            try:
+                path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
+                query = "?" + urllib.parse.quote(parts.query, safe="/?%:@!$&'()*+,;=~-._") if parts.query else ""
+                connection.request("GET", path + query, headers={"Accept-Encoding": "identity"})
+                answer = connection.getresponse()
+                target = answer.headers.get("Location")
+                if answer.status in (301, 302, 303, 307, 308) and target:
+                    url = urllib.parse.urljoin(url, target)
+                    continue
+                if answer.status != 200:
+                    raise VideoOpenError(f"{url!r} answers with status {answer.status} {answer.reason}.")
+                _check_size(int(answer.headers.get("Content-Length") or 1), limits)
+                return _spooled(answer, limits, clock)
+            except (OSError, http.client.HTTPException) as error:
+                raise VideoOpenError(f"Cannot download {url!r}: {error}.") from error
+    raise VideoLimitError(f"The URL redirects more than max_redirects={limits.max_redirects} times. {_RAISE_LIMITS}")
+
+
+def _connection(parts: urllib.parse.SplitResult, limits: VideoLimits) -> http.client.HTTPConnection:
+    """A connection to an address that was checked itself, so that a second look-up cannot lead elsewhere."""
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+        for *_, address in found:
+            if not limits.allow_private_addresses and not _is_public(address[0]):
+                raise VideoOpenError(
+                    f"{parts.hostname!r} leads to {address[0]}, which is not a public address. Pass "
+                    "`limits=VideoLimits(allow_private_addresses=True)` if that is intended."
+                )
+        stream = socket.create_connection(found[0][4][:2], timeout=limits.network_timeout_seconds)
+        if parts.scheme == "https":
+            stream = ssl.create_default_context().wrap_socket(stream, server_hostname=parts.hostname)
+    except OSError as error:
+        raise VideoOpenError(f"Cannot connect to {parts.hostname!r}: {error}.") from error
+    connection = http.client.HTTPConnection(parts.hostname, port, timeout=limits.network_timeout_seconds)
+    connection.sock = stream
+    return connection
+
+
+def _is_public(address: str) -> bool:
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        # Addresses that carry an IPv4 address lead where that one leads: mapped, 6to4, Teredo and NAT64.
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if inner is None and ip in ipaddress.ip_network("64:ff9b::/96"):
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is not None:
+            return _is_public(str(inner))
+    return ip.is_global and not ip.is_multicast
 
 
 # --- From a file to pictures -----------------------------------------------------------------------------------------
@@ -664,9 +730,8 @@ class _File:
         self._packets = self._container.demux(self._stream)
 
     def _pick_stream(self):
-        attached = int(av.stream.Disposition.attached_pic)
         for stream in self._container.streams.video:
-            if not int(stream.disposition) & attached and stream.codec_context is not None:
+            if not stream.disposition & av.stream.Disposition.attached_pic and stream.codec_context is not None:
                 break
         else:
             raise NoVideoStreamError("The file has no video stream that FFmpeg can decode.")
@@ -796,6 +861,25 @@ def _orientation(frame) -> tuple[bool, bool, bool]:
     return False, a < 0, d < 0
 
 
+def _read(opened: BinaryIO, request: _Request, limits: VideoLimits, num_threads: int):
+    """What is known of the video, then its pictures, then what went wrong on the way (a sentence or nothing)."""
+    file = _File(opened, limits=limits, num_threads=num_threads)
+    moments = request.moments(file.duration_seconds)
+    if moments is not None and len(moments) > limits.max_frames:
+        raise VideoLimitError(f"{len(moments)} frames are more than max_frames={limits.max_frames}. {_RAISE_LIMITS}")
+    yield _Info(
+        fps=file.fps,
+        duration_seconds=file.duration_seconds,
+        total_num_frames=file.total_num_frames,
+        width=file.width,
+        height=file.height,
+        codec=file.codec,
+        num_wanted=None if moments is None else len(moments),
+    )
+    yield from _pictures(file, request, moments)
+    yield f"Reading ended early: {file.trouble}." if file.trouble else ""
+
+
 def _pictures(file: _File, request: _Request, moments: list[float] | None) -> Iterator[_Picture]:
     """The pictures asked for, in order; where one is missing, an empty one of the same shape."""
     held: list[_Picture] = []
@@ -812,6 +896,8 @@ def _pictures(file: _File, request: _Request, moments: list[float] | None) -> It
             with file.clock.paused():
                 yield picture
         held.clear()
+    if like is None and not held and not file.trouble:
+        raise VideoDecodeError("No frame is due in the part of the video asked for.")
     if like is None:
         raise VideoDecodeError(f"No frame of the video can be decoded. ({file.trouble or 'FFmpeg gives no reason'})")
 
@@ -1166,3 +1252,155 @@ class _LookAhead:
             if self.care < 2:
                 raise _Damaged
             yield self.file.no_picture(self.file.seconds(self.pending.popleft()))
+
+
+# --- In a process of its own -----------------------------------------------------------------------------------------
+
+
+def _isolated(opened: BinaryIO, request: _Request, limits: VideoLimits, num_threads: int):
+    """`_read` in a process that may use `max_memory_bytes` and `max_decode_seconds`, and is killed beyond.
+
+    It gets the file as its standard input and nothing else; pictures come back as bytes, a line of JSON before each.
+    """
+    if sys.platform == "win32":
+        raise NotImplementedError("`isolated=True` needs the resource limits of POSIX, which Windows lacks.")
+    task = {"request": asdict(request), "limits": asdict(limits), "num_threads": num_threads}
+    with _as_real_file(opened) as file:
+        # -P keeps this package's folder out of the path; the rest of the path is the caller's.
+        worker = subprocess.Popen(
+            [sys.executable, "-P", __file__, json.dumps(task)],
+            stdin=file,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+    pipe = _Pipe(worker, limits)
+    try:
+        while "end" not in (header := json.loads(pipe.line())):
+            if "error" in header:
+                raise _ERRORS[header["error"]](header["message"])
+            if "fps" in header:
+                yield _Info(**header)
+                continue
+            size = header.pop("size")
+            height, line_size = header["height"], header["line_size"]
+            if size and not 0 < 3 * header["width"] * height <= size == abs(line_size) * height:
+                raise VideoDecodeError("The decoder process sends a picture of the wrong size.")
+            header["orientation"] = tuple(header["orientation"])
+            yield _Picture(pixels=memoryview(pipe.take(size)) if size else None, **header)
+        yield header["end"]
+    finally:
+        worker.kill()
+        worker.wait()
+        worker.stdout.close()
+
+
+@contextmanager
+def _as_real_file(opened: BinaryIO):
+    """A file that another process can read from its start."""
+    try:
+        opened.fileno()
+        opened.seek(0)
+        yield opened
+    except (OSError, AttributeError):
+        with tempfile.TemporaryFile() as copy:
+            opened.seek(0)
+            shutil.copyfileobj(opened, copy)
+            copy.seek(0)
+            yield copy
+
+
+class _Pipe:
+    """What the worker writes, with an eye on the clock and on its end."""
+
+    def __init__(self, worker: subprocess.Popen, limits: VideoLimits):
+        self._worker, self._limits = worker, limits
+        self._left = limits.max_decode_seconds
+        self._buffer = bytearray()
+
+    def _more(self) -> None:
+        began = time.monotonic()
+        ready, _, _ = select.select([self._worker.stdout], [], [], max(0, self._left))
+        self._left -= time.monotonic() - began
+        if not ready:
+            raise VideoTimeoutError(
+                f"Decoding took longer than max_decode_seconds={self._limits.max_decode_seconds}. {_RAISE_LIMITS}"
+            )
+        piece = os.read(self._worker.stdout.fileno(), 1024**2)
+        if not piece:
+            status = self._worker.wait()
+            if status == -signal.SIGXCPU:
+                raise VideoTimeoutError(f"Decoding took longer than max_decode_seconds. {_RAISE_LIMITS}")
+            raise VideoDecodeError(f"The decoder process died on this video (status {status}).")
+        self._buffer += piece
+
+    def line(self) -> bytes:
+        while (end := self._buffer.find(b"\n")) < 0:
+            if len(self._buffer) > 2**16:
+                raise VideoDecodeError("The decoder process sends no header.")
+            self._more()
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        return line
+
+    def take(self, size: int) -> bytearray:
+        while len(self._buffer) < size:
+            self._more()
+        taken = self._buffer[:size]
+        del self._buffer[:size]
+        return taken
+
+
+_ERRORS = {
+    kind.__name__: kind
+    for kind in (
+        VideoError,
+        VideoOpenError,
+        NoVideoStreamError,
+        VideoLimitError,
+        VideoTimeoutError,
+        VideoDecodeError,
+        ValueError,
+    )
+}
+
+
+def _work() -> None:
+    """The worker's side of `_isolated`."""
+    import resource
+
+    task = json.loads(sys.argv[1])
+    limits, request = VideoLimits(**task["limits"]), _Request(**task["request"])
+    resource.setrlimit(resource.RLIMIT_AS, (limits.max_memory_bytes, limits.max_memory_bytes))
+    seconds = math.ceil(limits.max_decode_seconds * max(1, task["num_threads"])) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    out = sys.stdout.buffer
+
+    def send(**header) -> None:
+        out.write(json.dumps(header).encode() + b"\n")
+
+    try:
+        for item in _read(open(0, "rb", buffering=0), request, limits, task["num_threads"]):
+            if isinstance(item, _Info):
+                send(**asdict(item))
+            elif isinstance(item, str):
+                send(end=item)
+            else:
+                pixels = item.pixels or b""
+                header = {field.name: getattr(item, field.name) for field in fields(item) if field.name != "pixels"}
+                send(size=len(pixels), **header)
+                out.write(pixels)
+            out.flush()
+    except ValueError as error:
+        kind = type(error).__name__
+        send(error=kind if kind in _ERRORS else "ValueError", message=str(error))
+    except MemoryError:
+        message = f"Decoding needs more than max_memory_bytes={limits.max_memory_bytes}. {_RAISE_LIMITS}"
+        send(error="VideoLimitError", message=message)
+    out.flush()
+
+
+if __name__ == "__main__":
+    _work()
