@@ -150,7 +150,8 @@ def test_float32_logits_equal_the_reference(overrides, layout, attn_implementati
     exact = reference(model, sample).logits
 
     assert_close_to_scale(logits, exact, relative=FLOAT32)
-    assert_no_worse_than(logits, reference(model, sample, dtype=torch.float32).logits, exact)
+    # 4 rather than 2: both are sums of the same few roundings in different orders, and the largest of them varies.
+    assert_no_worse_than(logits, reference(model, sample, dtype=torch.float32).logits, exact, factor=4)
 
 
 @each_case
