@@ -299,6 +299,25 @@ def test_chats_take_videos_in_memory_and_images(processor, form):
     assert inputs["pixel_values"].shape == (1, 3, 33, 33)
 
 
+def test_chats_take_videos_as_image_files(processor, tmp_path):
+    frames = [Image.fromarray(frame) for frame in random_frames(3)]
+    files = [str(tmp_path / f"{number}.png") for number in range(3)]
+    for frame, file in zip(frames, files, strict=True):
+        frame.save(file)
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template([user(video_part(files), "Why?")], **options)
+    expected = processor.apply_chat_template([user(video_part(frames), "Why?")], **options)
+    assert torch.equal(inputs["pixel_values_videos"], expected["pixel_values_videos"])
+    assert inputs["video_num_frames"].tolist() == [3]
+
+
+def test_what_servers_ask_of_every_processor_changes_nothing(processor, mp4):
+    chat = [user(video_part(mp4), "Why?")]
+    expected = processor.apply_chat_template(chat, tokenize=True)
+    options = {"load_audio_from_video": True, "sanitize_control_tokens": True}
+    assert processor.apply_chat_template(chat, tokenize=True, **options) == expected
+
+
 def test_a_batch_of_chats_is_each_chat_alone(processor):
     chats = [
         [user(video_part(random_frames(3, seed=1)), "Why is it so?")],

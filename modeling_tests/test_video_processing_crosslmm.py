@@ -234,9 +234,9 @@ def test_a_processor_with_two_rates_is_refused():
 
 
 class FakeDecoder:
-    """The part of torchcodec's `VideoDecoder` that is used, over frames in memory; starts at 3 seconds."""
+    """The part of torchcodec's `VideoDecoder` that is used, over frames in memory; starts at 3.1 seconds."""
 
-    begin = 3.0
+    begin = 3.1
 
     def __init__(self, frames: np.ndarray) -> None:
         self.frames = torch.from_numpy(frames).permute(0, 3, 1, 2)
@@ -265,7 +265,7 @@ class FakeDecoder:
     def get_frame_played_at(self, seconds: float) -> SimpleNamespace:
         if not self.begin <= seconds < self.metadata.end_stream_seconds:
             raise IndexError(f"no frame is played at {seconds}")
-        return self.get_frame_at(int((seconds - self.begin) * FPS + 1e-9))
+        return self.get_frame_at(int((seconds - self.begin) * FPS))
 
 
 @pytest.mark.parametrize(

@@ -275,7 +275,8 @@ class DecoderVideo:
             return
         latest = begin + duration - SAME_MOMENT_SECONDS  # the end itself is past the last frame
         for moment in sampling.moments(duration):
-            yield self.decoder.get_frame_played_at(min(max(begin + moment, begin), latest))
+            moment = max(0.0, moment) + SAME_MOMENT_SECONDS
+            yield self.decoder.get_frame_played_at(min(begin + moment, latest))
 
 
 class VideoFile:
