@@ -6,13 +6,12 @@ other, and a segment says which queries see which stretch of keys. No (queries x
 Shapes: Q packed queries, P packed patches, H query heads, G key/value heads, E head width, D vision width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward
+from transformers.utils.generic import is_flash_attention_requested
 
 # Stretches [start, end) of the packed patches, ascending and not adjacent.
 Span = tuple[tuple[int, int], ...]
@@ -67,7 +66,8 @@ class Segments:
 
     def reach(self) -> tuple[int, int]:
         """First patch that any query sees, and the one behind the last."""
-        return min(span[0][0] for span in self.spans), max(span[-1][1] for span in self.spans)
+        stretches = [stretch for span in self.spans for stretch in span]
+        return min(start for start, _ in stretches), max(end for _, end in stretches)
 
     def shifted(self, offset: int) -> "Segments":
         """The same for patches that are counted from another one."""
@@ -90,76 +90,65 @@ def span_length(span: Span) -> int:
 
 
 def packed_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+    attention: Callable,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
 ) -> torch.Tensor:
-    """Attention of packed queries over packed keys through the attention implementation that the config names.
+    """Attention of packed queries over packed keys.
 
-    query (Q, H, E), key and value (P, G, E); returns (Q, H, E). Never causal (Eq. 2, 3).
+    attention: the implementation that the config names. query (Q, H, E), key and value (P, G, E); returns (Q, H, E).
+    Never causal (Eq. 2, 3).
     """
-    name = module.config._attn_implementation
-    attention = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-    dropout = module.attention_dropout if module.training else 0.0
-    if "flash" in (name or ""):
-        return _varlen_attention(attention, module, query, key, value, segments, dropout)
-
+    is_varlen = is_flash_attention_requested(module.config)
     outputs, row = [], 0
-    for lengths, spans in _batches(segments):
-        count, length = len(lengths), lengths[0]
-        queries = query[row : row + count * length].unflatten(0, (count, length))
+    for lengths, spans in _runs(segments, may_differ=is_varlen):
+        queries = query[row : row + sum(lengths)]
+        row += sum(lengths)
         keys, values = (take_span(tokens, merge_span([s for span in spans for s in span])) for tokens in (key, value))
+        key_lengths = [span_length(span) for span in spans]
+        extra = {}
+        count = len(lengths)
+        if is_varlen:
+            count = 1
+            extra = {
+                "cu_seq_lens_q": _cumulative(lengths, query.device),
+                "cu_seq_lens_k": _cumulative(key_lengths, query.device),
+                "max_length_q": max(lengths),
+                "max_length_k": max(key_lengths),
+            }
         output, _ = attention(
             module,
-            queries.transpose(1, 2),
-            keys.unflatten(0, (count, -1)).transpose(1, 2),
-            values.unflatten(0, (count, -1)).transpose(1, 2),
+            *(tokens.unflatten(0, (count, -1)).transpose(1, 2) for tokens in (queries, keys, values)),
             None,
-            dropout=dropout,
+            dropout=module.attention_dropout if module.training else 0.0,
             scaling=module.scaling,
             is_causal=False,
+            **extra,
         )
         outputs.append(output.flatten(0, 1))
-        row += count * length
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _batches(segments: Segments) -> list[tuple[list[int], list[Span]]]:
-    """Runs of segments that form one batch without a copy: equally many queries, equally many keys, side by side."""
-    batches: list[tuple[list[int], list[Span]]] = []
+def _runs(segments: Segments, *, may_differ: bool) -> list[tuple[list[int], list[Span]]]:
+    """Runs of segments whose keys lie side by side, so that one call serves them without a copy.
+
+    may_differ: whether segments of different lengths share a call; otherwise a run is a batch.
+    """
+    runs: list[tuple[list[int], list[Span]]] = []
     for length, span in zip(segments.lengths, segments.spans, strict=True):
-        if batches:
-            lengths, spans = batches[-1]
+        if runs:
+            lengths, spans = runs[-1]
             follows = len(span) == len(spans[-1]) == 1 and spans[-1][0][1] == span[0][0]
-            if length == lengths[-1] and follows and span_length(span) == span_length(spans[-1]):
+            is_alike = length == lengths[-1] and span_length(span) == span_length(spans[-1])
+            if follows and (may_differ or is_alike):
                 lengths.append(length)
                 spans.append(span)
                 continue
-        batches.append(([length], [span]))
-    return batches
-
-
-def _varlen_attention(attention, module, query, key, value, segments: Segments, dropout: float) -> torch.Tensor:
-    """One flash call for all segments. Keys are used in place where the segments tile them, gathered otherwise."""
-    pieces = [piece for span in segments.spans for piece in span]
-    if all(before[1] == after[0] for before, after in pairwise(pieces)):
-        key, value = (tokens[pieces[0][0] : pieces[-1][1]] for tokens in (key, value))
-    else:
-        key, value = (torch.cat([tokens[start:end] for start, end in pieces]) for tokens in (key, value))
-    key_lengths = [span_length(span) for span in segments.spans]
-    output, _ = attention(
-        module,
-        query.transpose(0, 1)[None],
-        key.transpose(0, 1)[None],
-        value.transpose(0, 1)[None],
-        None,
-        dropout=dropout,
-        scaling=module.scaling,
-        is_causal=False,
-        cu_seq_lens_q=_cumulative(segments.lengths, query.device),
-        cu_seq_lens_k=_cumulative(key_lengths, query.device),
-        max_length_q=max(segments.lengths),
-        max_length_k=max(key_lengths),
-    )
-    return output[0]
+        runs.append(([length], [span]))
+    return runs
 
 
 def _cumulative(lengths, device: torch.device) -> torch.Tensor:

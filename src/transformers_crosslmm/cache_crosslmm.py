@@ -86,8 +86,10 @@ class VisualMemory:
 
     def select(self, indices: list[int]) -> None:
         """Row i becomes the former row `indices[i]`."""
-        self.rows = [list(self.rows[index]) for index in indices]
-        self._seen_by_all.clear()
+        rows = [list(self.rows[index]) for index in indices]
+        if rows != self.rows:  # beams of one sample see the same, so their reordering mostly changes nothing
+            self._seen_by_all.clear()
+        self.rows = rows
 
     def crop(self, length: int) -> None:
         """Forgets the media that begin at or after `length` positions."""
@@ -167,18 +169,35 @@ class VisualCacheLayer(CacheLayerMixin):
     owns_memory: bool
     cross_keys: torch.Tensor | None
     cross_values: torch.Tensor | None
+    _fetched: tuple[torch.Tensor, torch.Tensor] | None
+
+    def carry(self, memory: VisualMemory, *, owns_memory: bool) -> None:
+        self.memory, self.owns_memory = memory, owns_memory
+        self.cross_keys = self.cross_values = self._fetched = None
 
     def append_cross(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        if self.cross_keys is None or self.cross_values is None:
-            self.cross_keys, self.cross_values = keys, values
-        else:
-            self.cross_keys = torch.cat([self.cross_keys, keys])
-            self.cross_values = torch.cat([self.cross_values, values])
+        if self.cross_keys is not None and self.cross_values is not None:
+            keys = torch.cat([self.cross_keys, keys.to(self.cross_keys.device)])
+            values = torch.cat([self.cross_values, values.to(self.cross_values.device)])
+        if self.is_compileable and not torch.compiler.is_compiling():
+            # They stay where they are for as long as they are read, so CUDA graphs need no copy of them per step.
+            torch._dynamo.mark_static_address(keys, guard=False)
+            torch._dynamo.mark_static_address(values, guard=False)
+        self.cross_keys, self.cross_values = keys, values
+
+    @property
+    def num_cross_patches(self) -> int:
+        return 0 if self.cross_keys is None else self.cross_keys.shape[0]
+
+    def read_cross(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """T2V keys and values on `device`. An offloaded layer holds its copy there until it is read."""
+        fetched, self._fetched = self._fetched, None
+        return fetched or (self.cross_keys.to(device), self.cross_values.to(device))
 
     def __deepcopy__(self, memo):
         fork = self.__class__.__new__(self.__class__)
         memo[id(self)] = fork
-        shared = ("cross_keys", "cross_values")
+        shared = ("cross_keys", "cross_values", "_fetched")
         for name, value in self.__dict__.items():
             fork.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
         return fork
@@ -208,21 +227,21 @@ class VisualCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         super().reset()
-        self.cross_keys = self.cross_values = None
+        self.cross_keys = self.cross_values = self._fetched = None
         if self.owns_memory:
             self.memory.clear()
 
     def offload(self) -> None:
+        """Self-attention offloads its layer before cross-attention has read it; what was fetched stays until then."""
         super().offload()
         if self.cross_keys is not None:
-            self.cross_keys = self.cross_keys.to("cpu", non_blocking=True)
-            self.cross_values = self.cross_values.to("cpu", non_blocking=True)
+            self.cross_keys, self.cross_values = self.cross_keys.to("cpu"), self.cross_values.to("cpu")
 
     def prefetch(self) -> None:
         super().prefetch()
         if self.cross_keys is not None and self.cross_keys.device != self.device:
-            self.cross_keys = self.cross_keys.to(self.device, non_blocking=True)
-            self.cross_values = self.cross_values.to(self.device, non_blocking=True)
+            keys = self.cross_keys.to(self.device, non_blocking=True)
+            self._fetched = keys, self.cross_values.to(self.device, non_blocking=True)
 
 
 @memoize
@@ -245,11 +264,7 @@ def visual_memory(cache: Cache | None, layer_indices: list[int]) -> VisualMemory
 
 
 def attach_visual_memory(cache: Cache, memory: VisualMemory, layer_indices: list[int], num_layers: int) -> None:
-    """Puts the memory into a cache, whichever kind its layers are.
-
-    Raises TypeError for caches that are not a list of layers.
-    """
-    check_cache(cache)
+    """Puts the memory into a cache, whichever kind its layers are."""
     while len(cache.layers) < num_layers:
         cache.layers.append(cache.layer_class_to_replicate())
     for layer_idx in layer_indices:
@@ -259,17 +274,39 @@ def attach_visual_memory(cache: Cache, memory: VisualMemory, layer_indices: list
             layer = visual.__new__(visual)
             layer.__dict__.update(plain.__dict__)
             cache.layers[layer_idx] = layer
-        layer.memory, layer.owns_memory = memory, layer_idx == layer_indices[0]
-        layer.cross_keys = layer.cross_values = None
+        layer.carry(memory, owns_memory=layer_idx == layer_indices[0])
 
 
-def check_cache(cache: Cache) -> None:
-    """Raises TypeError unless the cache is a list of layers that can carry the memory of a video."""
+def check_cache(cache: Cache, num_layers: int) -> None:
+    """Raises TypeError unless the cache is a list of layers that can carry the memory of a video, and ValueError if
+    these are another model's."""
     if isinstance(cache, EncoderDecoderCache) or not isinstance(cache, Cache) or not hasattr(cache, "layers"):
         raise TypeError(
             "`past_key_values` must be a Transformers cache made of layers (DynamicCache, StaticCache, "
             f"QuantizedCache, ...); got {type(cache).__name__}. Pass a DynamicCache(), or leave it out."
         )
+    if not all(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
+        kinds = sorted({type(layer).__name__ for layer in cache.layers if not isinstance(layer, CacheLayerMixin)})
+        raise TypeError(f"`past_key_values` must hold attention layers only; got {', '.join(kinds)}.")
+    grows = cache.layer_class_to_replicate is not None
+    if len(cache.layers) > num_layers or (len(cache.layers) < num_layers and not grows):
+        raise ValueError(
+            f"`past_key_values` must have one layer for each of the model's {num_layers}; got {len(cache.layers)}. "
+            "Make it from the config of this model."
+        )
+
+
+def cached_length(cache: Cache | None, num_new: int) -> int | torch.Tensor:
+    """Tokens that the cache has seen. A static cache counts on its device; asking it would stop every decode step, so
+    the count of one that goes on by a single token stays a tensor."""
+    length = 0 if cache is None else cache.get_seq_length()
+    return length if num_new == 1 or torch.compiler.is_compiling() else int(length)
+
+
+def cache_capacity(cache: Cache) -> int:
+    """Most tokens that the cache can hold, -1 if it grows."""
+    is_sliding = cache.is_sliding
+    return max((layer.get_max_length() for i, layer in enumerate(cache.layers) if not is_sliding[i]), default=-1)
 
 
 __all__ = ["Medium", "VisualCacheLayer", "VisualMemory", "attach_visual_memory", "visual_layer", "visual_memory"]

@@ -1,17 +1,27 @@
 """How media travel through `generate`: encoded once, shared by beams, known before a chunked prefill begins."""
 
+import copy
 import inspect
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
+from transformers.utils import logging
 
-from .media_crosslmm import assign_rows, expand_media
+from .cache_crosslmm import check_cache, visual_memory
+from .media_crosslmm import assign_rows, check_length, expand_media
+
+logger = logging.get_logger(__name__)
 
 
 class CrossLMMGenerationMixin(GenerationMixin):
     """`generate` for models whose tokens look back at encoded media."""
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        super()._validate_model_kwargs(model_kwargs)
+        if model_kwargs.get("past_key_values") is not None:
+            check_cache(model_kwargs["past_key_values"], self.config.text_config.num_hidden_layers)
 
     def _maybe_prepare_encoder_kwargs_for_generation(
         self,
@@ -22,34 +32,94 @@ class CrossLMMGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         """Encodes the media, after a check of everything that can be wrong, and never in the caller's objects."""
         cache = model_kwargs.get("past_key_values")
-        media = model_kwargs.get("mm_encoder_outputs")
         past_length = 0 if cache is None else int(cache.get_seq_length())
+        if generation_config.is_assistant and past_length:
+            # A draft is asked again and again with the media of its first call, which its cache has seen.
+            model_kwargs.pop("mm_encoder_outputs", None)
+            return model_kwargs
         is_ids = model_input_name == "input_ids"
-        new_tokens = self._new_tokens(inputs_tensor, model_kwargs.get("attention_mask"), past_length)
-        self.model.check_inputs(
-            input_ids=new_tokens if is_ids else None,
-            inputs_embeds=None if is_ids else new_tokens,
+        new_tokens = self._new_tokens(inputs_tensor, model_kwargs, generation_config, past_length, is_ids=is_ids)
+        ids, embeds = (new_tokens, None) if is_ids else (None, new_tokens)
+        media, masks, _ = self.model.check_inputs(
+            input_ids=ids,
+            inputs_embeds=embeds,
             past_key_values=cache,
             past_length=past_length,
             pixel_values=model_kwargs.get("pixel_values"),
             pixel_values_videos=model_kwargs.get("pixel_values_videos"),
             video_num_frames=model_kwargs.get("video_num_frames"),
-            mm_encoder_outputs=media,
+            mm_encoder_outputs=model_kwargs.get("mm_encoder_outputs"),
             cross_attention_cache=model_kwargs.get("cross_attention_cache"),
+            num_rows=len(new_tokens) * max(generation_config.num_beams, generation_config.num_return_sequences),
         )
-        model_kwargs["mm_encoder_outputs"] = dict(media or {})
+        if not masks:
+            self._check_that_no_medium_is_missing(ids, embeds)
+        self._check_room(generation_config, inputs_tensor.shape[1], past_length + new_tokens.shape[1], cache)
+        if generation_config.prefill_chunk_size is not None and (not is_ids or not generation_config.use_cache):
+            raise ValueError(
+                "Chunked prefill works from `input_ids` and with a cache; got "
+                f"{'`use_cache=False`' if is_ids else '`inputs_embeds`'}. Leave `prefill_chunk_size` out."
+            )
+        model_kwargs["mm_encoder_outputs"] = dict(media)
         model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(
             inputs_tensor, model_kwargs, model_input_name, generation_config
         )
-        masks = self.model.get_placeholder_mask(new_tokens if is_ids else None, None if is_ids else new_tokens)
         model_kwargs["mm_encoder_outputs"] = assign_rows(model_kwargs["mm_encoder_outputs"], masks)
         return model_kwargs
 
     @staticmethod
-    def _new_tokens(tokens: torch.Tensor, attention_mask: torch.Tensor | None, past_length: int) -> torch.Tensor:
-        """The tokens that the cache has not seen; ids may be the whole sequence or the new part alone."""
-        is_new_part = attention_mask is not None and attention_mask.shape[1] > tokens.shape[1]
-        return tokens if is_new_part else tokens[:, past_length:]
+    def _new_tokens(
+        tokens: torch.Tensor,
+        model_kwargs: dict[str, Any],
+        generation_config: GenerationConfig,
+        past_length: int,
+        *,
+        is_ids: bool = True,
+    ) -> torch.Tensor:
+        """The tokens that the cache has not seen. Ids may be the whole sequence or, when the attention mask is longer,
+        the new part alone; embeddings are always the whole."""
+        mask = model_kwargs.get("attention_mask")
+        # `generate` drops a mask without padding and leaves its length.
+        length = vars(generation_config).get("_mask_length") if mask is None else mask.shape[1]
+        is_whole = not is_ids or length == tokens.shape[1]
+        return tokens[:, past_length:] if is_whole else tokens
+
+    def _check_that_no_medium_is_missing(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None):
+        """Refuses placeholders of a later turn that come without their media. The first new token is spared: it may
+        be what the model wrote last, and what it writes is text."""
+        masks = self.model.get_placeholder_mask(input_ids, inputs_embeds)
+        for modality, mask in masks.items():
+            if count := int(mask[:, 1:].sum()):
+                raise ValueError(
+                    f"Placeholders and {modality} features must match: the new tokens hold {count} {modality} "
+                    "placeholders, and no new media came with them. Give the pixels, or `mm_encoder_outputs`, of "
+                    "every medium that the cache has not seen."
+                )
+
+    def _check_room(
+        self, generation_config: GenerationConfig, num_given: int, prompt_length: int, cache: Cache | None
+    ) -> None:
+        """Lets `generate` stop where the context ends, and refuses a static cache that would overflow.
+
+        num_given: tokens that the caller passed, which is what `max_length` counts from. The token written last needs
+        no position; the candidates of prompt lookup need one each.
+        """
+        text_config = self.config.text_config
+        room = text_config.max_sequence_length - prompt_length + 1
+        room = max(room - (generation_config.prompt_lookup_num_tokens or 0), 1)
+        if generation_config.max_new_tokens is not None:
+            wanted = generation_config.max_new_tokens
+            generation_config.max_new_tokens = min(wanted, room)
+        else:
+            wanted = max((generation_config.max_length or 0) - num_given, 0)
+            if wanted > room:
+                generation_config.max_length = num_given + room
+        if wanted > room:
+            logger.warning(
+                f"Generation stops after {room} new tokens, where the context of {text_config.max_sequence_length} "
+                f"positions ends; {wanted} were asked for."
+            )
+        check_length(prompt_length + max(min(wanted, room) - 1, 0), text_config, cache)
 
     def _expand_multimodal_outputs(
         self,
@@ -58,8 +128,8 @@ class CrossLMMGenerationMixin(GenerationMixin):
         expand_size: int = 1,
         inputs_embeds: torch.Tensor | None = None,
     ) -> dict:
-        masks = self.model.get_placeholder_mask(None if inputs_embeds is not None else input_ids, inputs_embeds)
-        return expand_media(assign_rows(mm_encoder_output, masks), expand_size)
+        """Rows are known by now, see `_maybe_prepare_encoder_kwargs_for_generation`."""
+        return expand_media(mm_encoder_output, expand_size)
 
     def prepare_inputs_for_generation(
         self,
@@ -91,17 +161,20 @@ class CrossLMMGenerationMixin(GenerationMixin):
         is_first_iteration: bool = True,
     ):
         media = model_kwargs.get("mm_encoder_outputs")
-        cache = model_kwargs.get("past_key_values")
-        if generation_config.prefill_chunk_size is None or not media or cache is None:
+        if generation_config.prefill_chunk_size is None or not media:
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
-        if is_first_iteration and model_kwargs.get("inputs_embeds") is not None:
-            raise ValueError(
-                "Chunked prefill works from `input_ids`; got `inputs_embeds`. Leave `prefill_chunk_size` out."
-            )
+        generation_config = copy.copy(generation_config)
+        if not is_first_iteration:
+            # A draft. The model that it serves prefills in one piece as well, and `generate` would drop its media.
+            generation_config.prefill_chunk_size = None
+            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        # Who looks at what differs from chunk to chunk: nothing that compiling could use twice.
+        generation_config.disable_compile = True
         # A chunk carries the pooled tokens of its own placeholders only; the patches of all media, and where these
         # stand, must be in the cache before the first chunk runs.
+        cache = model_kwargs["past_key_values"]
         past_length = int(cache.get_seq_length())
-        new_tokens = self._new_tokens(input_ids, model_kwargs.get("attention_mask"), past_length)
+        new_tokens = self._new_tokens(input_ids, model_kwargs, generation_config, past_length)
         masks = self.model.get_placeholder_mask(new_tokens, None)
         model_kwargs["mm_encoder_outputs"] = media = self.model.own_pooled_tokens(media)
         form = model_kwargs.get("cross_attention_cache") or self.config.text_config.cross_attention_cache
@@ -114,11 +187,36 @@ class CrossLMMGenerationMixin(GenerationMixin):
             memory.drop_states()
 
     def _get_candidate_generator(self, *args, assistant_model=None, model_kwargs=None, **kwargs):
-        """A draft gets what its forward can take: a plain language model has no media and no visual cache."""
+        """A draft gets what its forward can take: a plain language model has no media and no visual cache, another
+        CrossLMM has pooled tokens of its own.
+
+        Raises ValueError for a CrossLMM that cannot draft: of another vision encoder, or when media are in the cache
+        already, whose original tokens it would need.
+        """
         if assistant_model is not None and model_kwargs is not None:
             accepted = inspect.signature(assistant_model.forward).parameters
             ours = ("mm_encoder_outputs", "cross_attention_cache")
             model_kwargs = {key: value for key, value in model_kwargs.items() if key in accepted or key not in ours}
+            if isinstance(assistant_model, CrossLMMGenerationMixin):
+                self._check_draft(assistant_model, model_kwargs.get("past_key_values"))
+                media = model_kwargs.get("mm_encoder_outputs") or {}
+                model_kwargs["mm_encoder_outputs"] = assistant_model.model.own_pooled_tokens(media, anew=True)
         return super()._get_candidate_generator(
             *args, assistant_model=assistant_model, model_kwargs=model_kwargs, **kwargs
         )
+
+    def _check_draft(self, draft: "CrossLMMGenerationMixin", cache: Cache | None) -> None:
+        mine, its = (
+            (model.config.vision_config.hidden_size, model.config.patch_grid_size, model.config.tokens_per_frame)
+            for model in (self, draft)
+        )
+        if mine != its:
+            raise ValueError(
+                "A CrossLMM draft looks at the media that the model has encoded, so vision width, patch grid and "
+                f"tokens per frame must be the same: {mine}; the draft's are {its}. Draft with another model."
+            )
+        if visual_memory(cache, self.config.text_config.cross_attention_layer_indices) is not None:
+            raise ValueError(
+                "A CrossLMM draft has not seen the media that `past_key_values` holds. Begin a new cache, or draft "
+                "with a language model or prompt lookup."
+            )

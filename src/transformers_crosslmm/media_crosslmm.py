@@ -11,17 +11,52 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import SiglipVisionConfig
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
 
-from .cache_crosslmm import Medium
+from .cache_crosslmm import Medium, cache_capacity
+from .configuration_crosslmm import CrossLMMConfig, CrossLMMTextConfig
 
 EncodedMedia = Mapping[str, BaseModelOutputWithPooling]
 
 
+def check_length(length: int, text_config: CrossLMMTextConfig, cache: Cache | None) -> None:
+    """Raises ValueError unless a sequence of `length` fits the context and the cache."""
+    if length > text_config.max_sequence_length:
+        raise ValueError(
+            f"The sequence must fit the context of {text_config.max_sequence_length} positions; got {length}. Sample "
+            "fewer frames, use a smaller `pooled_grid_size`, or stretch the context with rope scaling (YaRN)."
+        )
+    capacity = -1 if cache is None else cache_capacity(cache)
+    if 0 <= capacity < length:
+        raise ValueError(
+            f"The sequence must fit `past_key_values`, which holds {capacity} tokens; got {length}. Make the static "
+            "cache larger, or pass a DynamicCache()."
+        )
+
+
+def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
+    """Raises ValueError for ids that the embedding does not have: a GPU would only say "device-side assert"."""
+    if input_ids.device.type == "meta" or not input_ids.numel():
+        return
+    low, high = (int(bound) for bound in input_ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"`input_ids` must lie between 0 and {vocab_size - 1} (`vocab_size` is {vocab_size}); "
+            f"got {low if low < 0 else high}. Use the tokenizer of this checkpoint."
+        )
+
+
 def check_pixels(name: str, pixels: torch.Tensor, vision_config: SiglipVisionConfig) -> None:
-    """Raises ValueError unless `pixels` are finite, normalised frames of the encoder's size: (F, 3, S, S)."""
+    """Raises unless `pixels` are finite, normalised frames of the encoder's size, at least one: (F, 3, S, S).
+
+    TypeError for what is no tensor, ValueError for the rest.
+    """
     size, channels = vision_config.image_size, vision_config.num_channels
-    if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (channels, size, size):
+    if not isinstance(pixels, torch.Tensor):
+        raise TypeError(f"`{name}` must be a tensor; got {type(pixels).__name__}: use the processor.")
+    if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (channels, size, size) or not len(pixels):
         raise ValueError(
             f"`{name}` must be (frames, {channels}, {size}, {size}), the frames of all media one after the other; "
             f"got {tuple(pixels.shape)}. The processor makes it so; flatten a batch and time dimension and give "
@@ -38,13 +73,65 @@ def frames_per_video(pixels: torch.Tensor, video_num_frames: torch.Tensor | None
 
     Raises ValueError for videos without frames and for counts that do not add up.
     """
-    frames = [len(pixels)] if video_num_frames is None else [int(count) for count in video_num_frames]
-    if min(frames, default=0) < 1 or sum(frames) != len(pixels):
+    counts = torch.tensor([len(pixels)]) if video_num_frames is None else torch.as_tensor(video_num_frames)
+    frames = counts.tolist()
+    is_integer = not counts.is_floating_point() and counts.ndim == 1
+    if not is_integer or min(frames, default=0) < 1 or sum(frames) != len(pixels):
         raise ValueError(
-            f"`video_num_frames` must be positive and add up to the {len(pixels)} frames of "
+            f"`video_num_frames` must be (videos,) positive integers that add up to the {len(pixels)} frames of "
             f"`pixel_values_videos`; got {frames}."
         )
     return frames
+
+
+def check_encoded(media: EncodedMedia, config: CrossLMMConfig, *, has_original: bool) -> None:
+    """Raises unless encoded media are what `get_video_features` and `get_image_features` return.
+
+    has_original: whether the original tokens must be there; the chunks of a prefill bring pooled ones only.
+    TypeError for other objects, ValueError for other modalities and shapes.
+    """
+    tokens_per_frame, num_patches = config.tokens_per_frame, config.patch_grid_size**2
+    for modality, output in media.items():
+        if modality not in ("image", "video"):
+            raise ValueError(f"`mm_encoder_outputs` must hold 'video' and 'image'; got {modality!r}.")
+        if not isinstance(output, ModelOutput) or output.get("pooler_output") is None:
+            raise TypeError(
+                f"`mm_encoder_outputs[{modality!r}]` must be what `get_{modality}_features` returns; "
+                f"got {type(output).__name__}."
+            )
+        if not has_original:
+            continue
+        frames = dict(zip(media_index(output), (len(p) / tokens_per_frame for p in output.pooler_output), strict=True))
+        wanted = (sum(frames.values()), num_patches, config.vision_config.hidden_size)
+        found = output.get("last_hidden_state")
+        if found is None or tuple(found.shape) != wanted or not all(count.is_integer() for count in frames.values()):
+            raise ValueError(
+                f"`mm_encoder_outputs[{modality!r}].last_hidden_state` must hold the original tokens of the frames "
+                f"whose pooled tokens `pooler_output` has ({tokens_per_frame} each): {wanted}; got "
+                f"{None if found is None else tuple(found.shape)}."
+            )
+
+
+def check_placeholders(modality: str, name: str, mask: torch.Tensor, lengths: list[int], *, may_be_cut: bool) -> None:
+    """Raises ValueError unless the placeholders `mask` (B, L) are those of media with `lengths` pooled tokens.
+
+    may_be_cut: whether a medium may go on in the next row, as in the chunk of a batch.
+    """
+    if mask.device.type == "meta":
+        return
+    rows = mask.nonzero()[:, 0].cpu()
+    if len(rows) != sum(lengths):
+        raise ValueError(
+            f"Placeholders and {modality} features must match: the text holds {len(rows)} {modality} "
+            f"placeholders, `{name}` or `mm_encoder_outputs` fill {sum(lengths)}. Make both with the processor in "
+            "one call, without truncation, and check that nothing drops the pixels on the way."
+        )
+    for medium in () if may_be_cut else rows.split(lengths):
+        if medium[0] != medium[-1]:
+            raise ValueError(
+                f"The {len(medium)} placeholders of one {modality} must stand in one row; they stand in rows "
+                f"{sorted(set(medium.tolist()))}. Give the media in the order of their placeholders."
+            )
 
 
 @dataclass
@@ -128,7 +215,6 @@ def locate_media(
     Returns the media of each row in the order in which they begin, with positions counted from the start of the cache;
     the original tokens (F, N, D) in the order of rows and positions, each medium once; and the number of every frame
     within its medium (F,).
-    Raises ValueError if the placeholders of one medium lie in two rows.
     """
     found: list[tuple[int, list[int], str, int]] = []  # row, positions, modality, medium
     for modality, output in media.items():
@@ -137,12 +223,6 @@ def locate_media(
         for medium, pooled in zip(media_index(output), output.pooler_output, strict=True):
             block = places[taken : taken + len(pooled)]
             taken += len(pooled)
-            rows_touched = {row for row, _ in block}
-            if len(rows_touched) != 1:
-                raise ValueError(
-                    f"The {len(pooled)} placeholders of one {modality} must stand in one row; they stand in rows "
-                    f"{sorted(rows_touched)}. Give the media in the order of their placeholders."
-                )
             found.append((block[0][0], [column + past_length for _, column in block], modality, medium))
     found.sort(key=lambda item: (item[0], item[1][0]))
 

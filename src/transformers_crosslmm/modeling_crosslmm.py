@@ -17,28 +17,40 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2Attention,
     Qwen2DecoderLayer,
     Qwen2RMSNorm,
     Qwen2RotaryEmbedding,
+    eager_attention_forward,
 )
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 
-from .attention_crosslmm import Segments, folded_attention, packed_attention
+from .attention_crosslmm import Segments, folded_attention, packed_attention, span_length
 from .cache_crosslmm import (
     VisualCacheLayer,
     VisualMemory,
     attach_visual_memory,
+    cached_length,
     check_cache,
     visual_layer,
     visual_memory,
 )
 from .configuration_crosslmm import CROSS_ATTENTION_CACHES, CrossLMMConfig, CrossLMMTextConfig
 from .generation_crosslmm import CrossLMMGenerationMixin
-from .media_crosslmm import check_pixels, first_placeholders, frames_per_video, locate_media, media_index
+from .media_crosslmm import (
+    check_encoded,
+    check_ids,
+    check_length,
+    check_pixels,
+    check_placeholders,
+    first_placeholders,
+    frames_per_video,
+    locate_media,
+    media_index,
+)
 
 
 @dataclass
@@ -142,34 +154,39 @@ class CrossLMMCrossAttentionBranch(nn.Module):
         """Update of the rows `segments.queries`: (Q, C).
 
         normed (B x L, C), states (patches from `memory.first_patch` on, D). `cache_layer` is given to T2V when
-        generation keeps what it sees.
+        generation keeps what it sees; `keep` has filled it.
         """
+        name = self.config._attn_implementation
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         query = self.split_heads(self.q_proj(normed[segments.queries]))  # (Q, H, E)
-        if cache_layer is None or (memory.form == "features" and self.projecting_is_cheaper(query)):
+        if cache_layer is None or (memory.form == "features" and self.projecting_is_cheaper(segments)):
             first, last = segments.reach()
             key, value = self.keys_values(states[first - memory.first_patch : last - memory.first_patch])
-            attended = packed_attention(self, query, key, value, segments.shifted(-first))
+            attended = packed_attention(attention, self, query, key, value, segments.shifted(-first))
         elif memory.form == "kv":
-            known = 0 if cache_layer.cross_keys is None else len(cache_layer.cross_keys)
-            if known < memory.num_patches:
-                cache_layer.append_cross(*self.keys_values(states[known - memory.first_patch :]))
-            attended = packed_attention(self, query, cache_layer.cross_keys, cache_layer.cross_values, segments)
+            attended = packed_attention(attention, self, query, *cache_layer.read_cross(query.device), segments)
         else:
-            attended = folded_attention(query, states, *self.folding(memory, states), self.scaling, segments)
+            attended = folded_attention(query, states, *memory.folding[self.layer_idx], self.scaling, segments)
         return self.gate(self.o_proj(attended.flatten(1)))
 
-    def projecting_is_cheaper(self, query: torch.Tensor) -> bool:
+    def projecting_is_cheaper(self, segments: Segments) -> bool:
         """Whether projecting the patches costs less than folding: folded scores run over D instead of E."""
-        num_queries, num_heads, head_dim = query.shape
-        return num_queries * num_heads > 2 * num_heads // self.num_key_value_groups * head_dim
+        first, last = segments.reach()
+        looks = sum(length * span_length(span) for length, span in zip(segments.lengths, segments.spans, strict=True))
+        return looks * self.config.num_attention_heads > 2 * (last - first) * self.k_proj.out_features
 
-    def folding(self, memory: VisualMemory, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key and value projection as (D, G, E), once per generation, by asking the modules: an adapter, a quantised
-        weight or an offloaded one answers for itself."""
-        if self.layer_idx not in memory.folding:
+    def keep(self, states: torch.Tensor | None, memory: VisualMemory, cache_layer: VisualCacheLayer) -> None:
+        """Makes what decoding needs of media that are new: once, and at once, for when `states` is gone nobody can.
+
+        Form "kv": keys and values. "features": the projections as two (D, G, E), by asking the modules for the
+        identity's: an adapter, a quantised weight or an offloaded one answers for itself.
+        """
+        known = cache_layer.num_cross_patches
+        if memory.form == "kv" and known < memory.num_patches:
+            cache_layer.append_cross(*self.keys_values(states[known - memory.first_patch :]))
+        elif memory.form == "features" and self.layer_idx not in memory.folding:
             identity = torch.eye(states.shape[-1], dtype=states.dtype, device=states.device)
             memory.folding[self.layer_idx] = self.keys_values(identity)
-        return memory.folding[self.layer_idx]
 
 
 class CrossLMMCrossAttention(nn.Module):
@@ -196,6 +213,8 @@ class CrossLMMCrossAttention(nn.Module):
         normed = self.input_layernorm(rows)
         if visual_states is not None:
             visual_states = visual_states.to(rows.device)
+        if cache_layer is not None and "t2v" in self._modules:
+            self.t2v.keep(visual_states, context.memory, cache_layer)
         for name, kept in (("v2v", None), ("t2v", cache_layer)):
             segments: Segments | None = getattr(context, name)
             if segments is None or name not in self._modules:
@@ -390,7 +409,10 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         Raises ValueError when placeholders and media do not match, when the sequence is longer than the context, and
         for bad pixels, before the encoder runs.
         """
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if past_key_values is not None:
+            check_cache(past_key_values, self.config.text_config.num_hidden_layers)
+        tokens_given = input_ids if inputs_embeds is None else inputs_embeds
+        past_length = cached_length(past_key_values, 1 if tokens_given is None else tokens_given.shape[1])
         media, masks, form = self.check_inputs(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
@@ -423,7 +445,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         if is_new:
             if use_cache and past_key_values is None:
                 past_key_values = DynamicCache(config=text_config)
-            memory = self.remember(media, masks, past_key_values if use_cache else None, past_length, form)
+            memory = self.remember(media, masks, past_key_values, past_length, form)
         states, context = None, None
         if memory is not None:
             states = memory.states
@@ -441,7 +463,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
             visual_context=context,
             **kwargs,
         )
-        if memory is not None and use_cache:
+        if memory is not None and past_key_values is not None:
             memory.drop_states()
         return CrossLMMModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
@@ -464,62 +486,64 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         video_num_frames: torch.Tensor | None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
         cross_attention_cache: str | None,
+        num_rows: int | None = None,
     ) -> tuple[dict[str, BaseModelOutputWithPooling], dict[str, torch.Tensor], str]:
         """Everything that can be wrong with an input, told before any encoder runs.
 
+        num_rows: rows of the call once `generate` has repeated each for its beams; as given otherwise.
         Returns the media that came encoded, the placeholders (B, L) that media fill, per modality, and the form in
         which their keys and values are kept. Without new media, tokens behind cached ones are not looked at: their
         placeholder ids are text.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        if past_key_values is not None:
-            check_cache(past_key_values)
-        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-        limit = self.config.text_config.max_sequence_length
-        if isinstance(past_length, int) and past_length + length > limit:
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        text_config, length = self.config.text_config, tokens.shape[1]
+        memory = visual_memory(past_key_values, text_config.cross_attention_layer_indices)
+        if memory is not None and len(memory.rows) != (num_rows or len(tokens)):
             raise ValueError(
-                f"The sequence must fit the context of {limit} positions; got {past_length + length}. Sample fewer "
-                "frames, use a smaller `pooled_grid_size`, or stretch the context with rope scaling (YaRN)."
+                f"`past_key_values` holds media of {len(memory.rows)} rows; got {num_rows or len(tokens)} rows of "
+                "tokens. Change the cache first, with `batch_repeat_interleave` or `batch_select_indices`."
             )
-        form = self._cache_form(cross_attention_cache, past_key_values)
+        if isinstance(past_length, int):
+            check_length(past_length + length, text_config, past_key_values)
+        if input_ids is not None and length > 1 and not torch.compiler.is_compiling():
+            check_ids(input_ids, text_config.vocab_size)
+        form = self._cache_form(cross_attention_cache, memory)
 
         media = {modality: output for modality, output in (mm_encoder_outputs or {}).items() if output is not None}
         pixels = {"image": pixel_values, "video": pixel_values_videos}
-        if not media and pixel_values is None and pixel_values_videos is None:
-            has_begun = not isinstance(past_length, int) or past_length > 0
-            if has_begun or (input_ids if inputs_embeds is None else inputs_embeds).device.type == "meta":
-                return media, {}, form
+        is_prefilling = memory is not None and memory.prefilling
+        check_encoded(media, self.config, has_original=not is_prefilling)
+        has_new_media = bool(media) or pixel_values is not None or pixel_values_videos is not None
+        has_begun = not isinstance(past_length, int) or past_length > 0
+        if not has_new_media and (has_begun or tokens.device.type == "meta"):
+            return media, {}, form
         masks = self.get_placeholder_mask(input_ids, inputs_embeds)
         for modality, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-            count = 0
+            lengths: list[int] = []
             if pixels[modality] is not None:
                 if modality in media:
                     raise ValueError(
                         f"`{name}` and `mm_encoder_outputs[{modality!r}]` are the same media twice; give one."
                     )
                 check_pixels(name, pixels[modality], self.config.vision_config)
+                frames = [1] * len(pixels[modality])
                 if modality == "video":
-                    frames_per_video(pixels[modality], video_num_frames)
-                count = len(pixels[modality]) * self.config.tokens_per_frame
+                    frames = frames_per_video(pixels[modality], video_num_frames)
+                lengths = [count * self.config.tokens_per_frame for count in frames]
             elif modality in media:
                 masks[modality] = first_placeholders(masks[modality], media[modality])
-                count = sum(len(tokens) for tokens in media[modality].pooler_output)
-            if masks[modality].device.type != "meta" and (placeholders := int(masks[modality].sum())) != count:
-                raise ValueError(
-                    f"Placeholders and {modality} features must match: the text holds {placeholders} {modality} "
-                    f"placeholders, `{name}` or `mm_encoder_outputs` fill {count}. Make both with the processor in "
-                    "one call, without truncation, and check that nothing drops the pixels on the way."
-                )
+                lengths = [len(pooled) for pooled in media[modality].pooler_output]
+            check_placeholders(modality, name, masks[modality], lengths, may_be_cut=is_prefilling)
         return media, masks, form
 
-    def _cache_form(self, asked: str | None, cache: Cache | None) -> str:
+    def _cache_form(self, asked: str | None, memory: VisualMemory | None) -> str:
         if asked is not None and asked not in CROSS_ATTENTION_CACHES:
             raise ValueError(
                 f"`cross_attention_cache` must be one of {', '.join(map(repr, CROSS_ATTENTION_CACHES))}; "
                 f"got {asked!r}."
             )
-        memory = visual_memory(cache, self.config.text_config.cross_attention_layer_indices)
         if memory is None:
             return asked or self.config.text_config.cross_attention_cache
         if asked not in (None, memory.form):
@@ -529,11 +553,14 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
             )
         return memory.form
 
-    def own_pooled_tokens(self, media: dict[str, BaseModelOutputWithPooling]) -> dict[str, BaseModelOutputWithPooling]:
-        """Media with pooled tokens of this model's width: a draft model gets media that the main model encoded."""
+    def own_pooled_tokens(
+        self, media: dict[str, BaseModelOutputWithPooling], *, anew: bool = False
+    ) -> dict[str, BaseModelOutputWithPooling]:
+        """Media with pooled tokens of this model: projected from the original tokens when those that came have another
+        width, or `anew` in any case, as for a draft that gets what the main model encoded."""
         own = {}
         for modality, output in media.items():
-            if output.pooler_output[0].shape[-1] != self.config.text_config.hidden_size:
+            if anew or output.pooler_output[0].shape[-1] != self.config.text_config.hidden_size:
                 index = media_index(output)
                 lengths = dict(zip(index, (len(tokens) for tokens in output.pooler_output), strict=True))
                 order = sorted(lengths)
