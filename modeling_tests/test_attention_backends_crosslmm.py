@@ -1,0 +1,297 @@
+"""The attention implementations: the same numbers from each, chosen part by part, and never a dense mask.
+
+The flash path runs without a GPU on a stand-in for the `flash_attn` packages (`flash_attn_stand_in.py`); tests marked
+`gpu` run the real ones.
+"""
+
+import importlib.util
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.siglip.modeling_siglip import SiglipAttention
+
+import flash_attn_stand_in
+from factories import random_model, tiny_config
+from numerics import assert_close_to_scale, assert_no_worse_than, distance
+from test_modeling_crosslmm import FLOAT32, INTERLEAVED, in_dtype, make_sample, model_inputs, reference
+from transformers_crosslmm import CrossLMMForConditionalGeneration
+from transformers_crosslmm.modeling_crosslmm import CrossLMMCrossAttentionBranch
+
+MORE = (7, ("video", 4), 3)
+
+
+def two_rows(config, *, padding_side: str = "left"):
+    samples = [make_sample(config, *INTERLEAVED), make_sample(config, *MORE, seed=2)]
+    return samples, model_inputs(*samples, padding_side=padding_side)
+
+
+def rows_without_padding(logits, inputs):
+    return [row[mask.bool()] for row, mask in zip(logits, inputs["attention_mask"], strict=True)]
+
+
+# -- the same numbers -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scope", ["video", "frame", "causal"])
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa", "flex_attention"])
+def test_every_implementation_equals_the_reference(attn_implementation, scope):
+    model = random_model(tiny_config(text_config={"v2v_scope": scope}), attn_implementation=attn_implementation)
+    samples, inputs = two_rows(model.config)
+    # Flex attention's formulas as they are: compiling them for each shape takes minutes (test below, marked slow).
+    with torch.compiler.set_stance("force_eager"):
+        logits = model(**inputs).logits
+    for sample, row in zip(samples, rows_without_padding(logits, inputs), strict=True):
+        assert_close_to_scale(row, reference(model, sample).logits, relative=FLOAT32)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_compiled_flex_attention_equals_the_reference():
+    model = random_model(tiny_config(), attn_implementation="flex_attention")
+    samples, inputs = two_rows(model.config)
+    for sample, row in zip(samples, rows_without_padding(model(**inputs).logits, inputs), strict=True):
+        assert_close_to_scale(row, reference(model, sample).logits, relative=FLOAT32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa", "flash_attention_2"])
+def test_half_precision_is_no_worse_than_the_formulas(attn_implementation, dtype, monkeypatch):
+    if attn_implementation == "flash_attention_2":
+        flash_attn_stand_in.install(monkeypatch, 2)
+    model = random_model(tiny_config(), attn_implementation=attn_implementation).to(dtype)
+    samples, inputs = two_rows(model.config)
+    logits = model(**in_dtype(inputs, dtype)).logits
+    for sample, row in zip(samples, rows_without_padding(logits, inputs), strict=True):
+        rounded = type(sample)(sample.token_ids, [(kind, frames.to(dtype)) for kind, frames in sample.media])
+        exact = reference(model, rounded).logits
+        assert_no_worse_than(row, reference(model, rounded, dtype=dtype).logits, exact)
+
+
+@torch.no_grad()
+@pytest.mark.gpu
+@pytest.mark.parametrize("attn_implementation", ["flash_attention_2", "flash_attention_3", "flash_attention_4"])
+def test_real_flash_attention_is_no_worse_than_the_formulas(attn_implementation):
+    from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX
+
+    if not FLASH_ATTENTION_COMPATIBILITY_MATRIX[int(attn_implementation[-1])]["general_availability_check"]():
+        pytest.skip(f"{attn_implementation} is not installed")
+    dtype = torch.bfloat16
+    model = random_model(tiny_config(), attn_implementation=attn_implementation).to("cuda", dtype)
+    samples, inputs = two_rows(model.config)
+    inputs = {name: value.cuda() for name, value in in_dtype(inputs, dtype).items()}
+    logits = model(**inputs).logits
+    model, inputs = model.cpu(), {name: value.cpu() for name, value in inputs.items()}
+    for sample, row in zip(samples, rows_without_padding(logits.cpu(), inputs), strict=True):
+        rounded = type(sample)(sample.token_ids, [(kind, frames.to(dtype)) for kind, frames in sample.media])
+        assert_no_worse_than(
+            row, reference(model, rounded, dtype=dtype).logits, reference(model, rounded).logits, factor=3.0
+        )
+
+
+# -- the flash path, without a GPU ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("version", [2, 3, 4])
+@pytest.mark.parametrize("scope", ["video", "frame", "causal"])
+def test_flash_attention_gets_packed_segments(scope, version, monkeypatch):
+    """The stand-in checks each call; here: who calls with what."""
+    calls = flash_attn_stand_in.install(monkeypatch, version)
+    config = tiny_config(text_config={"v2v_scope": scope})
+    model = random_model(config, attn_implementation=f"flash_attention_{version}").to(torch.bfloat16)
+    sample = make_sample(model.config, 5, ("video", 3), 4, ("image", 1), 6)
+    inputs = in_dtype(model_inputs(sample), torch.bfloat16)
+    logits = model(**inputs, use_cache=False).logits
+
+    text, pooled, patches = 6, 9, 25  # tokens of the text behind each, pooled tokens and patches of a frame
+    by_frame = ([pooled] * 4, [patches] * 4)
+    v2v = {
+        "video": [([3 * pooled, pooled], [3 * patches, patches])],
+        "frame": [by_frame],
+        "causal": [([pooled], [count * patches]) for count in (1, 2)],
+    }[scope]
+    if scope == "causal":  # the third frame and the image stand side by side
+        v2v += [([pooled] * 2, [3 * patches, patches])]
+    t2v = [([4], [3 * patches]), ([text], [4 * patches])]
+    crossing = [(c.query_lengths, c.key_lengths) for c in calls if c.heads != c.key_heads and not c.causal]
+    assert sorted(crossing) == sorted((v2v + t2v) * 3)
+
+    assert {(c.heads, c.key_heads) for c in calls} == {(2, 2), (6, 2)}  # the encoder's heads, the language model's
+    assert [c.causal for c in calls if c.heads == 2] == [False] * 2 * 2  # two blocks, a call for images and videos
+    assert sum(c.causal for c in calls) == config.text_config.num_hidden_layers
+    assert {c.scale for c in calls if c.heads == 6} == {8**-0.5}
+
+    eager = random_model(tiny_config(text_config={"v2v_scope": scope}), attn_implementation="eager")
+    plain = eager.to(torch.bfloat16)(**inputs).logits
+    assert_close_to_scale(logits, plain, relative=2.0**-5)  # three bits less than bfloat16 has
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["kv", "features"])
+def test_flash_decoding_continues_what_a_whole_forward_gives(form, monkeypatch):
+    calls = flash_attn_stand_in.install(monkeypatch, 2)
+    dtype = torch.bfloat16
+    model = random_model(tiny_config(), attn_implementation="flash_attention_2").to(dtype)
+    samples, inputs = two_rows(model.config)
+    inputs = in_dtype(inputs, dtype)
+    whole = model(**inputs).logits
+    ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
+    past = model(
+        input_ids=ids[:, :-2], attention_mask=mask[:, :-2], **inputs, use_cache=True, cross_attention_cache=form
+    ).past_key_values
+    calls.clear()
+    steps = []
+    for end in (-1, ids.shape[1]):
+        token = ids[:, end - 1 : end] if end > 0 else ids[:, -2:-1]
+        seen = mask if end > 0 else mask[:, :-1]
+        steps.append(model(input_ids=token, attention_mask=seen, past_key_values=past, use_cache=True).logits)
+    decoded = torch.cat(steps, dim=1)
+    for row, (sample, ours) in enumerate(zip(samples, decoded, strict=True)):
+        rounded = type(sample)(sample.token_ids, [(kind, frames.to(dtype)) for kind, frames in sample.media])
+        exact = reference(model, rounded).logits[-2:]
+        error = distance(ours, exact)
+        assert error <= 2 * distance(whole[row, -2:], exact) + 2.0**-7 * exact.abs().max().item()
+    crossing = [c for c in calls if c.heads != c.key_heads and len(c.query_lengths) == 2 and c.key_lengths[0] > 100]
+    if form == "kv":  # 3 blocks x 2 steps, both rows in one call
+        assert [(c.query_lengths, c.key_lengths) for c in crossing] == [([1, 1], [8 * 25, 4 * 25])] * 6
+    else:  # folded scores run over the features, without keys
+        assert not crossing
+
+
+def test_flash_attention_trains(monkeypatch):
+    flash_attn_stand_in.install(monkeypatch, 2)
+    gradients = {}
+    for name in ("eager", "flash_attention_2"):
+        model = random_model(tiny_config(), attn_implementation=name).to(torch.bfloat16).train()
+        sample = make_sample(model.config, *MORE)
+        inputs = in_dtype(model_inputs(sample), torch.bfloat16)
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients[name] = {name: parameter.grad.double() for name, parameter in model.named_parameters()}
+    largest = max(eager.norm() for eager in gradients["eager"].values())
+    for name, eager in gradients["eager"].items():
+        # What is exactly 0 in theory (the bias of the encoder's keys) is rounding, of the size of other gradients.
+        change = gradients["flash_attention_2"][name] - eager
+        assert change.norm() <= 0.05 * eager.norm() + 1e-4 * largest, name
+
+
+# -- chosen part by part ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spies():
+    """Two implementations that compute as sdpa does and count which modules call them."""
+    counts = {"spy_vision": Counter(), "spy_text": Counter()}
+
+    def register(name):
+        def attention(module, *args, **kwargs):
+            counts[name][type(module)] += 1
+            return sdpa_attention_forward(module, *args, **kwargs)
+
+        AttentionInterface.register(name, attention)
+
+    for name in counts:
+        register(name)
+    yield counts
+    for name in counts:
+        del AttentionInterface._global_mapping[name]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("when", ["from_pretrained", "set_attn_implementation", "_from_config"])
+def test_each_part_runs_the_implementation_asked_for(when, spies, tmp_path):
+    choice = {"vision_config": "spy_vision", "text_config": "spy_text"}
+    if when == "_from_config":
+        model = CrossLMMForConditionalGeneration._from_config(tiny_config(), attn_implementation=choice)
+    else:
+        model = random_model(tiny_config())
+        if when == "from_pretrained":
+            model.save_pretrained(tmp_path)
+            model = CrossLMMForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=choice)
+        else:
+            model.set_attn_implementation(choice)
+    model(**model_inputs(make_sample(model.config, *MORE)))
+    blocks, layers = 2, 5
+    assert spies["spy_vision"] == {SiglipAttention: blocks}
+    assert spies["spy_text"] == {Qwen2Attention: layers, CrossLMMCrossAttentionBranch: 2 * 3}
+    assert model.model.vision_tower.config is model.config.vision_config
+    assert model.model.language_model.config is model.config.text_config
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+@pytest.mark.parametrize("part", [None, "text_config", "vision_config"])
+def test_flash_attention_that_is_not_installed_is_refused_by_name(part, version, tmp_path):
+    name = f"flash_attention_{version}"
+    if importlib.util.find_spec("flash_attn_interface" if version == 3 else "flash_attn") is not None:
+        pytest.skip(f"{name} may be installed")
+    random_model(tiny_config()).save_pretrained(tmp_path)
+    choice = name if part is None else {part: name}
+    with pytest.raises(ImportError, match=rf"FlashAttention{version} doesn't seem to be installed"):
+        CrossLMMForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=choice)
+
+
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(ValueError, match="flesh_attention"):
+        CrossLMMForConditionalGeneration._from_config(tiny_config(), attn_implementation="flesh_attention")
+
+
+# -- never dense ------------------------------------------------------------------------------------------------------
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches every result of every operation for the largest number of elements, and who made it."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel, self.shape, self.made_by = 0, None, None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.numel() > self.numel:
+                self.numel, self.shape, self.made_by = tensor.numel(), tuple(tensor.shape), func
+        return result
+
+
+FRAMES, TEXT = 64, 40
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["kv", "features"])
+@pytest.mark.parametrize("scope", ["video", "frame", "causal"])
+def test_no_tensor_is_as_large_as_a_mask_of_tokens_by_patches(scope, form):
+    config = tiny_config(text_config={"v2v_scope": scope, "max_position_embeddings": 1024})
+    model = random_model(config, attn_implementation="sdpa")
+    inputs = model_inputs(make_sample(config, 3, ("video", FRAMES), TEXT))
+    features = {"video": model.get_video_features(inputs.pop("pixel_values_videos"))}
+    del inputs["video_num_frames"]
+    tokens, patches = FRAMES * 9 + TEXT + 3, FRAMES * 25
+    with LargestTensor() as largest:
+        outputs = model(**inputs, mm_encoder_outputs=features, cross_attention_cache=form, use_cache=True)
+        model(input_ids=torch.tensor([[5]]), past_key_values=outputs.past_key_values, use_cache=True)
+    dense = tokens * patches
+    assert largest.numel < dense / 3, f"{largest.made_by} made {largest.shape}"
+    assert largest.numel <= max(tokens * tokens, 2 * patches * 48), f"{largest.made_by} made {largest.shape}"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scope", ["video", "frame", "causal"])
+def test_flash_keys_are_used_in_place(scope, monkeypatch):
+    """A causal scope over 64 frames, gathered, would hold each key up to 64 times."""
+    flash_attn_stand_in.install(monkeypatch, 2)
+    monkeypatch.setattr(flash_attn_stand_in, "attend", lambda q, *_: q.clone())
+    text = {"v2v_scope": scope, "max_position_embeddings": 1024}
+    model = random_model(tiny_config(text_config=text), attn_implementation="flash_attention_2").to(torch.bfloat16)
+    inputs = in_dtype(model_inputs(make_sample(model.config, 3, ("video", FRAMES), TEXT)), torch.bfloat16)
+    features = {"video": model.get_video_features(inputs.pop("pixel_values_videos"))}
+    del inputs["video_num_frames"]
+    tokens, patches = FRAMES * 9 + TEXT + 3, FRAMES * 25
+    with LargestTensor() as largest:
+        model(**inputs, mm_encoder_outputs=features, use_cache=False)
+    assert largest.numel <= max(tokens * 131, patches * 20), f"{largest.made_by} made {largest.shape}"
