@@ -1,19 +1,22 @@
 """Small things that many tests build: each call builds a new one, so that no test can spoil another's."""
 
-from __future__ import annotations
-
 import io
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import av
 import numpy as np
 import torch
 from PIL import Image
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import Qwen2Tokenizer
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-if TYPE_CHECKING:
-    from transformers import Qwen2Tokenizer
-
-    from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration, CrossLMMProcessor
+from transformers_crosslmm import (
+    CrossLMMConfig,
+    CrossLMMForConditionalGeneration,
+    CrossLMMProcessor,
+    CrossLMMVideoProcessor,
+)
 
 
 def tiny_config(
@@ -24,8 +27,6 @@ def tiny_config(
     text_config, vision_config: fields that differ from the tiny ones; overrides: fields of the top config. A config
     belongs to one model: building a model writes the attention implementation into it, so ask for one each time.
     """
-    from transformers_crosslmm import CrossLMMConfig
-
     text = {
         "vocab_size": 131,
         "hidden_size": 48,
@@ -59,8 +60,6 @@ def random_model(
     With Transformers' own initialisation (0.02, zero biases, our zero gates) most of the network adds next to nothing
     to the logits, and a comparison would not see it.
     """
-    from transformers_crosslmm import CrossLMMForConditionalGeneration
-
     model = CrossLMMForConditionalGeneration._from_config(config, attn_implementation=attn_implementation).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -82,9 +81,6 @@ def random_model(
 
 def tiny_tokenizer() -> Qwen2Tokenizer:
     """A Qwen2 tokenizer whose vocabulary is the 256 bytes, three merges and Qwen2.5's marks for roles and media."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Tokenizer
-
     merges = [("<", "|"), ("|", ">"), ("i", "m")]  # so that a mark cut in pieces shows in the ids
     vocabulary = [*sorted(ByteLevel.alphabet()), *map("".join, merges)]
     marks = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -98,10 +94,6 @@ def tiny_tokenizer() -> Qwen2Tokenizer:
 
 def tiny_processor(**overrides: Any) -> CrossLMMProcessor:
     """The processor of `tiny_config()`: frames of 33×33, a 5×5 patch grid, nine tokens per frame."""
-    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-
-    from transformers_crosslmm import CrossLMMProcessor, CrossLMMVideoProcessor
-
     size = {"height": 33, "width": 33}
     return CrossLMMProcessor(
         SiglipImageProcessorPil(size=size),

@@ -235,6 +235,7 @@ TOP_MISTAKES = {
     "no-frames-at-a-time": ({"vision_chunk_size": 0}, "`vision_chunk_size` must be at least 1 frame; got 0"),
     "projector-of-width-zero": ({"projector_hidden_size": 0}, "`projector_hidden_size` must be at least 1; got 0"),
     "tied-and-untied": ({"tie_word_embeddings": True}, "`tie_word_embeddings=True` contradicts .*text config only"),
+    "layout-of-a-later-version": ({"weight_layout": 2}, "`weight_layout` must be 1.*got 2.*Upgrade"),
     "one-token-for-both": ({"image_token_id": 128}, "must differ; both are 128"),
     "size-as-text": ({"pooled_grid_size": "3"}, "'pooled_grid_size' expected int"),
 }
