@@ -87,8 +87,13 @@ class CrossLMMVisionTower(SiglipVisionModel):
 
     def __init__(self, config: SiglipVisionConfig, num_blocks: int):
         super().__init__(config)
+        left_out = "|".join(str(block) for block in range(num_blocks, len(self.encoder.layers)))
         del self.encoder.layers[num_blocks:]
         self.post_layernorm = nn.Identity()
+        # A whole SigLIP may be loaded without a word about what is not built.
+        self._keys_to_ignore_on_load_unexpected.add(r"vision_tower\.(post_layernorm|head)\.")
+        if left_out:
+            self._keys_to_ignore_on_load_unexpected.add(rf"vision_tower\.encoder\.layers\.({left_out})\.")
 
 
 class CrossLMMMultiModalProjector(nn.Module):
@@ -110,7 +115,7 @@ class CrossLMMGate(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
+        self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float32))  # whatever the dtype of the rest
 
     def forward(self, update: torch.Tensor) -> torch.Tensor:
         return update * torch.tanh(self.weight.float()).to(update.dtype)

@@ -1,0 +1,31 @@
+"""Runs a function as two processes that talk through gloo, on the CPU."""
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+
+def run_on_two_ranks(function: Callable[..., None], folder: Path, *args) -> None:
+    """Calls `function(rank, *args)`, which lives at the top of a module, in both; an error in one fails the test.
+
+    The server that both are forked from imports everything slow, once for all tests.
+    """
+    if not dist.is_gloo_available():
+        pytest.skip("torch is built without gloo")
+    multiprocessing.set_forkserver_preload(["transformers_crosslmm", "torch._dynamo", "accelerate"])
+    torch.multiprocessing.start_processes(
+        enter, args=(function, str(folder / "rendezvous"), args), nprocs=2, start_method="forkserver"
+    )
+
+
+def enter(rank: int, function: Callable[..., None], rendezvous: str, args: tuple) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    try:
+        function(rank, *args)
+    finally:
+        dist.destroy_process_group()
