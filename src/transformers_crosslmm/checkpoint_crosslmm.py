@@ -1,0 +1,228 @@
+"""Checkpoint folders: others' are read tensor by tensor, ours are written shard by shard, whole or not at all."""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import HFValidationError, tqdm
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SHARD_BYTES = 2_000_000_000
+UNUSED_WEIGHTS = "unused_weights.safetensors"
+"""Beside a converted checkpoint: what CrossLMM has no place for, under the names it came with."""
+
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that is not in memory: its shape and type, and `read`, which fetches it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def find_folder(name_or_path: str | os.PathLike, *, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: itself, or the local copy of a model on the Hub, downloaded if need be.
+
+    Weights are taken as `.safetensors`; as `.bin` only where there is nothing else. Raises FileNotFoundError.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    try:
+        download = partial(snapshot_download, str(name_or_path), revision=revision)
+        folder = Path(download(allow_patterns=[*SMALL_FILES, "*.safetensors"]))
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(download(allow_patterns=[*SMALL_FILES, "*.bin"]))
+    except (OSError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"A checkpoint must be a local folder or the name of a model on the Hub; {str(name_or_path)!r} is "
+            "neither, or the Hub cannot be reached. Check the name, the connection and, for a gated model, your token."
+        ) from error
+    return folder
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises FileNotFoundError or ValueError, both with the path."""
+    if not path.is_file():
+        raise FileNotFoundError(f"A checkpoint folder must hold {path.name}; {path.parent} does not.")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} must hold JSON; {error}.") from error
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint folder, by its name there, without reading any.
+
+    Sharded or single, `.safetensors` or `.bin`; the latter are unpickled with `weights_only=True`. Raises
+    FileNotFoundError for a folder without weights, or with shards missing.
+    """
+    for single, reader in (("model.safetensors", safetensors_of), ("pytorch_model.bin", _pickled)):
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            shards = sorted(set(read_json(index)["weight_map"].values()))
+            missing = [shard for shard in shards if not (folder / shard).is_file()]
+            if missing:
+                raise FileNotFoundError(
+                    f"{index} names {', '.join(missing)}, which {folder} lacks. Download it again."
+                )
+            return {name: tensor for shard in shards for name, tensor in reader(folder / shard).items()}
+        if (folder / single).is_file():
+            return reader(folder / single)
+    raise FileNotFoundError(
+        f"A checkpoint folder must hold model.safetensors or pytorch_model.bin, or an index of shards of either; "
+        f"{folder} holds neither."
+    )
+
+
+def safetensors_of(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of one `.safetensors` file. Raises ValueError for a file that is cut off or none."""
+
+    def read(name: str) -> Tensor:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+
+    tensors = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118, a file is no dict
+                view = file.get_slice(name)
+                dtype = SAFETENSORS_DTYPES[view.get_dtype()]
+                tensors[name] = StoredTensor(tuple(view.get_shape()), dtype, partial(read, name))
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a whole safetensors file; {error}. Download it again.") from error
+    return tensors
+
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+def _pickled(path: Path) -> dict[str, StoredTensor]:
+    def load() -> Mapping[str, Tensor]:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
+
+    can_map = zipfile.is_zipfile(path)
+    tensors = load()
+    # What torch < 1.6 wrote can only be read as a whole; it then stays in memory.
+    fetch = (lambda name: load()[name]) if can_map else tensors.__getitem__
+    return {
+        name: StoredTensor(tuple(tensor.shape), tensor.dtype, partial(fetch, name)) for name, tensor in tensors.items()
+    }
+
+
+@contextmanager
+def new_folder(out: str | os.PathLike, *, force: bool, num_bytes: int) -> Iterator[Path]:
+    """A folder to fill; it gets its name `out` when the block ends well, and disappears when it does not.
+
+    force: whether a checkpoint folder that is there may be replaced, once the new one is complete.
+    num_bytes: how much will be written. Raises FileExistsError, and OSError if the disk has no room for it.
+    """
+    out = Path(out).expanduser().resolve()
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        if not force:
+            raise FileExistsError(f"{out} exists and is not overwritten. Choose another folder, or add --force.")
+        if not (out / "config.json").is_file():
+            raise FileExistsError(
+                f"--force replaces a checkpoint folder; {out} holds no config.json. Remove it yourself."
+            )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if free < num_bytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"{num_bytes / 1e9:.1f} GB will be written, {free / 1e9:.1f} GB are free. Make room or write elsewhere",
+            str(out.parent),
+        )
+    # Beside `out`, so that renaming it stays within one file system. Without its config.json, which is written last,
+    # what a killed process leaves behind is no checkpoint.
+    partial_folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    try:
+        yield partial_folder
+        umask = os.umask(0)
+        os.umask(umask)
+        partial_folder.chmod(0o777 & ~umask)  # temporary folders are private
+        if out.exists():
+            replaced = partial_folder.with_suffix(".replaced")
+            out.rename(replaced)
+            partial_folder.rename(out)
+            shutil.rmtree(replaced)
+        else:
+            partial_folder.rename(out)
+    except BaseException:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        raise
+
+
+def split_into_shards(tensors: Mapping[str, StoredTensor], shard_bytes: int = SHARD_BYTES) -> list[list[str]]:
+    """Names in order, in groups of at most `shard_bytes`; a larger tensor is a group of its own."""
+    shards: list[list[str]] = []
+    room = 0
+    for name, tensor in tensors.items():
+        if not shards or tensor.num_bytes > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= tensor.num_bytes
+    return shards
+
+
+def write_weights(folder: Path, tensors: Mapping[str, StoredTensor], shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes model.safetensors, or numbered shards and their index, with no more than one shard in memory."""
+    shards = split_into_shards(tensors, shard_bytes)
+    total = sum(tensor.num_bytes for tensor in tensors.values())
+    weight_map = {}
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Writing weights") as progress:
+        for number, names in enumerate(shards, start=1):
+            file = "model.safetensors"
+            if len(shards) > 1:
+                file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            shard = {}
+            for name in names:
+                shard[name] = tensors[name].read().contiguous()
+                weight_map[name] = file
+                progress.update(tensors[name].num_bytes)
+            save_tensors(shard, folder / file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """One safetensors file. Raises OSError where it cannot be written, such as on a full disk."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(
+            errno.EIO, f"The weights could not be written ({error}). Is the disk full?", str(path)
+        ) from error
