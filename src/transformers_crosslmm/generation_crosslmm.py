@@ -136,6 +136,7 @@ class CrossLMMGenerationMixin(GenerationMixin):
         input_ids: torch.LongTensor,
         next_sequence_length: int | None = None,
         past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         mm_encoder_outputs: dict | None = None,
         **kwargs,
@@ -144,6 +145,7 @@ class CrossLMMGenerationMixin(GenerationMixin):
             input_ids,
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
