@@ -178,6 +178,21 @@ def test_every_layer_equals_the_reference(overrides, layout):
         assert_close_to_scale(actual[0], exact, relative=FLOAT64)
 
 
+@torch.no_grad()
+def test_small_original_tokens_are_normalised_as_in_the_reference():
+    """At a variance near 1e-6 the epsilon of the norm decides as much as the variance does."""
+    config = tiny_config(text_config=NORM)
+    model = random_model(config).double()
+    for name, parameter in model.model.vision_tower.named_parameters():
+        if re.search(r"embeddings|out_proj|fc2", name):
+            parameter.mul_(1e-3)
+    sample = make_sample(config, *ONE_VIDEO)
+    expected = reference(model, sample)
+    assert 1e-7 < expected.original[0].var(dim=-1).mean() < 1e-5
+    logits = model(**in_dtype(model_inputs(sample), torch.float64)).logits[0]
+    assert_close_to_scale(logits, expected.logits, relative=FLOAT64)
+
+
 @pytest.mark.parametrize("scope", ["video", "frame", "causal"])
 def test_gradients_equal_the_reference(scope):
     config = tiny_config(text_config={**NORM_AND_TIME, "v2v_scope": scope})
