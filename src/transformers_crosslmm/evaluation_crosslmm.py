@@ -1,0 +1,175 @@
+r"""How many questions about video files a checkpoint answers rightly, by kind, with and without its cross-attention.
+
+    python -m transformers_crosslmm.procedural_videos --split heldout --seed 1000 --num_videos 300 \
+        --output_dir runs/heldout
+    python -m transformers_crosslmm.evaluation_crosslmm --videos runs/heldout \
+        --output_file benchmarks/tiny_checkpoint.json
+
+Every question is a chat of its own: the file is decoded by the package, `num_frames` frames are sampled, and
+`generate` writes the answer greedily. An answer is right when it is the true one to the letter.
+"""
+
+import argparse
+import json
+import math
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from . import TINY_CHECKPOINT
+from ._version import __version__
+from .modeling_crosslmm import CrossLMMForConditionalGeneration
+from .procedural_videos import CHANCE, KINDS
+from .processing_crosslmm import CrossLMMProcessor
+
+FINE_DETAIL_KINDS = ("colour", "shape", "place", "which_frame", "exists")
+
+
+@dataclass(frozen=True)
+class VideoQuestion:
+    video: Path
+    kind: str
+    question: str
+    answer: str
+
+
+def read_questions(folder: Path) -> list[VideoQuestion]:
+    """`questions.jsonl` of a folder that `procedural_videos` wrote."""
+    lines = (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [VideoQuestion(**record | {"video": folder / record["video"]}) for record in map(json.loads, lines)]
+
+
+@contextmanager
+def closed_gates(model: CrossLMMForConditionalGeneration) -> Iterator[None]:
+    """The model with T2V and V2V off: every gate is 0 inside the block."""
+    gates = [parameter for name, parameter in model.named_parameters() if name.endswith("gate.weight")]
+    values = [gate.detach().clone() for gate in gates]
+    with torch.no_grad():
+        for gate in gates:
+            gate.zero_()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for gate, value in zip(gates, values, strict=True):
+                gate.copy_(value)
+
+
+@torch.no_grad()
+def answer_questions(
+    model: Any, inputs: Mapping[str, torch.Tensor], processor: CrossLMMProcessor
+) -> list[str]:
+    """What `generate` writes for each row of `inputs`, greedily, stripped."""
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]
+
+
+def interval(right: int, asked: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of the share right / asked."""
+    if not asked:
+        return 0.0, 1.0
+    z, share = 1.959964, right / asked
+    centre = (share + z * z / (2 * asked)) / (1 + z * z / asked)
+    half = z * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked)) / (1 + z * z / asked)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def score(marks: Sequence[bool]) -> dict[str, Any]:
+    low, high = interval(sum(marks), len(marks))
+    return {
+        "asked": len(marks),
+        "right": sum(marks),
+        "accuracy": round(sum(marks) / len(marks), 4) if marks else None,
+        "interval_95": [round(low, 4), round(high, 4)],
+    }
+
+
+def evaluate(
+    model: CrossLMMForConditionalGeneration,
+    processor: CrossLMMProcessor,
+    questions: Sequence[VideoQuestion],
+    *,
+    num_frames: int = 8,
+) -> dict[str, Any]:
+    """Scores by kind of the model as it is ("cross_attention") and, if it has gates, with them at 0 ("gates_0").
+
+    The questions about one video are a batch; they stand next to each other.
+    """
+    has_gates = any(name.endswith("gate.weight") for name, _ in model.named_parameters())
+    marks: dict[str, dict[str, list[bool]]] = {"as_trained": {}, **({"gates_0": {}} if has_gates else {})}
+    for video, group in groupby(questions, key=lambda question: question.video):
+        asked = list(group)
+        chats = [
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "video", "path": str(video)}, {"type": "text", "text": question.question}],
+                }
+            ]
+            for question in asked
+        ]
+        inputs = processor.apply_chat_template(
+            chats,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs={
+                "num_frames": num_frames,
+                "padding": True,
+                "padding_side": "left",
+                "return_tensors": "pt",
+            },
+        )
+        answers = {"as_trained": answer_questions(model, inputs, processor)}
+        if has_gates:
+            with closed_gates(model):
+                answers["gates_0"] = answer_questions(model, inputs, processor)
+        for state, given in answers.items():
+            for question, text in zip(asked, given, strict=True):
+                marks[state].setdefault(question.kind, []).append(text == question.answer)
+    scores: dict[str, Any] = {}
+    for state, by_kind in marks.items():
+        scores[state] = {kind: score(by_kind[kind]) | {"chance": CHANCE[kind]} for kind in KINDS if kind in by_kind}
+        for name, kinds in (("fine_detail", FINE_DETAIL_KINDS), ("order_and_count", ("order", "count"))):
+            scores[state][name] = score([mark for kind in kinds for mark in by_kind.get(kind, [])])
+    return scores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Accuracy of a checkpoint on a folder of procedural videos.")
+    parser.add_argument("--checkpoint", default=str(TINY_CHECKPOINT))
+    parser.add_argument("--videos", type=Path, required=True, help="folder written by procedural_videos")
+    parser.add_argument("--num_frames", type=int, default=8)
+    parser.add_argument("--output_file", type=Path)
+    arguments = parser.parse_args()
+    model = AutoModelForImageTextToText.from_pretrained(arguments.checkpoint, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(arguments.checkpoint)
+    scores = evaluate(model, processor, read_questions(arguments.videos), num_frames=arguments.num_frames)
+    report = {
+        "checkpoint": Path(arguments.checkpoint).name,
+        "num_frames": arguments.num_frames,
+        "scores": scores,
+        "machine": platform.processor() or platform.machine(),
+        "versions": {
+            "transformers_crosslmm": __version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        },
+    }
+    text = json.dumps(report, indent=1)
+    print(text)
+    if arguments.output_file is not None:
+        arguments.output_file.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
