@@ -148,6 +148,13 @@ class CrossLMMConfig(PreTrainedConfig):
         "image_hidden_states",
         "video_hidden_states",
     ]
+    # The classes to load a config with. In the files of a checkpoint only when the code lies beside them.
+    auto_map: ClassVar[dict[str, str]] = {
+        "AutoConfig": "configuration_crosslmm.CrossLMMConfig",
+        "AutoModel": "modeling_crosslmm.CrossLMMModel",
+        "AutoModelForImageTextToText": "modeling_crosslmm.CrossLMMForConditionalGeneration",
+        "AutoModelForMultimodalLM": "modeling_crosslmm.CrossLMMForConditionalGeneration",
+    }
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
@@ -163,6 +170,9 @@ class CrossLMMConfig(PreTrainedConfig):
     weight_layout: int = WEIGHT_LAYOUT
 
     def __post_init__(self, **kwargs):
+        if not self.is_remote_code():
+            # What a folder says of the code beside it is no concern of the installed package, and is not saved by it.
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("auto_map", "custom_pipelines")}
         if not isinstance(self.vision_config, PreTrainedConfig):
             given = SO400M_384 if self.vision_config is None else self.vision_config
             self.vision_config = SiglipVisionConfig(**given)

@@ -336,6 +336,8 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
     max_frames = 256
 
     def __init__(self, **kwargs: Any) -> None:
+        if self._auto_class is None:
+            kwargs.pop("auto_map", None)  # names code beside a checkpoint, which is not what runs here
         super().__init__(**kwargs)
         # The mixin leaves this to its subclasses; without it nothing but the class name would be saved.
         self._set_attributes(**kwargs)
