@@ -42,6 +42,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
 import av
@@ -698,8 +699,19 @@ class _File:
         self.duration_seconds = self._duration()
         self.total_num_frames = self._count or stream.frames or max(1, round(self.duration_seconds * self.fps))
 
-    def open(self) -> None:
-        """Open the file, or begin again at its first packet."""
+    def open(self, *, strict: bool = True) -> None:
+        """Open the file, or begin again at its first packet.
+
+        A strict decoder reports errors that FFmpeg would otherwise paint over with what was there before.
+        """
+        self._container, self._stream = self._opened_stream()
+        for stream in self._container.streams:
+            if stream is not self._stream and hasattr(stream, "discard"):  # PyAV < 17.1 reads and drops the others
+                stream.discard = av.stream.Discard.all
+        self._context = self._opened_context(self._stream, strict=strict)
+        self._packets = self._container.demux(self._stream)
+
+    def _opened_stream(self):
         self._file.seek(0)
         options = {
             "format_whitelist": _FORMATS,
@@ -708,7 +720,7 @@ class _File:
             "max_pixels": str(self._limits.max_pixels),
         }
         with _translated_errors(f"FFmpeg cannot open this as a video. Accepted formats: {_FORMATS}.", VideoOpenError):
-            self._container = av.open(
+            container = av.open(
                 _Input(self._file, self.clock),
                 mode="r",
                 options=options,
@@ -716,21 +728,7 @@ class _File:
                 buffer_size=65536,
                 io_open=_refuse_to_open,
             )
-        self._stream = self._pick_stream()
-        for stream in self._container.streams:
-            if stream is not self._stream and hasattr(stream, "discard"):  # PyAV < 17.1 reads and drops the others
-                stream.discard = av.stream.Discard.all
-        self._context = self._stream.codec_context
-        self._context.thread_count = self._num_threads
-        self._context.thread_type = "AUTO"
-        self._context.options = {"max_pixels": str(self._limits.max_pixels)}
-        # Some decoders (dav1d) keep the `skip_frame` that they are opened with.
-        with _translated_errors(f"FFmpeg cannot decode {self._context.name}.", VideoDecodeError):
-            self._context.open()
-        self._packets = self._container.demux(self._stream)
-
-    def _pick_stream(self):
-        for stream in self._container.streams.video:
+        for stream in container.streams.video:
             if not stream.disposition & av.stream.Disposition.attached_pic and stream.codec_context is not None:
                 break
         else:
@@ -740,7 +738,32 @@ class _File:
             raise VideoLimitError(
                 f"Pictures of {width}x{height} have more than max_pixels={self._limits.max_pixels}. {_RAISE_LIMITS}"
             )
-        return stream
+        if not stream.time_base:
+            raise VideoOpenError("The video stream does not say in which unit its times are.")
+        return container, stream
+
+    def _opened_context(self, stream, *, strict: bool):
+        context = stream.codec_context
+        context.thread_count = self._num_threads
+        context.thread_type = "AUTO"
+        context.options = {"max_pixels": str(self._limits.max_pixels)} | ({"err_detect": "explode"} if strict else {})
+        # Some decoders (dav1d) keep the `skip_frame` that they are opened with.
+        with _translated_errors(f"FFmpeg cannot decode {context.name}.", VideoDecodeError):
+            context.open()
+        return context
+
+    @cached_property
+    def _lenient(self):
+        """A decoder that does what players do with damage, and the container that holds it."""
+        position = self._file.tell()
+        container, stream = self._opened_stream()
+        self._file.seek(position)
+        return self._opened_context(stream, strict=False), container
+
+    @property
+    def num_inside(self) -> int:
+        """How many packets late an error may be reported."""
+        return max(1, self._context.thread_count)
 
     def _duration(self) -> float:
         start_seconds = float((self.start or 0) * self.tick)
@@ -798,18 +821,24 @@ class _File:
         found = entries.search_timestamp(high, backward=True)
         return found >= 0 and entries[found].timestamp > low
 
-    def decode(self, packet, *, skip: bool = False) -> list:
+    def decode(self, packet, *, skip: bool = False, lenient: bool = False) -> list[av.VideoFrame]:
         """Pictures that come out when `packet` goes in, None for those still inside; `skip` leaves out a picture on
         which no other depends."""
         self.clock.check()
-        self._context.skip_frame = "NONREF" if skip else "DEFAULT"
+        context = self._lenient[0] if lenient else self._context
+        context.skip_frame = "NONREF" if skip else "DEFAULT"
         try:
-            frames = self._context.decode(packet)
+            return context.decode(packet)
         except EOFError:
-            frames = []
-        if packet is None:
-            self._context.flush_buffers()
-        return frames
+            return []
+        except av.error.MemoryError as error:
+            raise VideoLimitError(f"Decoding asks for more memory than there is. {_RAISE_LIMITS}") from error
+
+    def flush(self) -> None:
+        """Forget what the decoders hold."""
+        self._context.flush_buffers()
+        if "_lenient" in self.__dict__:
+            self._lenient[0].flush_buffers()
 
     def ticks(self, seconds: float) -> int:
         """The last moment of the stream's clock that is not after `seconds`."""
@@ -911,7 +940,6 @@ def _decoded(file: _File, request: _Request, moments: list[float] | None) -> Ite
                 yield picture
             return
         except _Untimed:
-            file.open()
             yield from _in_sequence(file, request, moments, after=last_seconds)
     else:
         yield from _in_sequence(file, request, moments)
@@ -919,6 +947,7 @@ def _decoded(file: _File, request: _Request, moments: list[float] | None) -> Ite
 
 def _in_sequence(file: _File, request: _Request, moments, *, after: float = -math.inf) -> Iterator[_Picture]:
     """Decode everything from the first packet; picture k of a stream without times is due at k / fps."""
+    file.open(strict=False)
     targets = None if moments is None else deque(moments)
     end = math.inf if request.end_seconds is None or moments is not None else request.end_seconds
     held = None
@@ -973,9 +1002,10 @@ class _LookAhead:
     packet can be due by then, so the wanted one is known. Decoding starts at the last keyframe due by the target, goes
     no further than the wanted packet, and leaves out pictures that no other depends on.
 
-    A group of pictures that turns out damaged (an error, a picture missing or marked corrupt) is decoded again without
-    leaving anything out (care 1), then once more from one keyframe earlier (care 2): streams that refresh gradually
-    need it. What does not come right then is handed out as not valid.
+    A group of pictures that turns out damaged (an error, a picture missing or marked corrupt) is decoded again by the
+    lenient decoder without leaving anything out (care 1), then, if pictures are still missing or corrupt, once more
+    from one keyframe earlier (care 2): streams that refresh gradually need it. What does not come right then, and what
+    was decoded after the packet with the error, is handed out as not valid.
     """
 
     def __init__(self, file: _File):
@@ -996,6 +1026,12 @@ class _LookAhead:
         self.care = 0
         self.careful_until: float = -math.inf
         self.again: set[int] = set()  # pts that were pending in something damaged
+        self.fed: deque[int] = deque(maxlen=file.num_inside)  # pts of the packets that went in last
+        self.broken: set[int] = set()  # pts of packets from which on decoding goes wrong
+        self.excused: set[int] = set()  # such pts, if it turns out that the keyframe itself was damaged
+        self.doubtful: set[int] = set()  # pts of pictures decoded from there on
+        self.clean_groups = self.broken_groups = 0
+        self.habit = False  # nothing decodes without errors: the encoder breaks a rule that does not matter
         self.patience_seconds = 4.0  # stretches up to this are read through rather than jumped over
 
     def pictures(self, request: _Request, moments: list[float] | None) -> Iterator[_Picture]:
@@ -1029,8 +1065,8 @@ class _LookAhead:
         """Hand out the last picture due at `target`, unless it was the last one already."""
         if target > self.careful_until and self._worth_seeking(target):
             yield from self._drain()
+            self._trust()
             self._start_at(target)
-            self.care = 0
         pts = yield from self._find(target)
         lost = target in self.again and pts != target
         self.again.discard(target)
@@ -1053,6 +1089,8 @@ class _LookAhead:
             yield from self._jump(pts)
         self._pass(pts)
         self.pending.append(pts)
+        if self.broken and not self._lenient:
+            raise _Damaged
         if pts in self.early:
             yield from self._receive([self.early.pop(pts)])
         else:
@@ -1125,6 +1163,7 @@ class _LookAhead:
 
     def _start_at(self, pts: int, *, earlier: bool = False) -> None:
         """Begin at a keyframe due by `pts`, or at the first packet."""
+        self._flush()
         behind, step, at = self.recent[-1] if self.recent else -math.inf, round(1 / self.file.tick), pts
         while True:
             rewound = at <= self.file.start or not self.file.seek(at)
@@ -1133,8 +1172,7 @@ class _LookAhead:
             self.queue.clear()
             self.recent.clear()
             self.due.clear()
-            self.early.clear()
-            self.queue_bytes, self.ended, self.fresh = 0, False, True
+            self.queue_bytes, self.ended = 0, False
             while not self.ended and not self.queue and not self._read_past(pts):
                 self._read()
                 if not rewound and self.queue and not self.queue[0].is_keyframe:
@@ -1178,8 +1216,16 @@ class _LookAhead:
         yield from self._drain()
         for _ in range(keyframes[-1]):
             self._drop_first()
-        self.care = 0
+        self._trust()
         self._begun()
+
+    def _trust(self) -> None:
+        """Go on with care 0."""
+        self.clean_groups += self.care == 0
+        self.care = 0
+        self.broken.clear()
+        self.excused.clear()
+        self.doubtful.clear()
 
     def _begin_again(self) -> None:
         first = self.pending[0]
@@ -1187,11 +1233,18 @@ class _LookAhead:
         self.careful_until = max(self.careful_until, self.pending[-1])
         self.pending.clear()
         self.last = first - 1
+        self.broken_groups += self.keyframe in self.broken and self.care == 0
+        self.habit |= self.clean_groups == 0 and self.broken_groups > 3
         self.care += 1
+        self.doubtful.clear()
         earlier = self.care > 1 and self.keyframe is not None
         self._start_at(min(first, self.keyframe - 1) if earlier else first)
 
     # Decoding
+
+    @property
+    def _lenient(self) -> bool:
+        return self.care > 0 or self.gradual or self.habit
 
     def _feed(self, pts: int):
         """Decode up to the packet of `pts`."""
@@ -1203,26 +1256,43 @@ class _LookAhead:
         packet = self.queue.popleft()
         self.queue_bytes -= packet.size
         self.fresh = False
+        self.fed.append(packet.pts)
+        if not self.habit and (self.doubtful or packet.pts in self.broken):
+            self.doubtful.add(packet.pts)
         try:
             frames = self.file.decode(
-                packet, skip=skip and self.care == 0 and not packet.is_keyframe and packet.pts not in self.pending
+                packet,
+                skip=skip and self.care == 0 and not packet.is_keyframe and packet.pts not in self.pending,
+                lenient=self._lenient,
             )
         except av.error.FFmpegError:
             # Pictures that are due before the keyframe where decoding began may need what lies before it.
-            if self.care == 0 and self.pending and (self.keyframe is None or packet.pts >= self.keyframe):
-                raise _Damaged from None
+            if self.keyframe is None or packet.pts >= self.keyframe:
+                self._blame()
             return
         yield from self._receive(frames)
+
+    def _blame(self) -> None:
+        if self.fed:
+            self.broken.add(self.fed[0])
+        if self.pending and not self._lenient:
+            raise _Damaged from None
 
     def _drain(self):
         if not self.fresh:
             try:
-                frames = self.file.decode(None)
+                frames = self.file.decode(None, lenient=self._lenient)
             except av.error.FFmpegError:
                 frames = []
-            self.fresh = True
+                self._blame()
             yield from self._receive(frames)
         yield from self._miss(math.inf)
+        self._flush()
+
+    def _flush(self) -> None:
+        self.file.flush()
+        self.fresh = True
+        self.fed.clear()
         self.early.clear()
 
     def _receive(self, frames: list[av.VideoFrame]):
@@ -1231,16 +1301,24 @@ class _LookAhead:
             if pts is None:
                 raise _Untimed
             if self.awaited is not None and pts >= self.awaited:
-                self.gradual |= pts > self.awaited
-                self.awaited = None
-                if self.gradual and self.pending and self.care < 2:
-                    raise _Damaged
+                self.gradual, self.awaited = pts > self.awaited, None
+                if not self.gradual:
+                    self.broken |= self.excused
+                    self.excused.clear()
+                else:
+                    # Errors are to be expected until the refresh is complete.
+                    self.excused |= self.broken
+                    self.broken.clear()
+                    self.doubtful.clear()
+                    if self.pending and self.care < 2:
+                        raise _Damaged
             yield from self._miss(pts)
             if self.pending and self.pending[0] == pts:
                 if frame.is_corrupt and self.care < 2:
                     raise _Damaged
                 self.pending.popleft()
-                yield self.file.picture(self.file.seconds(pts), frame)
+                picture = self.file.picture(self.file.seconds(pts), frame)
+                yield replace(picture, valid=False) if pts in self.doubtful else picture
             elif self.last is None or pts > self.last:
                 self.early[pts] = frame
                 if len(self.early) > _EARLY_PICTURES:
