@@ -569,6 +569,22 @@ def test_kernels_agree():
     assert_close_to_scale(eager, sdpa, relative=1e-5)
 
 
+@torch.no_grad()
+def test_padding_behind_a_video_looks_at_nothing():
+    """Shown by the first layer alone: later ones see, through self-attention, what the others got."""
+    config = tiny_config()
+    model = random_model(config)
+    inputs = model_inputs(make_sample(config, 40), make_sample(config, *ONE_VIDEO, seed=1))
+    hidden = model(**inputs, output_hidden_states=True).hidden_states[1][1]
+    plain = plain_qwen2(model)(
+        inputs_embeds=spliced_embeddings(model, inputs),
+        attention_mask=inputs["attention_mask"],
+        output_hidden_states=True,
+    ).hidden_states[1][1]
+    assert torch.equal(hidden[37:], plain[37:])  # ONE_VIDEO is 37 tokens long, its last 6 text
+    assert (hidden[31:37] != plain[31:37]).any(dim=-1).all()
+
+
 def test_padding_gets_finite_gradients_in_every_kernel():
     for kernel in ("eager", "sdpa"):
         config = tiny_config()
