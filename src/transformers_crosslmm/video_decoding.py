@@ -1022,6 +1022,7 @@ class _LookAhead:
         self.keyframe: int | None = None  # where decoding began
         self.awaited: int | None = None  # the keyframe, until the decoder has shown that it starts cleanly there
         self.gradual = False  # keyframes only begin a refresh: what they promise is right one keyframe later
+        self.proof: int | None = None  # the keyframe that made it look so
         self.fresh = True  # the decoder has been given nothing yet
         self.care = 0
         self.careful_until: float = -math.inf
@@ -1224,7 +1225,6 @@ class _LookAhead:
         self.clean_groups += self.care == 0
         self.care = 0
         self.broken.clear()
-        self.excused.clear()
         self.doubtful.clear()
 
     def _begin_again(self) -> None:
@@ -1267,7 +1267,7 @@ class _LookAhead:
             )
         except av.error.FFmpegError:
             # Pictures that are due before the keyframe where decoding began may need what lies before it.
-            if self.keyframe is None or packet.pts >= self.keyframe:
+            if self.keyframe is None or min(self.fed) >= self.keyframe:
                 self._blame()
             return
         yield from self._receive(frames)
@@ -1301,17 +1301,9 @@ class _LookAhead:
             if pts is None:
                 raise _Untimed
             if self.awaited is not None and pts >= self.awaited:
-                self.gradual, self.awaited = pts > self.awaited, None
-                if not self.gradual:
-                    self.broken |= self.excused
-                    self.excused.clear()
-                else:
-                    # Errors are to be expected until the refresh is complete.
-                    self.excused |= self.broken
-                    self.broken.clear()
-                    self.doubtful.clear()
-                    if self.pending and self.care < 2:
-                        raise _Damaged
+                self._see_start(pts)
+            if self.proof is not None and self.keyframe is not None and pts >= self.proof > self.keyframe:
+                self._see_proof(pts)
             yield from self._miss(pts)
             if self.pending and self.pending[0] == pts:
                 if frame.is_corrupt and self.care < 2:
@@ -1323,6 +1315,28 @@ class _LookAhead:
                 self.early[pts] = frame
                 if len(self.early) > _EARLY_PICTURES:
                     del self.early[next(iter(self.early))]
+
+    def _see_start(self, pts: int) -> None:
+        """The first picture out should be the keyframe. If not, it may only begin a gradual refresh, during which
+        errors are to be expected."""
+        keyframe, self.awaited = self.awaited, None
+        if pts > keyframe:
+            if not self.gradual:
+                self.gradual, self.proof = True, keyframe
+            self.excused |= self.broken
+            self.broken.clear()
+            self.doubtful.clear()
+            if self.pending and self.care < 2:
+                raise _Damaged
+
+    def _see_proof(self, pts: int) -> None:
+        """Seen from one keyframe earlier, a refresh has a picture where it begins; a damaged keyframe has none."""
+        if pts > self.proof:
+            self.gradual = False
+            self.broken |= self.excused
+            self.doubtful.update(self.pending, [self.proof])
+        self.excused.clear()
+        self.proof = None
 
     def _miss(self, pts: float):
         """Pictures come out in order: those pending before `pts` do not come."""
@@ -1460,7 +1474,7 @@ def _work() -> None:
         out.write(json.dumps(header).encode() + b"\n")
 
     try:
-        for item in _read(open(0, "rb", buffering=0), request, limits, task["num_threads"]):
+        for item in _read(sys.stdin.buffer.raw, request, limits, task["num_threads"]):
             if isinstance(item, _Info):
                 send(**asdict(item))
             elif isinstance(item, str):
