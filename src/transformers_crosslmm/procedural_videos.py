@@ -176,7 +176,9 @@ def random_video(
     scenes: list[list[Thing]] = [[] for _ in range(num_seconds)]
     used: set[Thing] = set()
     while sum(map(len, scenes)) < 0.8 * things_per_scene * num_seconds:
-        pool = UNSEEN_THINGS if split == "heldout" and rng.random() < 0.5 else SEEN_THINGS
+        # Without an unseen thing on screen there would be little to ask in the held-out split.
+        is_unseen = split == "heldout" and (not used or rng.random() < 0.5)
+        pool = UNSEEN_THINGS if is_unseen else SEEN_THINGS
         thing = _relative(rng, pool, sorted(used, key=str)) if used and rng.random() < 0.5 else _choose(rng, pool)
         if thing in used:
             continue
@@ -370,6 +372,8 @@ def ask(rng: np.random.Generator, video: ProceduralVideo, *, kind: str, split: S
     Answers are drawn first and evenly, then something that fits them, so that the question alone tells nothing.
     In the split "heldout" the thing asked about (for "order": one of the two) is of `HELD_OUT_THINGS`.
     """
+    if kind not in KINDS:
+        raise ValueError(f"`kind` must be one of {', '.join(KINDS)}; got {kind!r}.")
     wording = _choose(rng, WORDINGS[kind])
     subjects = [t for t in video.things if split == "train" or t in HELD_OUT_THINGS]
     if kind in ("colour", "shape", "place"):
@@ -403,12 +407,11 @@ def ask(rng: np.random.Generator, video: ProceduralVideo, *, kind: str, split: S
             return None
         thing = _choose(rng, options)
         return Question(kind, wording.format(thing=thing), str(frames[thing][0]))
-    if kind == "count":
-        counts = {t: len(video.seconds_of(t)) for t in subjects}
-        wanted = int(rng.integers(1, MAX_COUNT + 1))
-        options = [t for t, count in counts.items() if count == wanted]
-        return Question(kind, wording.format(thing=_choose(rng, options)), str(wanted)) if options else None
-    raise ValueError(f"`kind` must be one of {', '.join(KINDS)}; got {kind!r}.")
+    assert kind == "count"
+    counts = {t: len(video.seconds_of(t)) for t in subjects}
+    wanted = int(rng.integers(1, MAX_COUNT + 1))
+    options = [t for t, count in counts.items() if count == wanted]
+    return Question(kind, wording.format(thing=_choose(rng, options)), str(wanted)) if options else None
 
 
 def ask_many(
