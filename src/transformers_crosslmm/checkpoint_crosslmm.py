@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 import shutil
 import tempfile
 import zipfile
@@ -129,16 +130,34 @@ SAFETENSORS_DTYPES = {
 
 
 def _pickled(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of one `.bin` file. Raises ValueError for a file that is cut off or holds more than tensors."""
+
     def load() -> Mapping[str, Tensor]:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
 
     can_map = zipfile.is_zipfile(path)
-    tensors = load()
+    try:
+        tensors = load()
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} must hold tensors and nothing else, and be whole: it is read with `weights_only=True`. {error}"
+        ) from error
     # What torch < 1.6 wrote can only be read as a whole; it then stays in memory.
     fetch = (lambda name: load()[name]) if can_map else tensors.__getitem__
     return {
         name: StoredTensor(tuple(tensor.shape), tensor.dtype, partial(fetch, name)) for name, tensor in tensors.items()
     }
+
+
+def check_free(out: str | os.PathLike, *, force: bool) -> None:
+    """Raises FileExistsError where something is in the way; with `force` a checkpoint folder is not."""
+    out = Path(out).expanduser()
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not force:
+        raise FileExistsError(f"{out} exists and is not overwritten. Choose another folder, or add --force.")
+    if not (out / "config.json").is_file():
+        raise FileExistsError(f"--force replaces a checkpoint folder; {out} holds no config.json and stays.")
 
 
 @contextmanager
@@ -148,14 +167,8 @@ def new_folder(out: str | os.PathLike, *, force: bool, num_bytes: int) -> Iterat
     force: whether a checkpoint folder that is there may be replaced, once the new one is complete.
     num_bytes: how much will be written. Raises FileExistsError, and OSError if the disk has no room for it.
     """
+    check_free(out, force=force)
     out = Path(out).expanduser().resolve()
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        if not force:
-            raise FileExistsError(f"{out} exists and is not overwritten. Choose another folder, or add --force.")
-        if not (out / "config.json").is_file():
-            raise FileExistsError(
-                f"--force replaces a checkpoint folder; {out} holds no config.json. Remove it yourself."
-            )
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if free < num_bytes:
@@ -164,8 +177,8 @@ def new_folder(out: str | os.PathLike, *, force: bool, num_bytes: int) -> Iterat
             f"{num_bytes / 1e9:.1f} GB will be written, {free / 1e9:.1f} GB are free. Make room or write elsewhere",
             str(out.parent),
         )
-    # Beside `out`, so that renaming it stays within one file system. Without its config.json, which is written last,
-    # what a killed process leaves behind is no checkpoint.
+    # Beside `out`, so that renaming it stays within one file system. What a killed process leaves behind is no
+    # checkpoint as long as a shard or their index is missing: weights are to be written last.
     partial_folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
         yield partial_folder

@@ -4,7 +4,6 @@ Each conversion is planned as a whole before anything is written: every tensor o
 shape, and every tensor of the old one that it has no place for. One name-table mechanism and one writer serve all.
 """
 
-import argparse
 import json
 import math
 import os
@@ -652,17 +651,12 @@ def write_checkpoint(
     """Writes model, processor and report, one shard in memory at a time; returns the report.
 
     `out` appears when everything is written, and not at all otherwise. keep_left_out: in a file beside the weights, so
-    that the way back is exact. measure_entropy: of the attention, on the weights as they were written.
+    that the way back is exact. measure_entropy: of the attention, see `attention_entropy`.
     """
     config = conversion.config
     config.architectures = ["CrossLMMForConditionalGeneration"]
     report = conversion.report()
     with new_folder(out, force=force, num_bytes=conversion.num_bytes) as folder:
-        write_weights(folder, conversion.tensors, shard_bytes)
-        if keep_left_out and conversion.left_out:
-            save_tensors(
-                {name: tensor.read() for name, tensor in conversion.left_out.items()}, folder / UNUSED_WEIGHTS
-            )
         if conversion.tokenizer is not None:
             processor = CrossLMMProcessor.from_config(
                 config, conversion.tokenizer, chat_template=conversion.chat_template
@@ -672,10 +666,15 @@ def write_checkpoint(
             report["notes"].append("no tokenizer was found, so there is no processor: name one with --tokenizer")
         conversion.generation_config.suppress_tokens = [config.image_token_id, config.video_token_id]
         conversion.generation_config.save_pretrained(folder)
-        if measure_entropy:
-            report["attention_entropy"] = attention_entropy(config, stored_tensors(folder))
-        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         config.save_pretrained(folder)
+        if measure_entropy:
+            report["attention_entropy"] = attention_entropy(config, conversion.tensors)
+        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+        if keep_left_out and conversion.left_out:
+            save_tensors(
+                {name: tensor.read() for name, tensor in conversion.left_out.items()}, folder / UNUSED_WEIGHTS
+            )
+        write_weights(folder, conversion.tensors, shard_bytes)
     return report
 
 
@@ -719,7 +718,6 @@ def crosslmm_to_llava_next(
     conversion = Conversion(config=config, tensors=theirs, sources={"crosslmm": str(source)})
     report = conversion.report()
     with new_folder(out, force=force, num_bytes=conversion.num_bytes) as new:
-        write_weights(new, theirs, shard_bytes)
         tokenizer = find_tokenizer(folder, config.text_config.vocab_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
@@ -727,6 +725,7 @@ def crosslmm_to_llava_next(
             shutil.copy(folder / "generation_config.json", new)
         (new / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         (new / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        write_weights(new, theirs, shard_bytes)
     return report
 
 
@@ -741,13 +740,14 @@ def attention_entropy(config: CrossLMMConfig, tensors: Mapping[str, StoredTensor
     weights in memory at a time.
     """
     config = deepcopy(config)
-    config.dtype = config.vision_config.dtype = config.text_config.dtype = torch.float32
+    text_config: Any = config.text_config
+    config.dtype = config.vision_config.dtype = text_config.dtype = torch.float32
     with torch.device("meta"):
         model = CrossLMMModel(config).eval()
     # Made of the config, not of weights, so there is nothing on the disk to fill them from.
     embeddings = model.vision_tower.embeddings
     embeddings.position_ids = torch.arange(embeddings.num_positions)[None]
-    model.language_model.rotary_emb = Qwen2RotaryEmbedding(config=config.text_config)
+    model.language_model.rotary_emb = Qwen2RotaryEmbedding(config=text_config)
     for name, module in model.named_modules():
         parameters = [key for key, _ in module.named_parameters(recurse=False)]
         if parameters:
@@ -802,29 +802,3 @@ def _keep_entropy(
     log_weights = (query @ key.mT * branch.scaling).log_softmax(-1)
     entropy = -(log_weights.exp() * log_weights).sum(-1).mean()
     entropies[name] = round(float(entropy) / math.log(key.shape[1]), 4)
-
-
-# Options of the commands
-
-
-def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """An option for every config field that a conversion leaves open, by its name."""
-    group = parser.add_argument_group(
-        "config fields", "see CrossLMMConfig and CrossLMMTextConfig; values are JSON or words"
-    )
-    for name in CONFIG_FIELDS:
-        group.add_argument(
-            f"--{name.replace('_', '-')}", type=_json_or_word, default=argparse.SUPPRESS, metavar="VALUE"
-        )
-
-
-def config_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The config fields among the parsed options."""
-    return {name: value for name, value in vars(options).items() if name in CONFIG_FIELDS}
-
-
-def _json_or_word(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text

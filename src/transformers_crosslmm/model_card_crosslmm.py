@@ -1,0 +1,267 @@
+"""Model cards, made of a config and of results, so that no number in them can drift.
+
+    python -m transformers_crosslmm.model_card_crosslmm model_cards
+
+writes the cards of the paper's sizes and of the bundled checkpoint.
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .configuration_crosslmm import PRESETS, CrossLMMConfig
+from .conversion_crosslmm import expected_shapes
+from .conversion_mapping import BACKBONES
+
+TEMPLATE = Path(__file__).parent / "model_card_template.md"
+PAPER_URL = "https://arxiv.org/abs/2505.17020"
+NOT_REPRODUCED = "the paper, Table 1; not reproduced, and not of these weights"
+
+BENCHMARKS = {
+    # As in the heading of the paper's Table 1: data set on the Hub, its configuration and split
+    "MVBench": ("OpenGVLab/MVBench", None, "test"),
+    "PerceptionTest": ("lmms-lab/PerceptionTest_Val", None, "validation"),
+    "LongVideoBench": ("longvideobench/LongVideoBench", None, "validation"),
+    "MLVU": ("MLVU/MVLU", None, "dev"),
+    "VideoMME, without subtitles": ("lmms-lab/Video-MME", "without subtitles", "test"),
+    "VideoMME, with subtitles": ("lmms-lab/Video-MME", "with subtitles", "test"),
+}
+PAPER_SCORES = {
+    # Table 1 of the paper: accuracy in per cent, by size and tokens per frame
+    ("2B", 1): (58.6, 58.1, 47.3, 57.6, 55.5, 58.9),
+    ("2B", 9): (63.5, 63.5, 51.8, 61.0, 59.1, 61.3),
+    ("7B", 1): (62.7, 64.8, 54.5, 64.0, 61.3, 63.7),
+    ("7B", 9): (68.2, 68.4, 56.0, 67.2, 62.6, 64.7),
+    ("7B-16", 16): (68.8, 71.4, 60.4, 70.7, 65.4, 67.6),
+}
+PAPER_DATA = {
+    # Appendix A.1 of the paper, by the name there: data set on the Hub, as far as we can tell
+    "CapsFusion": "BAAI/CapsFusion-120M",
+    "InternVid": "OpenGVLab/InternVid",
+    "LLaVA-NeXT": "lmms-lab/LLaVA-NeXT-Data",
+    "ALLaVA": "FreedomIntelligence/ALLaVA-4V",
+    "ShareGPT-4o": "OpenGVLab/ShareGPT-4o",
+    "LLaVA-Interleave": "lmms-lab/M4-Instruct-Data",
+    "VideoChat2": "OpenGVLab/VideoChat2-IT",
+    "VideoChatGPT-Plus": "MBZUAI/VCG-plus_112K",
+    "LLaVA-Video-178K": "lmms-lab/LLaVA-Video-178K",
+    "LLaVA-Hound": "ShareGPTVideo/train_video_and_instruction",
+    "MovieChat": "Enxin/MovieChat-1K_train",
+    "Vript": "Mutonix/Vript",
+    "LongVid": "OpenGVLab/LongVid",
+}
+PAPER_TRAINING = """\
+The paper trains in two stages: first projector and cross-attention on 15 M images with captions (CapsFusion) and 5 M
+short videos with captions (InternVid), then everything on about 3 M instructions: images (LLaVA-NeXT, ALLaVA,
+ShareGPT-4o, LLaVA-Interleave), short videos (VideoChat2, InternVideo2, ShareGPT-4o, VideoChatGPT-Plus,
+LLaVA-Video-178K, LLaVA-Hound) and long ones (MovieChat, Vript, LongVid). The names on the Hub in this card's metadata
+are what we take these to be; InternVideo2's instruction data we could not place. Each data set has terms of its own."""
+LICENCES = {
+    "google/siglip2-so400m-patch14-384": "Apache-2.0",
+    "google/siglip2-giant-opt-patch16-384": "Apache-2.0",
+    "Qwen/Qwen2.5-1.5B-Instruct": "Apache-2.0",
+    "Qwen/Qwen2.5-7B-Instruct": "Apache-2.0",
+}
+UNTRAINED = """\
+**Untrained.** These weights were put together from other checkpoints and never trained as a CrossLMM: the gates of its
+cross-attention are as initialised. Take it as a starting point for training, not as a model of video."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Parameters by part, bytes kept per frame at 16 bits, and multiply-accumulates that each frame adds."""
+
+    parameters: int
+    vision: int
+    projector: int
+    cross_attention: int
+    language_model: int
+    features_bytes: int
+    kv_bytes: int
+    language_bytes: int
+    macs_per_frame: int
+
+
+def counted_costs(config: CrossLMMConfig) -> Costs:
+    """What follows from the config alone.
+
+    Multiply-accumulates: every weight matrix times the tokens of one frame that pass it, and the encoder's own scores.
+    Those of the cross-attention and of the language model depend on how much there is to look at, and are left out.
+    """
+    text: Any = config.text_config
+    patches, tokens = config.patch_grid_size**2, config.tokens_per_frame
+    count = dict.fromkeys(("vision", "projector", "cross_attention", "language_model"), 0)
+    macs = 2 * patches**2 * config.vision_config.hidden_size * config.num_vision_blocks
+    for name, shape in expected_shapes(config).items():
+        size = math.prod(shape)
+        if name.startswith("model.vision_tower."):
+            part, times = "vision", 0 if "position_embedding" in name else patches
+        elif name.startswith("model.multi_modal_projector."):
+            part, times = "projector", tokens
+        elif ".cross_attention." in name:
+            is_key_or_value = ".k_proj." in name or ".v_proj." in name
+            part, times = "cross_attention", patches if is_key_or_value else tokens if ".v2v." in name else 0
+        else:
+            part, times = "language_model", tokens if ".layers." in name else 0
+        count[part] += size
+        macs += size * times if len(shape) > 1 else 0
+    head_bytes = 2 * 2 * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
+    cross_layers = len(text.cross_attention_layer_indices) if text.use_t2v else 0
+    return Costs(
+        parameters=sum(count.values()),
+        **count,
+        features_bytes=2 * patches * config.vision_config.hidden_size,
+        kv_bytes=cross_layers * patches * head_bytes,
+        language_bytes=text.num_hidden_layers * tokens * head_bytes,
+        macs_per_frame=macs,
+    )
+
+
+def model_card(
+    config: CrossLMMConfig,
+    *,
+    title: str,
+    repo: str,
+    sources: dict[str, str] | None = None,
+    preset: str | None = None,
+    results: dict[str, Any] | None = None,
+    training_data: str | None = None,
+    datasets: list[str] | None = None,
+    first_line: str | None = None,
+    with_code: bool = False,
+) -> ModelCard:
+    """The card of a checkpoint.
+
+    sources: where its parts come from, {part: name}; those that are names on the Hub become base models. preset: the
+    size of the paper whose figures it quotes, as the paper's. results: {"rows": [{"name": ..., "value": ...}],
+    "command": ..., "commit": ..., "machine": ...}. first_line: what a reader must know first; that the weights are
+    untrained, where the config says so.
+    """
+    text: Any = config.text_config
+    tokens = config.tokens_per_frame
+    scores: dict[str, float] = {}
+    if preset is not None:
+        scores = dict(zip(BENCHMARKS, PAPER_SCORES[preset, tokens], strict=True))
+    sources = sources or {}
+    data = ModelCardData(
+        language="en",
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="video-text-to-text",
+        tags=["crosslmm", "video", "multimodal", "arxiv:2505.17020"],
+        base_model=[source for source in sources.values() if is_hub_name(source)] or None,
+        datasets=datasets,
+        model_name=title,
+        eval_results=[_eval_result(name, score) for name, score in scores.items()] or None,
+    )
+    options = {
+        name: getattr(text, name)
+        for name, default in (("v2v_scope", "video"), ("visual_norm", "none"), ("visual_time", "none"))
+        if getattr(text, name) != default
+    }
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        first_line=UNTRAINED if config.untrained else first_line or "Trained as a CrossLMM.",
+        title=title,
+        repo=repo,
+        tokens_per_frame=tokens,
+        layers=text.cross_attention_layer_indices,
+        depth=text.num_hidden_layers,
+        patches=config.patch_grid_size**2,
+        grid=config.patch_grid_size,
+        pooled=config.pooled_grid_size,
+        pooling_mode=config.pooling_mode,
+        image_size=config.vision_config.image_size,
+        context=text.max_sequence_length,
+        costs=counted_costs(config),
+        options=", ".join(f"`{name}={value!r}`" for name, value in options.items()) or "none",
+        has_time=text.visual_time != "none",
+        results=results,
+        paper=scores,
+        paper_tokens=tokens,
+        training_data=training_data or "Unknown: whoever publishes this card has not said.",
+        parts=[
+            *(
+                {"name": name, "source": source, "licence": LICENCES.get(source, "that of its source")}
+                for name, source in sources.items()
+            ),
+            {"name": "code, and the weights that are new", "source": "transformers_crosslmm", "licence": "Apache-2.0"},
+        ],
+        with_code=with_code,
+    )
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether this can be the name of a model on the Hub rather than a path."""
+    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
+
+
+def _eval_result(benchmark: str, score: float) -> EvalResult:
+    dataset, configuration, split = BENCHMARKS[benchmark]
+    return EvalResult(
+        task_type="video-text-to-text",
+        dataset_type=dataset,
+        dataset_name=benchmark,
+        dataset_config=configuration,
+        dataset_split=split,
+        metric_type="accuracy",
+        metric_name=f"accuracy ({NOT_REPRODUCED})",
+        metric_value=score,
+        source_name=NOT_REPRODUCED,
+        source_url=PAPER_URL,
+    )
+
+
+def preset_card(preset: str) -> ModelCard:
+    """The card of a size of the paper, to go with weights that somebody trains."""
+    vision, text = BACKBONES[preset]
+    return model_card(
+        CrossLMMConfig.from_preset(preset),
+        title=f"CrossLMM-{preset}",
+        repo=f"YOUR_NAME/crosslmm-{preset.lower()}",
+        sources={"vision encoder": vision, "language model": text},
+        preset=preset,
+        training_data=PAPER_TRAINING,
+        datasets=list(PAPER_DATA.values()),
+        first_line=(
+            "**No weights of this size are public, the authors' or ours.** This card describes the size, and is where "
+            "the card of trained weights begins: `conversion/compose_crosslmm_from_backbones.py --preset "
+            f"{preset}`, then training."
+        ),
+    )
+
+
+def tiny_card(folder: Path, results: dict[str, Any] | None) -> ModelCard:
+    """The card of the checkpoint that the package ships."""
+    return model_card(
+        CrossLMMConfig.from_pretrained(folder),
+        title="CrossLMM, tiny",
+        repo="YOUR_NAME/crosslmm-tiny",
+        results=results,
+        training_data=(
+            "Videos of moving shapes and questions about them, drawn by `transformers_crosslmm.procedural_videos`. It "
+            "has never seen a photograph, and knows no other words than those of these questions."
+        ),
+        first_line="A tiny model, trained from scratch on synthetic videos to show that the method works. A toy.",
+    )
+
+
+def main(out: str) -> None:
+    for preset in PRESETS:
+        preset_card(preset).save(Path(out) / f"crosslmm-{preset.lower()}.md")
+    from . import TINY_CHECKPOINT
+
+    if (TINY_CHECKPOINT / "config.json").is_file():
+        results = Path(out).parent / "benchmarks" / "tiny_checkpoint.json"
+        card = tiny_card(TINY_CHECKPOINT, json.loads(results.read_text()) if results.is_file() else None)
+        card.save(Path(out) / "crosslmm-tiny.md")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

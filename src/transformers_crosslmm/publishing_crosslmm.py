@@ -1,0 +1,244 @@
+"""Publishing a checkpoint on the Hub: one commit with everything, or nothing."""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+from .checkpoint_crosslmm import UNUSED_WEIGHTS, read_json, stored_tensors
+from .configuration_crosslmm import CrossLMMConfig
+from .conversion_crosslmm import REPORT, check_complete
+from .export import export_with_code
+from .model_card_crosslmm import UNTRAINED, is_hub_name, model_card
+
+PUBLISHED = ("*.json", "*.jinja", "*.txt", "*.safetensors", "LICENSE*", "README.md")
+"""Files of a checkpoint folder. What else training leaves there (optimiser, random states) stays at home."""
+
+NOT_PUBLISHED = (
+    "trainer_state.json",
+    "all_results.json",
+    "train_results.json",
+    "eval_results.json",
+    UNUSED_WEIGHTS,
+    REPORT,  # it names local folders
+)
+TRIES = 4
+
+
+class PublishingError(RuntimeError):
+    """The Hub did not take the checkpoint; the message says what is there now and what to do."""
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A file of the repository to be, and where its bytes are: in a file or here."""
+
+    path: str
+    content: Path | bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
+
+
+def files_to_publish(
+    folder: str | os.PathLike, repo: str, *, with_code: bool = False, untrained: bool = False
+) -> list[PublishedFile]:
+    """What `push` puts into the repository. Nothing is written or sent.
+
+    The folder's own README.md is taken as it is, or else a card is made; of weights that were never trained, both say
+    so first. Raises FileNotFoundError for a folder that lacks a part, ValueError for weights that do not fit the
+    config, and for untrained ones unless `untrained`.
+    """
+    folder = Path(folder).expanduser()
+    config_json = read_json(folder / "config.json")
+    config = CrossLMMConfig.from_pretrained(folder)
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"A published checkpoint must hold its processor; {folder} has no {name}.")
+    check_complete(stored_tensors(folder), config)
+    config.untrained = is_untrained(folder, config)
+    if config.untrained and not untrained:
+        raise ValueError(
+            f"{folder} was composed and never trained: all gates are as they began. Train it before you publish it, "
+            "or say --untrained; its card and config then say so too."
+        )
+    config_json["untrained"] = config.untrained
+    files = {
+        path.name: PublishedFile(path.name, path)
+        for pattern in PUBLISHED
+        for path in sorted(folder.glob(pattern))
+        if path.is_file() and path.name not in NOT_PUBLISHED
+    }
+    files["config.json"] = PublishedFile("config.json", _as_json(config_json))
+    if with_code:
+        files |= {file.path: file for file in _code(files)}
+    card = _card(folder, config, repo, with_code=with_code)
+    files["README.md"] = PublishedFile("README.md", card.encode())
+    return sorted(files.values(), key=lambda file: file.path)
+
+
+def is_untrained(folder: Path, config: CrossLMMConfig) -> bool:
+    """Whether a conversion made these weights and no training has moved a gate since.
+
+    The gates decide, because a trainer saves the config as it found it.
+    """
+    if not config.untrained:
+        return False
+    gates = [tensor.read() for name, tensor in stored_tensors(folder).items() if name.endswith(".gate.weight")]
+    initial = config.text_config.gate_init
+    return all(torch.equal(gate, torch.full_like(gate, initial)) for gate in gates)
+
+
+def _code(files: dict[str, PublishedFile]) -> list[PublishedFile]:
+    """The modules that define the model, and the configs that name them; the weights are not copied for it."""
+    with tempfile.TemporaryDirectory() as temporary:
+        bare, coded = Path(temporary) / "bare", Path(temporary) / "coded"
+        bare.mkdir()
+        for name in ("config.json", "processor_config.json"):
+            content = files[name].content
+            (bare / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        export_with_code(bare, coded)
+        return [PublishedFile(path.name, path.read_bytes()) for path in sorted(coded.iterdir())]
+
+
+def _card(folder: Path, config: CrossLMMConfig, repo: str, *, with_code: bool) -> str:
+    if (folder / "README.md").is_file():
+        card = (folder / "README.md").read_text()
+        if config.untrained and UNTRAINED not in card:
+            head, separator, body = card.partition("\n---\n") if card.startswith("---\n") else ("", "", card)
+            card = f"{head}{separator}\n{UNTRAINED}\n\n{body.lstrip()}"
+        return card
+    sources = read_json(folder / REPORT)["sources"] if (folder / REPORT).is_file() else {}
+    sources = {part: name if is_hub_name(name) else "a local checkpoint" for part, name in sources.items()}
+    return str(model_card(config, title=repo.split("/")[-1], repo=repo, sources=sources, with_code=with_code))
+
+
+def _as_json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def push(
+    folder: str | os.PathLike,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    with_code: bool = False,
+    untrained: bool = False,
+    token: str | None = None,
+) -> str:
+    """Publishes a checkpoint folder as `repo` and returns the URL of the commit.
+
+    A new repository is created; with `revision`, a branch, that and the branch may be there already. with_code: with
+    the code for `trust_remote_code=True`. token: None for the one you are logged in with.
+    Raises what `files_to_publish` raises, before anything is sent, and PublishingError. All files arrive in one
+    commit, so that a failure publishes none of them, and what was created for it is removed again.
+    """
+    try:
+        files = files_to_publish(folder, repo, with_code=with_code, untrained=untrained)
+    except OSError as error:
+        if error.filename is None or isinstance(error, FileNotFoundError):
+            raise
+        raise PublishingError(f"Nothing was sent: {error}. Make room in the folder for temporary files.") from error
+    api = HfApi(token=token)
+    undo = _create(api, repo, private=private, revision=revision)
+    try:
+        commit = _with_retries(
+            lambda: api.create_commit(
+                repo,
+                # An operation serves one commit only, so every try has its own.
+                [CommitOperationAdd(file.path, _content(file)) for file in files],
+                commit_message="A CrossLMM checkpoint",
+                revision=revision,
+            )
+        )
+    except BaseException as error:
+        remains = f"{repo} is as it was."
+        try:
+            undo()
+        except (HTTPError, OSError):
+            remains = f"What was created for it, empty, remains at {api.endpoint}/{repo}: remove it."
+        if isinstance(error, HTTPError | RuntimeError | ValueError | OSError):
+            raise PublishingError(f"{_reason(error)} Nothing was published; {remains}") from error
+        raise
+    return commit.commit_url
+
+
+def _content(file: PublishedFile) -> str | bytes:
+    return file.content if isinstance(file.content, bytes) else str(file.content)
+
+
+def _create(api: HfApi, repo: str, *, private: bool, revision: str | None) -> Callable[[], None]:
+    """Makes the repository and the branch where they are missing; returns what takes back what was made."""
+    try:
+        try:
+            _with_retries(lambda: api.create_repo(repo, private=private))
+            undo = lambda: api.delete_repo(repo)  # noqa: E731
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409:
+                raise
+            if revision is None:
+                raise PublishingError(
+                    f"{repo} exists and is not touched. Choose another name, or name the branch to commit to with "
+                    "--revision (main is one)."
+                ) from error
+            branches = {branch.name for branch in api.list_repo_refs(repo).branches}
+            if revision in branches:
+                return lambda: None
+            undo = lambda: api.delete_branch(repo, branch=revision)  # noqa: E731
+        if revision not in (None, "main"):
+            api.create_branch(repo, branch=revision)
+    except HTTPError as error:
+        raise PublishingError(f"{_reason(error)} Nothing was published.") from error
+    return undo
+
+
+def _with_retries(call: Callable[[], Any]) -> Any:
+    """Again after a pause while the connection or the server fails; what has arrived is not sent again."""
+    for attempt in range(1, TRIES + 1):
+        try:
+            return call()
+        except (HTTPError, RuntimeError) as error:
+            if attempt == TRIES or not _is_passing(error):
+                raise
+            time.sleep(2**attempt)
+
+
+def _is_passing(error: Exception) -> bool:
+    cause = _http_error(error)
+    if isinstance(cause, HfHubHTTPError):
+        return cause.response.status_code in (408, 429) or 500 <= cause.response.status_code != 507
+    return cause is not None
+
+
+def _http_error(error: BaseException | None) -> HTTPError | None:
+    """The error of the connection behind another one."""
+    while error is not None and not isinstance(error, HTTPError):
+        error = error.__cause__
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong and what to do about it, in a sentence or two."""
+    cause = _http_error(error)
+    if not isinstance(cause, HfHubHTTPError):
+        if cause is not None:
+            return f"The connection to the Hub broke ({type(cause).__name__}: {cause}). Try again later."
+        return f"{error}."
+    status = cause.response.status_code
+    if status == 401:
+        return "The Hub does not accept the token (401). Log in with `hf auth login`, or set HF_TOKEN."
+    if status == 403:
+        return "The token may not write there (403). Make one with write access, or choose a repository of yours."
+    if status in (413, 507):
+        return f"The Hub has no room for it ({status}: {cause.server_message}). Free storage there."
+    return f"The Hub answered {status}: {cause.server_message or cause}."
