@@ -225,6 +225,9 @@ TEXT_MISTAKES = {
     ),
     "width-of-another-encoder": ({"cross_attention_hidden_size": 24}, r"vision encoder's width \(20\); got 24"),
     "flag-as-text": ({"use_v2v": "yes"}, "'use_v2v' expected bool"),
+    "heads-that-do-not-divide": ({"num_attention_heads": 7}, "`num_attention_heads` must divide.*got 7 heads"),
+    "key-heads-that-do-not-divide": ({"num_key_value_heads": 5}, "multiple of `num_key_value_heads`.*5 key/value"),
+    "gate-that-is-no-number": ({"gate_init": float("nan")}, "`gate_init` must be finite; got nan"),
 }
 TOP_MISTAKES = {
     "grid-above-patch-grid": ({"pooled_grid_size": 6}, r"`pooled_grid_size`.*patch grid \(5\); got 6"),
@@ -241,6 +244,8 @@ TOP_MISTAKES = {
 }
 VISION_MISTAKES = {
     "frames-not-square": ({"image_size": [33, 39]}, r"`vision_config.image_size` must be one number.*\[33, 39\]"),
+    "heads-that-do-not-divide": ({"num_attention_heads": 7}, "must divide its width 20; got 7"),
+    "encoder-of-another-kind": ({"model_type": "siglip2_vision_model"}, "SigLIP.*got 'siglip2_vision_model'"),
     "frame-below-a-patch": ({"image_size": 5}, r"patch grid \(0\)"),
 }
 

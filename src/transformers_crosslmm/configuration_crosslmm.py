@@ -1,5 +1,6 @@
 """CrossLMM configuration: the numbers of the network, what derives from them, and the paper's sizes."""
 
+import math
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -42,8 +43,11 @@ class CrossLMMTextConfig(Qwen2Config):
     default_theta = 1_000_000.0
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         **Qwen2Config.base_model_tp_plan,
-        **{f"layers.*.cross_attention.*.{name}_proj": "colwise" for name in "qkv"},
-        "layers.*.cross_attention.*.o_proj": "rowwise",
+        **{
+            f"layers.*.cross_attention.{branch}.{name}_proj": "rowwise" if name == "o" else "colwise"
+            for branch in ("v2v", "t2v")
+            for name in "qkvo"
+        },
     }
 
     hidden_size: int = 1536
@@ -61,7 +65,7 @@ class CrossLMMTextConfig(Qwen2Config):
     v2v_scope: str = "video"
     visual_norm: str = "none"
     visual_time: str = "none"
-    gate_init: float = 0.0
+    gate_init: float | int = 0.0
 
     def __post_init__(self, **kwargs):
         if self.cross_attention_hidden_size is None:
@@ -90,6 +94,14 @@ class CrossLMMTextConfig(Qwen2Config):
                     f"`cross_attention_layers` {layers} contradicts `cross_attention_interval` {interval}, which "
                     f"means {list(range(0, depth, interval))}; give one of the two."
                 )
+        heads, key_heads = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % heads or heads % key_heads:
+            raise ValueError(
+                f"`num_attention_heads` must divide `hidden_size` and be a multiple of `num_key_value_heads`; got "
+                f"{heads} heads, {key_heads} key/value heads and width {self.hidden_size}."
+            )
+        if not math.isfinite(self.gate_init):
+            raise ValueError(f"`gate_init` must be finite; got {self.gate_init}.")
         if self.cross_attention_hidden_size < 1:
             raise ValueError(
                 f"`cross_attention_hidden_size` must be at least 1; got {self.cross_attention_hidden_size}."
@@ -175,12 +187,9 @@ class CrossLMMConfig(PreTrainedConfig):
             kwargs = {name: value for name, value in kwargs.items() if name not in ("auto_map", "custom_pipelines")}
         if not isinstance(self.vision_config, PreTrainedConfig):
             given = SO400M_384 if self.vision_config is None else self.vision_config
+            self._check_vision_type(given.get("model_type", SiglipVisionConfig.model_type))
             self.vision_config = SiglipVisionConfig(**given)
-        if not isinstance(self.vision_config, SiglipVisionConfig):
-            raise ValueError(
-                "`vision_config` must describe a fixed-resolution SigLIP or SigLIP2 encoder (`siglip_vision_model`); "
-                f"got {self.vision_config.model_type!r}."
-            )
+        self._check_vision_type(self.vision_config.model_type)
         self.vision_config.vision_use_head = False
 
         width = self.vision_config.hidden_size
@@ -206,6 +215,14 @@ class CrossLMMConfig(PreTrainedConfig):
             )
         super().__post_init__(**kwargs)
 
+    @staticmethod
+    def _check_vision_type(model_type: str) -> None:
+        if model_type != SiglipVisionConfig.model_type:
+            raise ValueError(
+                "`vision_config` must describe a fixed-resolution SigLIP or SigLIP2 encoder "
+                f"({SiglipVisionConfig.model_type!r}); got {model_type!r}."
+            )
+
     def validate_vision(self) -> None:
         """Checks the fields that concern the encoder, the token merge and the projector."""
         _check_choice("pooling_mode", self.pooling_mode, POOLING_MODES)
@@ -214,6 +231,11 @@ class CrossLMMConfig(PreTrainedConfig):
             raise ValueError(
                 f"`vision_feature_layer` must lie between {-depth - 1} and {depth} (the encoder has {depth} blocks); "
                 f"got {self.vision_feature_layer}."
+            )
+        if self.vision_config.hidden_size % self.vision_config.num_attention_heads:
+            raise ValueError(
+                f"`vision_config.num_attention_heads` must divide its width {self.vision_config.hidden_size}; "
+                f"got {self.vision_config.num_attention_heads}."
             )
         if self.vision_chunk_size < 1:
             raise ValueError(f"`vision_chunk_size` must be at least 1 frame; got {self.vision_chunk_size}.")
