@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import platform
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,9 +65,7 @@ def closed_gates(model: CrossLMMForConditionalGeneration) -> Iterator[None]:
 
 
 @torch.no_grad()
-def answer_questions(
-    model: Any, inputs: Mapping[str, torch.Tensor], processor: CrossLMMProcessor
-) -> list[str]:
+def answer_questions(model: Any, inputs: Mapping[str, torch.Tensor], processor: CrossLMMProcessor) -> list[str]:
     """What `generate` writes for each row of `inputs`, greedily, stripped."""
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -100,12 +99,16 @@ def evaluate(
     *,
     num_frames: int = 8,
 ) -> dict[str, Any]:
-    """Scores by kind of the model as it is ("cross_attention") and, if it has gates, with them at 0 ("gates_0").
+    """Scores by kind of the model as it is ("as_trained") and, if it has gates, with them at 0 ("gates_0").
 
-    The questions about one video are a batch; they stand next to each other.
+    "chance" is a guess among a kind's evenly drawn answers, "always_the_same" the most frequent answer each time. The
+    questions about one video are a batch; they stand next to each other.
     """
     has_gates = any(name.endswith("gate.weight") for name, _ in model.named_parameters())
     marks: dict[str, dict[str, list[bool]]] = {"as_trained": {}, **({"gates_0": {}} if has_gates else {})}
+    truths: dict[str, Counter[str]] = {}
+    for question in questions:
+        truths.setdefault(question.kind, Counter())[question.answer] += 1
     for video, group in groupby(questions, key=lambda question: question.video):
         asked = list(group)
         chats = [
@@ -138,7 +141,12 @@ def evaluate(
                 marks[state].setdefault(question.kind, []).append(text == question.answer)
     scores: dict[str, Any] = {}
     for state, by_kind in marks.items():
-        scores[state] = {kind: score(by_kind[kind]) | {"chance": CHANCE[kind]} for kind in KINDS if kind in by_kind}
+        scores[state] = {
+            kind: score(by_kind[kind])
+            | {"chance": CHANCE[kind], "always_the_same": max(truths[kind].values()) / len(by_kind[kind])}
+            for kind in KINDS
+            if kind in by_kind
+        }
         for name, kinds in (("fine_detail", FINE_DETAIL_KINDS), ("order_and_count", ("order", "count"))):
             scores[state][name] = score([mark for kind in kinds for mark in by_kind.get(kind, [])])
     return scores

@@ -4,7 +4,7 @@
 
 Two phases, both on `procedural_videos`, rendered as they are needed:
 
-1. *Vision*: the SigLIP tower learns, patch by patch, the colour and the name of the thing that covers it. Things come
+1. *Vision*: the SigLIP tower learns, patch by patch, colour, name and place of the thing that covers it. Things come
    in the palette's colours, where only the colour is learned, or in colours outside it, where only the name is: so
    nothing is ever learned about which colour goes with which name, and unseen combinations are as easy as seen ones.
 2. *Language*: with the tower frozen, projector, Qwen2 and cross-attention learn to answer. A sample is a chat of
@@ -119,7 +119,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_config(
     tokenizer: PreTrainedTokenizerFast, *, cross_attention: bool = True, pooling_mode: str = "bilinear"
 ) -> CrossLMMConfig:
-    """60 × 60 pixels, 25 patches, one pooled token per frame; every second layer of six looks at the patches."""
+    """60 × 60 pixels, 25 patches, one pooled token per frame; every layer of four looks at the patches."""
     return CrossLMMConfig(
         vision_config={
             "hidden_size": 128,
@@ -133,13 +133,13 @@ def tiny_config(
             "vocab_size": math.ceil(len(tokenizer) / 64) * 64,
             "hidden_size": 128,
             "intermediate_size": 384,
-            "num_hidden_layers": 6,
+            "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 2048,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
             "initializer_range": 0.05,
-            "cross_attention_interval": 2,
+            "cross_attention_interval": 1,
             "use_v2v": cross_attention,
             "use_t2v": cross_attention,
             "v2v_scope": "frame",
@@ -161,7 +161,7 @@ def tiny_config(
 
 
 class PatchLabels(nn.Module):
-    """A vision tower with two linear read-outs per patch, on the features as the cross-attention sees them."""
+    """A vision tower with three linear read-outs per patch, on the features as the cross-attention sees them."""
 
     def __init__(self, tower: nn.Module):
         super().__init__()
@@ -169,15 +169,18 @@ class PatchLabels(nn.Module):
         self.tower = tower
         self.colour = nn.Linear(width, len(COLOURS) + 1)
         self.name = nn.Linear(width, len(NAMES) + 1)
+        self.place = nn.Linear(width, len(PLACES) + 1)
 
-    def forward(self, pixel_values: torch.Tensor, colours: torch.Tensor, names: torch.Tensor) -> dict:
-        """pixel_values (F, 3, S, S); colours and names (F, N), the last class for background, -100 for unasked."""
+    def forward(
+        self, pixel_values: torch.Tensor, colours: torch.Tensor, names: torch.Tensor, places: torch.Tensor
+    ) -> dict:
+        """pixel_values (F, 3, S, S); labels (F, N): the last class for background, -100 where nothing is asked."""
         features = self.tower(pixel_values).last_hidden_state
         features = F.layer_norm(features, features.shape[-1:], eps=1e-6)
-        logits = self.colour(features), self.name(features)
+        logits = self.colour(features), self.name(features), self.place(features)
         loss = sum(
             F.cross_entropy(predicted.flatten(0, 1), true.flatten(), ignore_index=IGNORED)
-            for predicted, true in zip(logits, (colours, names), strict=True)
+            for predicted, true in zip(logits, (colours, names, places), strict=True)
         )
         return {"loss": loss, "logits": logits}
 
@@ -223,21 +226,23 @@ class PatchLabelFrames(IterableDataset):
             order = np.random.default_rng([self.seed, index])
             for _ in range(self.times):
                 for i in order.permutation(len(samples)):
-                    frame, colours, names = samples[i]
+                    frame, colours, names, places = samples[i]
                     pixels = torch.from_numpy(frame).permute(2, 0, 1).float().div(127.5).sub(1.0)
-                    yield {"pixel_values": pixels, "colours": colours, "names": names}
+                    yield {"pixel_values": pixels, "colours": colours, "names": names, "places": places}
 
-    def _labels(self, plain, painted, k: int, share: float) -> tuple[np.ndarray, np.ndarray]:
+    def _labels(self, plain, painted, k: int, share: float) -> tuple[np.ndarray, ...]:
         centres = (np.arange(self.grid) + 0.5) / self.grid
         colours = np.full((self.grid, self.grid), len(COLOURS))
         names = np.full((self.grid, self.grid), len(NAMES))
+        places = np.full((self.grid, self.grid), len(PLACES))
         for before, after in zip(plain.scenes[k], painted.scenes[k], strict=True):
             x, y = (a + (b - a) * share for a, b in zip(after.start, after.end, strict=True))
             covered = np.maximum(abs(centres[None, :] - x), abs(centres[:, None] - y)) < after.radius
             is_palette = before.rgb == after.rgb
             colours[covered] = list(COLOURS).index(after.thing.colour) if is_palette else IGNORED
             names[covered] = IGNORED if is_palette else NAMES.index(after.thing.name)
-        return colours.ravel(), names.ravel()
+            places[covered] = PLACES.index(after.place)
+        return colours.ravel(), names.ravel(), places.ravel()
 
 
 def degrade(rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
