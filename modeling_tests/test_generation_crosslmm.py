@@ -1,6 +1,7 @@
 """`generate` in every mode: equal to what full forwards without any cache say, and sparing with the encoder."""
 
 import copy
+import re
 from threading import Thread
 
 import pytest
@@ -114,20 +115,14 @@ def test_sampling_draws_from_the_distribution_of_full_forwards(form):
     assert ids.shape == (6, 7)
     assert len({tuple(row) for row in ids.tolist()}) == 6
 
-    inputs = batch_of(model.config, [ONE_VIDEO] * 3 + [INTERLEAVED] * 3)
-    inputs |= {name: value for name, value in repeated_pixels(model.config, 3).items()}
-    logits = next_token_logits(model, inputs, ids)
+    samples = [make_sample(model.config, *layout, seed=i) for i, layout in enumerate([ONE_VIDEO, INTERLEAVED])]
+    repeated = model_inputs(*(sample for sample in samples for _ in range(3)), padding_side="left")
+    logits = next_token_logits(model, repeated, ids)
     logits[..., PLACEHOLDERS] = -torch.inf
     torch.manual_seed(3)
     for step in range(7):
         drawn = torch.multinomial(logits[:, step].softmax(-1), num_samples=1)[:, 0]
         assert drawn.tolist() == ids[:, step].tolist()
-
-
-def repeated_pixels(config, times):
-    """ONE_VIDEO and INTERLEAVED with the seeds of `batch_of`, each `times` times."""
-    samples = [make_sample(config, *layout, seed=seed) for seed, layout in enumerate([ONE_VIDEO, INTERLEAVED])]
-    return model_inputs(*(sample for sample in samples for _ in range(times)), padding_side="left")
 
 
 @pytest.mark.parametrize("form", [*FORMS, None], ids=str)
@@ -143,7 +138,6 @@ def test_beams_are_scored_as_full_forwards_score_them(do_sample, form):
     )
     ids = outputs.sequences[:, inputs["input_ids"].shape[1] :]
     for row in range(len(BATCH)):
-        alone = batch_of(model.config, [BATCH[row]])
         sample = make_sample(model.config, *BATCH[row], seed=row)
         alone = model_inputs(sample)
         for beam in (2 * row, 2 * row + 1):
@@ -262,7 +256,7 @@ def test_the_model_does_not_write_placeholders(tmp_path):
 
 
 def stubborn_model(form="kv"):
-    """A model that writes the video placeholder whenever it may, and token 5 that means the same to the language model.
+    """A model that writes the video placeholder whenever it may, and knows a token 5 of the same embedding.
 
     So a sequence with 5 for every placeholder written is what it must look like when these are text.
     """
@@ -441,24 +435,19 @@ def second_turn(config, first_ids, layouts):
 def test_a_later_turn_may_bring_new_videos(scope, form, start):
     """Two conversations at once; the second turn gives the whole ids and only the new pixels."""
     model = tiny_model(**NORM_AND_TIME, v2v_scope=scope)
-    layouts, later = [ONE_VIDEO, INTERLEAVED], [(3, ("video", 2), 4), (2, ("video", 1), 1, ("image", 1), 3)]
-    later[0] = (3, ("video", 2), 3)
+    layouts, later = [ONE_VIDEO, INTERLEAVED], [(3, ("video", 2), 3), (2, ("video", 1), 1, ("image", 1), 3)]
     samples = [make_sample(model.config, *layout, seed=seed) for seed, layout in enumerate(layouts)]
     inputs = model_inputs(*samples, padding_side="left")
     kwargs = {"prefill_chunk_size": 7} if start == "chunks" else {}
     first = model.generate(
         **inputs, max_new_tokens=3, return_dict_in_generate=True, cross_attention_cache=form, **kwargs
     )
-    later[1] = (2, ("video", 1), 1, ("image", 1), 3)
     turn, new_media = second_turn(model.config, first.sequences, later)
     turn["attention_mask"] = torch.cat(
         [inputs["attention_mask"], torch.ones_like(turn["input_ids"])[:, inputs["input_ids"].shape[1] :]], dim=1
     )
     fresh = turn | model_inputs(
-        *(
-            sample._replace(media=sample.media + media)
-            for sample, media in zip(samples, new_media, strict=True)
-        ),
+        *(sample._replace(media=sample.media + media) for sample, media in zip(samples, new_media, strict=True)),
     )
     fresh |= {name: turn[name] for name in ("input_ids", "attention_mask")}
     if start == "embeds":
@@ -474,7 +463,7 @@ def test_a_later_turn_may_be_given_alone(form):
     inputs = model_inputs(make_sample(model.config, *ONE_VIDEO))
     with torch.no_grad():
         cache = model(**inputs, use_cache=True, cross_attention_cache=form).past_key_values
-    turn, (new_media,) = second_turn(model.config, inputs["input_ids"], [(4, ("video", 2), 30)])
+    turn, _ = second_turn(model.config, inputs["input_ids"], [(4, ("video", 2), 30)])
     whole = model_inputs(make_sample(model.config, *ONE_VIDEO)._replace(token_ids=turn["input_ids"][0]))
     whole["pixel_values_videos"] = torch.cat([inputs["pixel_values_videos"], turn["pixel_values_videos"]])
     whole["video_num_frames"] = torch.tensor([3, 2])
@@ -504,12 +493,20 @@ def test_beams_go_on_from_a_cache_that_was_repeated_for_them(new_video, form):
     assert ids.tolist() == written(model, whole, num_beams=3).tolist()
 
 
-# 4 + 27 + 6 and, interleaved, 3 + 18 + 27 + 2 + 9 + 4 + 9 + 9 + 5 tokens: these sizes cut within media, between them, in
-# the text before and behind, and not at all.
-@pytest.mark.parametrize("chunk", [1, 4, 9, 13, 31, 100])
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("form", FORMS)
-def test_chunked_prefill_equals_the_whole(form, scope, chunk):
+CHUNKS = [  # every size with both forms and every scope with four sizes; 100 is one chunk
+    *((chunk, form, SCOPES[(i + j) % 3]) for i, chunk in enumerate([4, 9, 13, 31]) for j, form in enumerate(FORMS)),
+    (1, "kv", "causal"),
+    (1, "features", "frame"),
+    (7, "kv", "frame"),
+    (20, "features", "causal"),
+    (100, "kv", "video"),
+]
+
+
+# Rows of 4 + 27 + 6 and, interleaved, 3 + 18 + 27 + 2 + 9 + 4 + 9 + 9 + 5 tokens, left-padded: the chunks cut within
+# media, between them, and in the text before and behind.
+@pytest.mark.parametrize(("chunk", "form", "scope"), CHUNKS)
+def test_chunked_prefill_equals_the_whole(chunk, form, scope):
     model = tiny_model(**NORM_AND_TIME, v2v_scope=scope)
     inputs = batch_of(model.config, BATCH)
     if chunk % 2:
@@ -644,6 +641,7 @@ def test_generation_stops_where_the_context_ends(kwargs, caplog):
     model = tiny_model(max_position_embeddings=42)
     inputs = model_inputs(make_sample(model.config, *ONE_VIDEO))
     ids = written(model, inputs, max_new_tokens=30, **kwargs)
+    assert re.search(r"stops after \d new tokens.*context of 42 positions.*30 were asked", caplog.text)
     assert ids.shape[1] == (3 if "prompt_lookup_num_tokens" in kwargs else 6)
     assert_greedy(model, inputs, ids)
     assert written(model, inputs, max_new_tokens=None, max_length=100, **kwargs).tolist() == ids.tolist()

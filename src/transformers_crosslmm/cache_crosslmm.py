@@ -81,7 +81,7 @@ class VisualMemory:
 
     def drop_states(self) -> None:
         """After prefill the keys and values of the layers are all that "kv" needs."""
-        if self.form == "kv" and not self.prefilling:
+        if self.form == "kv" and not self.prefilling and self.states is not None:
             self.states = None
 
     def select(self, indices: list[int]) -> None:

@@ -10,7 +10,8 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from .cache_crosslmm import check_cache, visual_memory
-from .media_crosslmm import assign_rows, check_length, expand_media
+from .inputs_crosslmm import check_inputs, check_length
+from .media_crosslmm import assign_rows, expand_media
 
 logger = logging.get_logger(__name__)
 
@@ -40,7 +41,9 @@ class CrossLMMGenerationMixin(GenerationMixin):
         is_ids = model_input_name == "input_ids"
         new_tokens = self._new_tokens(inputs_tensor, model_kwargs, generation_config, past_length, is_ids=is_ids)
         ids, embeds = (new_tokens, None) if is_ids else (None, new_tokens)
-        media, masks, _ = self.model.check_inputs(
+        media, masks, _ = check_inputs(
+            self.config,
+            self.model.get_placeholder_mask,
             input_ids=ids,
             inputs_embeds=embeds,
             past_key_values=cache,

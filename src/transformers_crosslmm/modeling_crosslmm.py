@@ -39,19 +39,10 @@ from .cache_crosslmm import (
     visual_layer,
     visual_memory,
 )
-from .configuration_crosslmm import CROSS_ATTENTION_CACHES, CrossLMMConfig, CrossLMMTextConfig
+from .configuration_crosslmm import CrossLMMConfig, CrossLMMTextConfig
 from .generation_crosslmm import CrossLMMGenerationMixin
-from .media_crosslmm import (
-    check_encoded,
-    check_ids,
-    check_length,
-    check_pixels,
-    check_placeholders,
-    first_placeholders,
-    frames_per_video,
-    locate_media,
-    media_index,
-)
+from .inputs_crosslmm import check_inputs, check_pixels, frames_per_video
+from .media_crosslmm import locate_media, media_index
 
 
 @dataclass
@@ -432,7 +423,9 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
             check_cache(past_key_values, self.config.text_config.num_hidden_layers)
         tokens_given = input_ids if inputs_embeds is None else inputs_embeds
         past_length = cached_length(past_key_values, 1 if tokens_given is None else tokens_given.shape[1])
-        media, masks, form = self.check_inputs(
+        media, masks, form = check_inputs(
+            self.config,
+            self.get_placeholder_mask,
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
@@ -492,85 +485,6 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
             image_hidden_states=tokens.get("image"),
             video_hidden_states=tokens.get("video"),
         )
-
-    def check_inputs(
-        self,
-        *,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        past_key_values: Cache | None,
-        past_length: int | torch.Tensor,
-        pixel_values: torch.Tensor | None,
-        pixel_values_videos: torch.Tensor | None,
-        video_num_frames: torch.Tensor | None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
-        cross_attention_cache: str | None,
-        num_rows: int | None = None,
-    ) -> tuple[dict[str, BaseModelOutputWithPooling], dict[str, torch.Tensor], str]:
-        """Everything that can be wrong with an input, told before any encoder runs.
-
-        num_rows: rows of the call once `generate` has repeated each for its beams; as given otherwise.
-        Returns the media that came encoded, the placeholders (B, L) that media fill, per modality, and the form in
-        which their keys and values are kept. Without new media, tokens behind cached ones are not looked at: their
-        placeholder ids are text.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        text_config, length = self.config.text_config, tokens.shape[1]
-        memory = visual_memory(past_key_values, text_config.cross_attention_layer_indices)
-        if memory is not None and len(memory.rows) != (num_rows or len(tokens)):
-            raise ValueError(
-                f"`past_key_values` holds media of {len(memory.rows)} rows; got {num_rows or len(tokens)} rows of "
-                "tokens. Change the cache first, with `batch_repeat_interleave` or `batch_select_indices`."
-            )
-        if isinstance(past_length, int):
-            check_length(past_length + length, text_config, past_key_values)
-        if input_ids is not None and length > 1 and not torch.compiler.is_compiling():
-            check_ids(input_ids, text_config.vocab_size)
-        form = self._cache_form(cross_attention_cache, memory)
-
-        media = {modality: output for modality, output in (mm_encoder_outputs or {}).items() if output is not None}
-        pixels = {"image": pixel_values, "video": pixel_values_videos}
-        is_prefilling = memory is not None and memory.prefilling
-        check_encoded(media, self.config, has_original=not is_prefilling)
-        has_new_media = bool(media) or pixel_values is not None or pixel_values_videos is not None
-        has_begun = not isinstance(past_length, int) or past_length > 0
-        if not has_new_media and (has_begun or tokens.device.type == "meta"):
-            return media, {}, form
-        masks = self.get_placeholder_mask(input_ids, inputs_embeds)
-        for modality, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-            lengths: list[int] = []
-            if pixels[modality] is not None:
-                if modality in media:
-                    raise ValueError(
-                        f"`{name}` and `mm_encoder_outputs[{modality!r}]` are the same media twice; give one."
-                    )
-                check_pixels(name, pixels[modality], self.config.vision_config)
-                frames = [1] * len(pixels[modality])
-                if modality == "video":
-                    frames = frames_per_video(pixels[modality], video_num_frames)
-                lengths = [count * self.config.tokens_per_frame for count in frames]
-            elif modality in media:
-                masks[modality] = first_placeholders(masks[modality], media[modality])
-                lengths = [len(pooled) for pooled in media[modality].pooler_output]
-            check_placeholders(modality, name, masks[modality], lengths, may_be_cut=is_prefilling)
-        return media, masks, form
-
-    def _cache_form(self, asked: str | None, memory: VisualMemory | None) -> str:
-        if asked is not None and asked not in CROSS_ATTENTION_CACHES:
-            raise ValueError(
-                f"`cross_attention_cache` must be one of {', '.join(map(repr, CROSS_ATTENTION_CACHES))}; "
-                f"got {asked!r}."
-            )
-        if memory is None:
-            return asked or self.config.text_config.cross_attention_cache
-        if asked not in (None, memory.form):
-            raise ValueError(
-                f"A cache keeps the form it began with; this one holds {memory.form!r}, "
-                f"got `cross_attention_cache={asked!r}`. Leave it out, or begin a new cache."
-            )
-        return memory.form
 
     def own_pooled_tokens(
         self, media: dict[str, BaseModelOutputWithPooling], *, anew: bool = False
@@ -640,6 +554,8 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         has_new_media: bool,
     ) -> VisualContext:
         length, device = inputs_embeds.shape[1], inputs_embeds.device
+        if length > 1:
+            memory.segments_after_media(1, device)  # now, so that a compiled step finds them and changes nothing
         if not has_new_media and not memory.prefilling:
             return VisualContext(memory, None, memory.segments_after_media(length, device))
         is_token = None
