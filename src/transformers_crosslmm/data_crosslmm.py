@@ -5,7 +5,7 @@ Shapes: B rows, L tokens, F frames of all videos of the batch, S pixels along a 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +16,7 @@ IGNORED = -100
 
 def chat_sample(
     tokenizer: PreTrainedTokenizerBase,
-    chat: Sequence[Mapping[str, Any]],
+    chat: list[dict[str, Any]],
     *,
     chat_template: str,
     placeholder_id: int,
@@ -27,8 +27,8 @@ def chat_sample(
     placeholders: tokens of each medium, in order; the template writes one placeholder per medium, and it is repeated
     that often. Only what the template marks as the assistant's is learned: the answers and the mark that ends them.
     """
-    encoded = tokenizer.apply_chat_template(
-        list(chat), chat_template=chat_template, return_dict=True, return_assistant_tokens_mask=True
+    encoded: Any = tokenizer.apply_chat_template(
+        cast(Any, chat), chat_template=chat_template, return_dict=True, return_assistant_tokens_mask=True
     )
     counts = iter(placeholders)
     sample: dict[str, list[int]] = {"input_ids": [], "labels": []}

@@ -377,10 +377,10 @@ def ask(rng: np.random.Generator, video: ProceduralVideo, *, kind: str, split: S
     wording = _choose(rng, WORDINGS[kind])
     subjects = [t for t in video.things if split == "train" or t in HELD_OUT_THINGS]
     if kind in ("colour", "shape", "place"):
-        options = [(k, a) for k, scene in enumerate(video.scenes, 1) for a in scene if a.thing in subjects]
-        if not options:
+        appearances = [(k, a) for k, scene in enumerate(video.scenes, 1) for a in scene if a.thing in subjects]
+        if not appearances:
             return None
-        k, a = _choose(rng, options)
+        k, a = _choose(rng, appearances)
         text = wording.format(name=a.thing.name, colour=a.thing.colour, thing=a.thing, k=k)
         return Question(kind, text, {"colour": a.thing.colour, "shape": a.thing.name, "place": a.place}[kind])
     if kind == "exists":

@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -63,20 +64,20 @@ class TinyArguments:
 
     output_dir: str = field(metadata={"help": "Folder for the trained checkpoint."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, videos and questions."})
-    vision_steps: int = field(default=4000, metadata={"help": "Steps of the first phase."})
+    vision_steps: int = field(default=4500, metadata={"help": "Steps of the first phase."})
     vision_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the first phase."})
     vision_batch_size: int = field(default=128, metadata={"help": "Frames per step of the first phase."})
     vision_tower: str | None = field(default=None, metadata={"help": "A saved tower instead of the first phase."})
-    steps: int = field(default=6000, metadata={"help": "Steps of the second phase."})
+    steps: int = field(default=10000, metadata={"help": "Steps of the second phase."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the second phase."})
     batch_size: int = field(default=16, metadata={"help": "Videos per step of the second phase."})
     questions_per_video: int = field(default=6, metadata={"help": "Turns of the chat about each video."})
     times_per_video: int = field(default=3, metadata={"help": "How often a video comes back, with new questions."})
     save_steps: int = field(default=1000, metadata={"help": "Steps between checkpoints of the second phase."})
-    evaluation_steps: int = field(default=250, metadata={"help": "Steps between looks at held-out questions."})
+    evaluation_steps: int = field(default=200, metadata={"help": "Steps between looks at held-out questions."})
     cross_attention: bool = field(default=True, metadata={"help": "False: the baseline without V2V and T2V."})
     pooling_mode: str = field(default="bilinear", metadata={"help": "bilinear or average."})
-    threads: int = field(default=2, metadata={"help": "CPU threads."})
+    threads: int = field(default=1, metadata={"help": "CPU threads."})
 
 
 # --- tokenizer, config, processor -----------------------------------------------------------------------------------
@@ -119,7 +120,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_config(
     tokenizer: PreTrainedTokenizerFast, *, cross_attention: bool = True, pooling_mode: str = "bilinear"
 ) -> CrossLMMConfig:
-    """60 × 60 pixels, 25 patches, one pooled token per frame; every layer of four looks at the patches."""
+    """60 × 60 pixels, 25 patches, one pooled token per frame; every second layer of six looks at the patches."""
     return CrossLMMConfig(
         vision_config={
             "hidden_size": 128,
@@ -133,13 +134,13 @@ def tiny_config(
             "vocab_size": math.ceil(len(tokenizer) / 64) * 64,
             "hidden_size": 128,
             "intermediate_size": 384,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 6,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 2048,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
             "initializer_range": 0.05,
-            "cross_attention_interval": 1,
+            "cross_attention_interval": 2,
             "use_v2v": cross_attention,
             "use_t2v": cross_attention,
             "v2v_scope": "frame",
@@ -150,8 +151,8 @@ def tiny_config(
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         },
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        image_token_id=tokenizer.vocab["<|image_pad|>"],
+        video_token_id=tokenizer.vocab["<|video_pad|>"],
         pooled_grid_size=1,
         pooling_mode=pooling_mode,
     )
@@ -163,9 +164,8 @@ def tiny_config(
 class PatchLabels(nn.Module):
     """A vision tower with three linear read-outs per patch, on the features as the cross-attention sees them."""
 
-    def __init__(self, tower: nn.Module):
+    def __init__(self, tower: nn.Module, width: int):
         super().__init__()
-        width = tower.config.hidden_size
         self.tower = tower
         self.colour = nn.Linear(width, len(COLOURS) + 1)
         self.name = nn.Linear(width, len(NAMES) + 1)
@@ -270,6 +270,7 @@ class VideoChats(IterableDataset):
     def __init__(self, *, arguments: TinyArguments, tokenizer: PreTrainedTokenizerFast, config: CrossLMMConfig):
         self.arguments, self.tokenizer, self.config = arguments, tokenizer, config
         self.num_samples = arguments.steps * arguments.batch_size
+        self.turns: dict[tuple[Question, int], dict[str, list[int]]] = {}
 
     def __iter__(self) -> Iterator[dict]:
         arguments = self.arguments
@@ -297,28 +298,39 @@ class VideoChats(IterableDataset):
         return degrade(rng, np.stack([render_frame(video, moment, size=size) for moment in moments]))
 
     def num_seconds(self, rng: np.random.Generator, progress: float) -> int:
-        """Scenes of the next video: 2 at first, then up to 4, then up to 8, mostly 8."""
-        if progress < 0.06:
+        """Scenes of the next video: 2 or 3 at first, then up to 5, then up to 8, mostly 8."""
+        if progress < 0.02:
             return int(rng.integers(2, 4))
-        if progress < 0.2:
+        if progress < 0.08:
             return int(rng.integers(2, 6))
         return MAX_SECONDS if rng.random() < 0.75 else int(rng.integers(3, MAX_SECONDS))
 
     def sample(self, questions: Sequence[Question], frames: np.ndarray) -> dict:
-        """A chat of all `questions` about the video with these frames."""
-        chat: list[dict] = []
-        for i, question in enumerate(questions):
-            media = [{"type": "video"}] if i == 0 else []
-            chat.append({"role": "user", "content": [*media, {"type": "text", "text": question.text}]})
-            chat.append({"role": "assistant", "content": question.answer})
-        tokens = chat_sample(
-            self.tokenizer,
-            chat,
-            chat_template=CHAT_TEMPLATE,
-            placeholder_id=self.config.video_token_id,
-            placeholders=[len(frames) * self.config.tokens_per_frame],
-        )
-        return {**tokens, "frames": frames}
+        """A chat of all `questions` about the video with these frames, which stands before the first."""
+        turns = [self.turn(question, len(frames) if i == 0 else 0) for i, question in enumerate(questions)]
+        return {
+            **{name: [token for turn in turns for token in turn[name]] for name in ("input_ids", "labels")},
+            "frames": frames,
+        }
+
+    def turn(self, question: Question, num_frames: int) -> dict[str, list[int]]:
+        """One question, behind a video of `num_frames` if any, and its answer.
+
+        Turns are kept: the template joins them without a trace, and making one costs as much as rendering a frame.
+        """
+        if (question, num_frames) not in self.turns:
+            media = [{"type": "video"}] if num_frames else []
+            self.turns[question, num_frames] = chat_sample(
+                self.tokenizer,
+                [
+                    {"role": "user", "content": [*media, {"type": "text", "text": question.text}]},
+                    {"role": "assistant", "content": question.answer},
+                ],
+                chat_template=CHAT_TEMPLATE,
+                placeholder_id=self.config.video_token_id,
+                placeholders=[num_frames * self.config.tokens_per_frame],
+            )
+        return self.turns[question, num_frames]
 
 
 class HeldOutAccuracy(TrainerCallback):
@@ -379,10 +391,9 @@ def training_arguments(arguments: TinyArguments, folder: str, **options) -> Trai
     )
 
 
-def train_vision(arguments: TinyArguments, tower: nn.Module) -> None:
-    """Phase 1, in place."""
-    vision = tower.config
-    model = PatchLabels(tower)
+def train_vision(arguments: TinyArguments, model: CrossLMMForConditionalGeneration) -> None:
+    """Phase 1: the tower of `model`, in place."""
+    vision = model.config.vision_config
     options = training_arguments(
         arguments,
         "vision",
@@ -391,14 +402,15 @@ def train_vision(arguments: TinyArguments, tower: nn.Module) -> None:
         per_device_train_batch_size=arguments.vision_batch_size,
         save_strategy="no",
     )
-    frames = PatchLabelFrames(seed=arguments.seed, size=vision.image_size, grid=vision.image_size // vision.patch_size)
-    Trainer(model=model, args=options, train_dataset=frames).train()
+    frames = PatchLabelFrames(seed=arguments.seed, size=vision.image_size, grid=model.config.patch_grid_size)
+    labels = PatchLabels(model.model.vision_tower, vision.hidden_size)
+    Trainer(model=labels, args=options, train_dataset=frames).train()
 
 
 def train_language(
     arguments: TinyArguments, model: CrossLMMForConditionalGeneration, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Phase 2, in place, with the tower frozen."""
+    """Phase 2: all of `model` but its tower, in place."""
     model.model.vision_tower.requires_grad_(False)
     options = training_arguments(
         arguments,
@@ -416,7 +428,7 @@ def train_language(
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(TinyArguments).parse_args_into_dataclasses()
+    (arguments,) = HfArgumentParser(cast(Any, TinyArguments)).parse_args_into_dataclasses()
     torch.set_num_threads(arguments.threads)
     set_seed(arguments.seed)
     tokenizer = build_tokenizer()
@@ -425,7 +437,7 @@ def main() -> None:
     model = CrossLMMForConditionalGeneration._from_config(config, attn_implementation="eager")
     processor = CrossLMMProcessor.from_config(config, tokenizer)
     if arguments.vision_tower is None:
-        train_vision(arguments, model.model.vision_tower)
+        train_vision(arguments, model)
     else:
         model.model.vision_tower.load_state_dict(torch.load(arguments.vision_tower))
     folder = Path(arguments.output_dir)
