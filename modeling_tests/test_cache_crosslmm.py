@@ -434,6 +434,18 @@ def test_one_fork_may_be_cropped_or_reset_without_the_others(form):
     assert_close_to_scale(twice, expected.repeat(2, 1, 1), relative=1e-5)
 
 
+@each_form
+def test_a_prefilled_video_can_be_kept_on_disk(form, tmp_path):
+    model = tiny_model(form)
+    inputs = batch_of(model.config, BATCH)
+    torch.save(prefilled(model, inputs), tmp_path / "prefix.pt")
+    cache = torch.load(tmp_path / "prefix.pt", weights_only=False)
+    ids = more(3)
+    logits = cached_logits(model, cache, ids, inputs["attention_mask"])
+    assert_close_to_scale(logits, full_logits(model, inputs, ids), relative=1e-5)
+    assert len({id(cache.layers[index].memory) for index in BLOCKS}) == 1
+
+
 # -- static and compiled ----------------------------------------------------------------------------------------------
 
 

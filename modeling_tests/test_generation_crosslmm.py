@@ -317,6 +317,18 @@ def test_prompt_lookup_writes_the_same(layout, form):
     assert_greedy(model, inputs, ids)
 
 
+def test_assisted_decoding_goes_on_from_a_conversation():
+    """Prompt lookup and a plain draft need no media; what they propose is checked against what the cache has seen."""
+    model = tiny_model()
+    inputs = model_inputs(make_sample(model.config, *ONE_VIDEO))
+    first = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True)
+    ids = torch.cat([first.sequences, inputs["input_ids"][:, :3]], dim=1)
+    whole = inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for kwargs in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": plain_qwen2(model)}):
+        cache = copy.deepcopy(first.past_key_values)
+        assert_greedy(model, whole, written(model, {"input_ids": ids}, past_key_values=cache, **kwargs))
+
+
 def draft_model(model, *, width=32, seed=1):
     """A CrossLMM of another width that sees with the same eyes."""
     text_config = {"hidden_size": width, "num_attention_heads": 4, "num_hidden_layers": 3}

@@ -202,6 +202,11 @@ class VisualCacheLayer(CacheLayerMixin):
             fork.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
         return fork
 
+    def __reduce__(self):
+        """A class that is made on the fly has no name to be found by."""
+        layer_class = type(self).__bases__[1]
+        return _revive, (layer_class, self.__dict__)
+
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         if self.owns_memory:
@@ -249,6 +254,12 @@ def _visual_class(layer_class: type) -> type:
     return type(f"Visual{layer_class.__name__}", (VisualCacheLayer, layer_class), {"_layer_type": None})
 
 
+def _revive(layer_class: type, state: dict) -> VisualCacheLayer:
+    layer = _visual_class(layer_class).__new__(_visual_class(layer_class))
+    layer.__dict__.update(state)
+    return layer
+
+
 def visual_layer(cache: Cache | None, layer_idx: int) -> VisualCacheLayer | None:
     """The cache layer of a cross-attention layer, if the cache has seen media."""
     if cache is None or layer_idx >= len(cache.layers):
@@ -270,9 +281,7 @@ def attach_visual_memory(cache: Cache, memory: VisualMemory, layer_indices: list
     for layer_idx in layer_indices:
         layer = cache.layers[layer_idx]
         if not isinstance(layer, VisualCacheLayer):
-            plain, visual = layer, _visual_class(type(layer))
-            layer = visual.__new__(visual)
-            layer.__dict__.update(plain.__dict__)
+            layer = _revive(type(layer), layer.__dict__)
             cache.layers[layer_idx] = layer
         layer.carry(memory, owns_memory=layer_idx == layer_indices[0])
 

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from .cache_crosslmm import check_cache, visual_memory
+from .frame_weights_crosslmm import FrameWeights
 from .inputs_crosslmm import check_inputs, check_length
 from .media_crosslmm import assign_rows, expand_media
 
@@ -18,6 +19,40 @@ logger = logging.get_logger(__name__)
 
 class CrossLMMGenerationMixin(GenerationMixin):
     """`generate` for models whose tokens look back at encoded media."""
+
+    def generate(
+        self,
+        inputs=None,
+        generation_config=None,
+        logits_processor=None,
+        *args,
+        output_cross_attentions=False,
+        **kwargs,
+    ):
+        """As in Transformers. With `output_cross_attentions=True` the output has `cross_attentions`, a tuple with, for
+        each sequence, the T2V attention of every new token, summed per frame: (cross-attention layers, heads, new
+        tokens, frames), frames of all media in their order. Nothing is compiled then.
+
+        Raises ValueError with an assistant or prompt lookup, which check several tokens at once, without
+        `return_dict_in_generate`, and for a model without T2V.
+        """
+        if not output_cross_attentions:
+            return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
+        options = generation_config or self.generation_config
+        if not kwargs.get("return_dict_in_generate", options.return_dict_in_generate):
+            raise ValueError(
+                "`output_cross_attentions` needs `return_dict_in_generate=True`: a tensor cannot hold them."
+            )
+        if kwargs.get("assistant_model") or kwargs.get("prompt_lookup_num_tokens", options.prompt_lookup_num_tokens):
+            raise ValueError(
+                "`output_cross_attentions` are recorded token by token; an assistant or prompt lookup checks several at "
+                "once. Leave one of the two out."
+            )
+        kwargs["disable_compile"] = True
+        with FrameWeights(self) as weights:
+            processors = [*(logits_processor or []), weights]
+            output = super().generate(inputs, generation_config, processors, *args, **kwargs)
+        return weights.added_to(output)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         super()._validate_model_kwargs(model_kwargs)
@@ -131,8 +166,8 @@ class CrossLMMGenerationMixin(GenerationMixin):
         expand_size: int = 1,
         inputs_embeds: torch.Tensor | None = None,
     ) -> dict:
-        """Rows are known by now, see `_maybe_prepare_encoder_kwargs_for_generation`."""
-        return expand_media(mm_encoder_output, expand_size)
+        masks = self.model.get_placeholder_mask(None if inputs_embeds is not None else input_ids, inputs_embeds)
+        return expand_media(assign_rows(mm_encoder_output, masks), expand_size)
 
     def prepare_inputs_for_generation(
         self,
@@ -142,8 +177,12 @@ class CrossLMMGenerationMixin(GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         mm_encoder_outputs: dict | None = None,
+        num_seen: int = 0,
         **kwargs,
     ) -> dict[str, Any]:
+        """num_seen: tokens of `input_ids` that the cache has seen, see `_assisted_decoding`."""
+        if is_first_iteration and num_seen:
+            next_sequence_length = input_ids.shape[1] - num_seen
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -191,6 +230,26 @@ class CrossLMMGenerationMixin(GenerationMixin):
             memory.prefilling = False
             memory.drop_states()
 
+    def _assisted_decoding(
+        self,
+        input_ids: torch.LongTensor,
+        *,
+        generation_config: GenerationConfig,
+        inputs_tensor: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """Transformers' first step runs the whole sequence, even when a cache has seen the beginning of it."""
+        cache = kwargs.get("past_key_values")
+        past_length = 0 if cache is None else int(cache.get_seq_length())
+        new_tokens = self._new_tokens(input_ids, kwargs, generation_config, past_length)
+        return super()._assisted_decoding(
+            input_ids,
+            generation_config=generation_config,
+            inputs_tensor=inputs_tensor,
+            num_seen=input_ids.shape[1] - new_tokens.shape[1],
+            **kwargs,
+        )
+
     def _get_candidate_generator(self, *args, assistant_model=None, model_kwargs=None, **kwargs):
         """A draft gets what its forward can take: a plain language model has no media and no visual cache, another
         CrossLMM has pooled tokens of its own.
@@ -200,7 +259,7 @@ class CrossLMMGenerationMixin(GenerationMixin):
         """
         if assistant_model is not None and model_kwargs is not None:
             accepted = inspect.signature(assistant_model.forward).parameters
-            ours = ("mm_encoder_outputs", "cross_attention_cache")
+            ours = ("mm_encoder_outputs", "cross_attention_cache", "num_seen")
             model_kwargs = {key: value for key, value in model_kwargs.items() if key in accepted or key not in ours}
             if isinstance(assistant_model, CrossLMMGenerationMixin):
                 self._check_draft(assistant_model, model_kwargs.get("past_key_values"))
