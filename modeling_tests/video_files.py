@@ -1,7 +1,7 @@
 """Small video files of every kind that the decoder promises to read exactly, made with PyAV.
 
-Every picture shows its number: sixteen bars at the top, black or white, are the bits of it. Below them a texture moves,
-so that pictures differ everywhere and a codec has something to predict.
+Every picture shows its number: sixteen bars at the top, black or white, are the bits of it. Below them a texture
+moves, so that pictures differ everywhere and a codec has something to predict.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def encode(
     codec: str = "libx264",
     container: str = "mp4",
     *,
+    path: Path | None = None,
     width: int = WIDTH,
     height: int = HEIGHT,
     num_frames: int = NUM_FRAMES,
@@ -61,8 +62,8 @@ def encode(
     sound_seconds: float = 0.0,
     interlaced: bool = False,
 ) -> bytes:
-    """A file of `num_frames` pictures; picture k is due at pts(k) * time_base."""
-    file = io.BytesIO()
+    """A file of `num_frames` pictures, also written to `path`; picture k is due at pts(k) * time_base."""
+    file = io.BytesIO() if path is None else str(path)
     with av.open(file, "w", format=container, options=container_options or {}) as output:
         stream = output.add_stream(codec, rate=FPS, options=codec_options or {})
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
@@ -86,7 +87,7 @@ def encode(
             frame.pts, frame.time_base = pts(number), time_base
             output.mux(stream.encode(frame))
         output.mux(stream.encode())
-    return file.getvalue()
+    return file.getvalue() if path is None else path.read_bytes()
 
 
 def remux(data: bytes, container: str, *, shift_seconds: float = 0.0, options: dict[str, str] | None = None) -> bytes:
@@ -94,8 +95,7 @@ def remux(data: bytes, container: str, *, shift_seconds: float = 0.0, options: d
     file = io.BytesIO()
     with av.open(io.BytesIO(data)) as source, av.open(file, "w", format=container, options=options or {}) as output:
         stream = source.streams.video[0]
-        add = getattr(output, "add_stream_from_template", None)
-        copy = add(stream)
+        copy = output.add_stream_from_template(stream)
         shift = round(shift_seconds / stream.time_base)
         for packet in source.demux(stream):
             if packet.dts is not None:
@@ -129,7 +129,7 @@ X265_LAYERS = {
 }
 X265_PQ = {
     "preset": "ultrafast",
-    "x265-params": "log-level=none:pools=none:frame-threads=1:colorprim=bt2020:transfer=smpte2084:colormatrix=bt2020nc",
+    "x265-params": "log-level=none:pools=none:frame-threads=1:colorprim=bt2020:transfer=smpte2084",
 }
 VP9 = {"deadline": "realtime", "cpu-used": "8", "auto-alt-ref": "1", "lag-in-frames": "12"}
 AV1 = {"preset": "12", "svtav1-params": "keyint=24:lp=1"}

@@ -761,9 +761,9 @@ class _File:
         return self._opened_context(stream, strict=False), container
 
     @property
-    def num_inside(self) -> int:
-        """How many packets late an error may be reported."""
-        return max(1, self._context.thread_count)
+    def reports_at_once(self) -> bool:
+        """Whether an error belongs to the packet that went in last: with threads it comes later."""
+        return self._context.thread_count == 1
 
     def _duration(self) -> float:
         start_seconds = float((self.start or 0) * self.tick)
@@ -1027,7 +1027,8 @@ class _LookAhead:
         self.care = 0
         self.careful_until: float = -math.inf
         self.again: set[int] = set()  # pts that were pending in something damaged
-        self.fed: deque[int] = deque(maxlen=file.num_inside)  # pts of the packets that went in last
+        self.fed: int | None = None  # pts of the packet that went in last
+        self.leading = False  # whether pictures due before the keyframe went in: they may need what lies before it
         self.broken: set[int] = set()  # pts of packets from which on decoding goes wrong
         self.excused: set[int] = set()  # such pts, if it turns out that the keyframe itself was damaged
         self.doubtful: set[int] = set()  # pts of pictures decoded from there on
@@ -1072,6 +1073,7 @@ class _LookAhead:
         lost = target in self.again and pts != target
         self.again.discard(target)
         if lost or self._after_the_data(target):
+            yield from self._drain()
             yield self.file.no_picture(self.file.seconds(target))
         elif pts is not None:
             yield from self._show(pts)
@@ -1192,6 +1194,7 @@ class _LookAhead:
     def _begun(self) -> None:
         self.keyframe = self.queue[0].pts if self.queue else None
         self.awaited = None if self.queue and self.queue[0].is_discard else self.keyframe
+        self.leading = False
 
     def _drop_first(self) -> None:
         packet = self.queue.popleft()
@@ -1256,7 +1259,10 @@ class _LookAhead:
         packet = self.queue.popleft()
         self.queue_bytes -= packet.size
         self.fresh = False
-        self.fed.append(packet.pts)
+        self.fed = packet.pts
+        self.leading |= self.keyframe is not None and packet.pts < self.keyframe
+        if packet.is_corrupt:  # a transport stream counts what it sends
+            self._blame()
         if not self.habit and (self.doubtful or packet.pts in self.broken):
             self.doubtful.add(packet.pts)
         try:
@@ -1266,15 +1272,18 @@ class _LookAhead:
                 lenient=self._lenient,
             )
         except av.error.FFmpegError:
-            # Pictures that are due before the keyframe where decoding began may need what lies before it.
-            if self.keyframe is None or min(self.fed) >= self.keyframe:
-                self._blame()
+            self._blame()
             return
         yield from self._receive(frames)
 
     def _blame(self) -> None:
-        if self.fed:
-            self.broken.add(self.fed[0])
+        """Note where decoding went wrong: at the last packet, or with threads anywhere since the keyframe."""
+        at_once = self.file.reports_at_once
+        if at_once and self.keyframe is not None and self.fed is not None and self.fed < self.keyframe:
+            return
+        place = self.fed if at_once else self.keyframe
+        if place is not None and (at_once or not self.leading):
+            self.broken.add(place)
         if self.pending and not self._lenient:
             raise _Damaged from None
 
@@ -1292,7 +1301,7 @@ class _LookAhead:
     def _flush(self) -> None:
         self.file.flush()
         self.fresh = True
-        self.fed.clear()
+        self.fed = None
         self.early.clear()
 
     def _receive(self, frames: list[av.VideoFrame]):
