@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from .configuration_crosslmm import CrossLMMConfig
-from .data_crosslmm import VideoChatCollator, chat_sample
+from .data_crosslmm import IGNORED, VideoChatCollator, chat_sample
 from .modeling_crosslmm import CrossLMMForConditionalGeneration
 from .procedural_videos import (
     COLOURS,
@@ -54,8 +54,6 @@ from .procedural_videos import (
     render_frame,
 )
 from .processing_crosslmm import CHAT_TEMPLATE, MARKS, CrossLMMProcessor
-
-IGNORED = -100
 
 
 @dataclass
