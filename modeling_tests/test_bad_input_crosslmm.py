@@ -299,6 +299,25 @@ def test_chunked_prefill_says_what_it_needs(given, idle_model):
         idle_model.generate(**inputs, **kwargs, prefill_chunk_size=7, max_new_tokens=2)
 
 
+def test_packed_samples_are_refused_when_they_have_media(idle_model, shared_model):
+    """The second would see the first one's video. Padding, on either side, is no packing."""
+    inputs = model_inputs(make_sample(idle_model.config, *ONE_VIDEO))
+    positions = torch.cat([torch.arange(34), torch.arange(3)])[None]
+    with pytest.raises(ValueError, match="a row must be one sample"):
+        idle_model(**inputs, position_ids=positions)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_positions_counted_from_the_mask_are_taken(padding_side, shared_model):
+    samples = [make_sample(shared_model.config, *layout) for layout in (FIRST, SECOND)]
+    inputs = model_inputs(*samples, padding_side=padding_side)
+    positions = (inputs["attention_mask"].cumsum(-1) - 1).masked_fill(inputs["attention_mask"] == 0, 0)
+    logits = shared_model(**inputs, position_ids=positions).logits
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(logits[real], shared_model(**inputs).logits[real], rtol=1e-4, atol=1e-4)
+
+
 def test_ids_and_embeddings_together_or_neither_are_refused(idle_model):
     inputs = good_inputs(idle_model.config)
     embeds = idle_model.get_input_embeddings()(inputs["input_ids"]).detach()

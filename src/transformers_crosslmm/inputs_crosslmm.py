@@ -30,6 +30,8 @@ def check_inputs(
     video_num_frames: torch.Tensor | None,
     mm_encoder_outputs: EncodedMedia | None,
     cross_attention_cache: str | None,
+    position_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
     num_rows: int | None = None,
 ) -> tuple[dict[str, BaseModelOutputWithPooling], dict[str, torch.Tensor], str]:
     """The checks of one call of the model, or, for `generate`, of its first.
@@ -65,6 +67,8 @@ def check_inputs(
     has_begun = not isinstance(past_length, int) or past_length > 0
     if not has_new_media and (has_begun or tokens.device.type == "meta"):
         return media, {}, form
+    if has_new_media and position_ids is not None and not torch.compiler.is_compiling():
+        check_unpacked(position_ids, attention_mask)
     masks = find_placeholders(input_ids, inputs_embeds)
     for modality, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         lengths: list[int] = []
@@ -128,6 +132,19 @@ def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
         raise ValueError(
             f"`input_ids` must lie between 0 and {vocab_size - 1} (`vocab_size` is {vocab_size}); "
             f"got {low if low < 0 else high}. Use the tokenizer of this checkpoint."
+        )
+
+
+def check_unpacked(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    """Raises ValueError for rows in which positions begin anew: several samples in one, of which a later one would see
+    the media of those before it."""
+    steps = position_ids.diff()
+    if attention_mask is not None and attention_mask.ndim == 2:
+        steps = steps * attention_mask[:, -steps.shape[1] :]
+    if steps.device.type != "meta" and (steps < 0).any():
+        raise ValueError(
+            "With media, a row must be one sample; got `position_ids` that begin anew within a row. Pad the samples "
+            "instead of packing them."
         )
 
 

@@ -435,6 +435,8 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
             video_num_frames=video_num_frames,
             mm_encoder_outputs=mm_encoder_outputs,
             cross_attention_cache=cross_attention_cache,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
         )
         text_config = self.config.text_config
         use_cache = text_config.use_cache if use_cache is None else use_cache
