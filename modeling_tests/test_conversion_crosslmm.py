@@ -467,7 +467,7 @@ def test_a_cut_off_or_incomplete_checkpoint_is_told(tmp_path, llava_next_folder)
     with pytest.raises(ValueError, match="must be a whole safetensors file"):
         stored_tensors(llava_next_folder)
     second.unlink()
-    with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002\.safetensors, which are missing"):
+    with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002\.safetensors, which .* lacks"):
         stored_tensors(llava_next_folder)
     with pytest.raises(FileNotFoundError, match="holds neither"):
         stored_tensors(tmp_path)

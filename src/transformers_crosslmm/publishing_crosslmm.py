@@ -229,6 +229,8 @@ def _http_error(error: BaseException | None) -> HTTPError | None:
 
 def _reason(error: BaseException) -> str:
     """What went wrong and what to do about it, in a sentence or two."""
+    if isinstance(error, ValueError):  # what the Hub has to say of the card, in words
+        return f"{error}."
     cause = _http_error(error)
     if not isinstance(cause, HfHubHTTPError):
         if cause is not None:
