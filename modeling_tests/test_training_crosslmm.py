@@ -203,6 +203,12 @@ def test_num_items_in_batch_makes_accumulated_steps_one_batch():
 # -- ranks without video ----------------------------------------------------------------------------------------------
 
 
+def test_a_batch_that_ends_in_a_video_touches_every_parameter():
+    """No text looks at it, and another rank's text may."""
+    model = random_model(tiny_config()).train()
+    assert gradients(model, labelled(model.config, (6, ("video", 2)))).keys() == dict(model.named_parameters()).keys()
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_text_only_batches_touch_every_parameter_in_training_only(training):
     model = random_model(tiny_config()).train(training)
