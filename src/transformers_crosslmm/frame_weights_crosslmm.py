@@ -1,0 +1,189 @@
+"""Where an answer looked: the T2V attention of every token that is written, summed per frame.
+
+The softmax over all patches, summed per frame, is the softmax over frames of each frame's log-sum-exp of scores. So a
+few frames at a time are enough, and no map of all patches ever exists.
+
+Shapes: B rows (samples, beams), R of them looked at, L tokens of a call, P patches of all media, N patches per frame,
+        F frames that a row sees, H query heads, G key/value heads, E head width, D vision width.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LogitsProcessor
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+
+from .attention_crosslmm import Segments, Span
+from .cache_crosslmm import VisualCacheLayer, VisualMemory
+
+CHUNK_ELEMENTS = 2**22
+"""Numbers that one chunk of scores, or of the keys behind them, may hold: 16 MiB in float32."""
+
+
+@dataclass
+class CrossLMMGenerateOutput(GenerateDecoderOnlyOutput):
+    """cross_attentions: per sequence, (cross-attention layers, heads, new tokens, frames); in every head the frames of a
+    token sum to 1."""
+
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class CrossLMMGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
+    """cross_attentions: as in `CrossLMMGenerateOutput`, of the beam that wrote each token; 0 behind its end."""
+
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class FrameWeights(LogitsProcessor):
+    """Records the frames' weights while one call of `generate` runs in the block of a `with`.
+
+    Hooks on the T2V branches see the last token of each row, from which the next one is written; `generate` passes
+    logits by when that is. Nothing of it is there in any other call, and calls in other threads go unrecorded.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = model.model.language_model.layers
+        indices = model.config.text_config.cross_attention_layer_indices if model.config.text_config.use_t2v else []
+        if not indices:
+            raise ValueError(
+                "`output_cross_attentions` are T2V's, and this model has none: `use_t2v` is False or no layer has a "
+                "cross-attention block. Leave it out."
+            )
+        self.language_model = model.model.language_model
+        self.branches = [layers[index].cross_attention.t2v for index in indices]
+        self.latest: dict[int, list[torch.Tensor]] = {}  # of the latest call, per layer, (H, F) of each row
+        self.steps: list[list[torch.Tensor]] = []  # per written token, (layers, H, F) of each row
+
+    def __enter__(self) -> "FrameWeights":
+        self.thread = threading.get_ident()
+        self.hooks = [branch.register_forward_hook(self._look) for branch in self.branches]
+        self.hooks.append(self.language_model.register_forward_pre_hook(self._begin))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _begin(self, language_model: nn.Module, inputs: tuple) -> None:
+        """Hook: a call begins, in which perhaps nobody looks."""
+        if threading.get_ident() == self.thread:
+            self.latest = {}
+
+    def _look(self, branch: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        """Hook: what the last token of each row looks at, in one layer."""
+        if threading.get_ident() == self.thread:
+            self.latest[branch.layer_idx] = last_token_weights(branch, *inputs)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """A token is about to be chosen; `scores` stay what they are."""
+        layers = [self.latest[branch.layer_idx] for branch in self.branches if self.latest]
+        num_heads = self.branches[0].config.num_attention_heads
+        nothing = torch.zeros(len(self.branches), num_heads, 0)
+        self.steps.append(
+            [torch.stack([layer[row].cpu() for layer in layers]) if layers else nothing for row in range(len(scores))]
+        )
+        return scores
+
+    def added_to(
+        self, output: GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput
+    ) -> CrossLMMGenerateOutput | CrossLMMGenerateBeamOutput:
+        """The output of `generate` with `cross_attentions`."""
+        if isinstance(output, GenerateBeamDecoderOnlyOutput):
+            # Entry i of a sequence is the beam that its token i was chosen from, -1 behind its end.
+            beams = output.beam_indices.tolist()
+            return CrossLMMGenerateBeamOutput(**output, cross_attentions=tuple(map(self._of_beams, beams)))
+        rows = range(len(output.sequences))
+        weights = tuple(self._of_beams([row] * len(self.steps)) for row in rows)
+        return CrossLMMGenerateOutput(**output, cross_attentions=weights)
+
+    def _of_beams(self, beams: list[int]) -> torch.Tensor:
+        """(layers, H, tokens, F) of the rows that wrote one token after the other; all of them see the same frames."""
+        seen = self.steps[-1][max(beams)]
+        looked = [step[beam] if beam >= 0 else seen[..., :0] for step, beam in zip(self.steps, beams, strict=False)]
+        # One that saw nothing: the prompt ended with a placeholder, or the sequence before this token.
+        return torch.stack([look if look.shape[-1] else torch.zeros_like(seen) for look in looked], dim=2)
+
+
+def last_token_weights(
+    branch: nn.Module,
+    normed: torch.Tensor,
+    states: torch.Tensor | None,
+    segments: Segments,
+    memory: VisualMemory,
+    cache_layer: VisualCacheLayer | None,
+) -> list[torch.Tensor]:
+    """The weights (H, F) that the last token of each row gives to the frames it sees, in a call of a T2V branch.
+
+    The arguments are the branch's. A row that sees nothing has no frames; one that ends in padding, zeros.
+    """
+    num_rows, patches_per_frame = len(memory.rows), memory.patches_per_frame
+    length = len(normed) // num_rows
+    weights = [
+        normed.new_zeros(branch.config.num_attention_heads, num_frames, dtype=torch.float32)
+        for num_frames in (
+            sum(end - start for start, end in (medium.patches for medium in media)) // patches_per_frame
+            for media in memory.rows
+        )
+    ]
+    if segments.is_dummy:
+        return weights
+    queries = iter(segments.queries.tolist())
+    for count, span in zip(segments.lengths, segments.spans, strict=True):
+        last = [row for row in (next(queries) for _ in range(count)) if row % length == length - 1]
+        if last:
+            query = branch.split_heads(branch.q_proj(normed[last]))
+            scores = _scores(branch, query, states, memory, cache_layer)
+            per_patch = max(query[..., 0].numel(), branch.config.cross_attention_hidden_size)
+            frames = max(1, CHUNK_ELEMENTS // (patches_per_frame * per_patch))
+            looked = _sum_per_frame(scores, span, patches_per_frame, frames)
+            for row, summed in zip(last, looked, strict=True):
+                weights[row // length] = summed
+    return weights
+
+
+def _scores(
+    branch: nn.Module,
+    query: torch.Tensor,
+    states: torch.Tensor | None,
+    memory: VisualMemory,
+    cache_layer: VisualCacheLayer | None,
+) -> Callable[[int, int], torch.Tensor]:
+    """From a stretch of patches to the scores (R, H, patches) of `query` (R, H, E), in float32 or better: by the keys
+    that are kept, by features and the projection folded into the query, or by keys projected for the purpose."""
+    precise = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.to(precise).unflatten(1, (branch.config.num_key_value_heads, -1)) * branch.scaling
+    first = memory.first_patch
+    if cache_layer is not None and memory.form == "features":
+        key_weight, _ = memory.folding[branch.layer_idx]
+        folded = torch.einsum("qgre,dge->qgrd", grouped, key_weight.to(precise)).flatten(1, 2)
+        return lambda start, end: folded @ states[start - first : end - first].to(precise).T
+
+    def scores(start: int, end: int) -> torch.Tensor:
+        if cache_layer is None:
+            keys = branch.split_heads(branch.k_proj(states[start - first : end - first]))
+        else:
+            keys = cache_layer.cross_keys[start:end].to(query.device)
+        return torch.einsum("qgre,pge->qgrp", grouped, keys.to(precise)).flatten(1, 2)
+
+    return scores
+
+
+def _sum_per_frame(
+    scores: Callable[[int, int], torch.Tensor], span: Span, patches_per_frame: int, frames_at_once: int
+) -> torch.Tensor:
+    """The softmax over all patches of a span, summed per frame: (R, H, F)."""
+    step = frames_at_once * patches_per_frame
+    parts = [
+        scores(at, min(at + step, end)).unflatten(-1, (-1, patches_per_frame)).logsumexp(-1)
+        for start, end in span
+        for at in range(start, end, step)
+    ]
+    return torch.cat(parts, dim=-1).softmax(-1)
+
+
+__all__ = ["CrossLMMGenerateBeamOutput", "CrossLMMGenerateOutput", "FrameWeights"]
