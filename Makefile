@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SETUP := setup.cfg requirements/constraints.txt
+# Tests are small: one thread in each of as many processes as there are cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: demo test test-slow test-gpu check clean
 
@@ -10,13 +12,13 @@ demo: $(VENV)/.installed  ## questions about samples/shapes.mp4, answered by the
 	@$(BIN)/python samples/demo.py
 
 test: $(VENV)/.installed  ## the fast tests
-	$(BIN)/python -m pytest
+	$(PYTEST) -n auto
 
 test-slow: $(VENV)/.installed  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-gpu: $(VENV)/.installed  ## the tests that need a GPU; a missing one is a failure
-	CROSSLMM_EXPECT_GPU=1 $(BIN)/python -m pytest -m gpu
+	CROSSLMM_EXPECT_GPU=1 $(PYTEST) -m gpu
 
 check: $(VENV)/.installed  ## lint, format and types; repairs nothing
 	$(BIN)/ruff check .
