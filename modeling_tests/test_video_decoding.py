@@ -347,7 +347,7 @@ def damaged(data: bytes) -> bytes:
     return data[:begin] + np.random.default_rng(0).bytes(end - begin) + data[end:]
 
 
-@pytest.mark.parametrize("name", ["h264_mp4", "hevc_mp4", "mpeg2_ts", "mpeg4_mp4", "av1_mp4"])
+@pytest.mark.parametrize("name", ["h264_mp4", "hevc_mp4", "mpeg2_ts", "mpeg4_mp4"])
 def test_damage_is_reported_and_what_is_called_valid_is_right(folder, name):
     data = make(name, folder).read_bytes()
     with pytest.warns(VideoDecodeWarning, match="damaged"):

@@ -676,6 +676,8 @@ class _File:
         self._file, self._limits, self._num_threads = file, limits, num_threads
         self.clock = _Clock(limits)
         self.trouble: str | None = None
+        # FFmpeg decodes pictures to learn about a stream; how large they are it knows without.
+        self._opened_stream(probe=False)
         self.open()
         stream = self._stream
         self.tick = stream.time_base
@@ -711,19 +713,17 @@ class _File:
         self._context = self._opened_context(self._stream, strict=strict)
         self._packets = self._container.demux(self._stream)
 
-    def _opened_stream(self):
+    def _opened_stream(self, *, probe: bool = True):
         self._file.seek(0)
-        options = {
-            "format_whitelist": _FORMATS,
-            "protocol_whitelist": "none",
-            # Probing decodes pictures, too.
-            "max_pixels": str(self._limits.max_pixels),
-        }
+        options = {"format_whitelist": _FORMATS, "protocol_whitelist": "none"}
+        if not probe:
+            options["codec_whitelist"] = "none"
         with _translated_errors(f"FFmpeg cannot open this as a video. Accepted formats: {_FORMATS}.", VideoOpenError):
             container = av.open(
                 _Input(self._file, self.clock),
                 mode="r",
-                options=options,
+                # Not `options`: PyAV 15 writes past their end where streams show up late, as in flv and mpegts.
+                container_options=options,
                 metadata_errors="replace",
                 buffer_size=65536,
                 io_open=_refuse_to_open,
