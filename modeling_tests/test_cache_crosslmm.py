@@ -493,6 +493,17 @@ def test_two_graphs_decode_videos_of_any_length(form):
     assert len(graphs) == 2
 
 
+def test_a_compiled_forward_takes_media_of_changing_sizes():
+    """With graph breaks where positions become Python numbers; another batch must not be answered by the first."""
+    torch.compiler.reset()
+    model = shallow_model("kv")
+    compiled = torch.compile(model.forward, backend="eager")
+    for layouts in ([ONE_VIDEO, (9,)], [INTERLEAVED, ONE_VIDEO, (3,)]):
+        inputs = batch_of(model.config, layouts)
+        with torch.no_grad():
+            assert_close_to_scale(compiled(**inputs).logits, model(**inputs).logits, relative=1e-5)
+
+
 def test_a_forward_of_text_compiles_without_graph_breaks():
     torch.compiler.reset()
     model = shallow_model("kv")

@@ -107,6 +107,8 @@ class VisualMemory:
         self.folding.clear()
         self._seen_by_all.clear()
 
+    # Positions are Python numbers that differ from call to call: a graph of them could not be used twice.
+    @torch.compiler.disable
     def v2v_segments(self, start: int, length: int, scope: str, device: torch.device) -> Segments | None:
         """Pooled tokens at positions [start, start + length) with the patches that `scope` lets them see (Eq. 6)."""
         groups: dict[Span, list[int]] = {}
@@ -126,6 +128,7 @@ class VisualMemory:
                     groups.setdefault((span,), []).extend(block)
         return Segments.build(groups, device)
 
+    @torch.compiler.disable
     def t2v_segments(
         self, start: int, length: int, is_token: torch.Tensor | None, device: torch.device
     ) -> Segments | None:

@@ -138,10 +138,14 @@ def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
 def check_unpacked(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
     """Raises ValueError for rows in which positions begin anew: several samples in one, of which a later one would see
     the media of those before it."""
-    steps = position_ids.diff()
-    if attention_mask is not None and attention_mask.ndim == 2:
-        steps = steps * attention_mask[:, -steps.shape[1] :]
-    if steps.device.type != "meta" and (steps < 0).any():
+    is_token = torch.ones_like(position_ids)
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        is_token = attention_mask[:, -position_ids.shape[1] :].to(position_ids)
+    elif attention_mask is not None:
+        return  # made for the layers already, as with a static cache: padding cannot be told from it
+    positions = position_ids * is_token
+    falls = is_token.bool() & (positions < positions.cummax(dim=-1).values)
+    if falls.device.type != "meta" and falls.any():
         raise ValueError(
             "With media, a row must be one sample; got `position_ids` that begin anew within a row. Pad the samples "
             "instead of packing them."

@@ -505,6 +505,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
             own[modality] = output
         return own
 
+    @torch.compiler.disable
     def remember(
         self,
         media: dict[str, BaseModelOutputWithPooling],
