@@ -92,6 +92,7 @@ def make(folder: Path) -> None:
                 for number in range(seconds * 30):
                     frame = graph.pull()
                     frame.pts, frame.time_base = number, Fraction(1, 30)
+                    frame.pict_type = 0  # the source calls every picture a keyframe
                     output.mux(stream.encode(frame))
                 output.mux(stream.encode())
         for length, copies in COPIES.items():

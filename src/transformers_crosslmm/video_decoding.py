@@ -43,7 +43,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias, cast
 
 import av
 import av.error
@@ -165,10 +165,10 @@ def sample_times(
         count = max(1, math.ceil(duration * fps - 1e-6))
         if max_frames is None or count <= max_frames:
             return [start_seconds + k / fps for k in range(count)]
-        num_frames = max_frames
-    elif max_frames is not None:
-        num_frames = min(num_frames, max_frames)
-    return [start_seconds + (i + 0.5) * duration / num_frames for i in range(num_frames)]
+        wanted = max_frames
+    else:
+        wanted = min(num_frames or 1, max_frames or num_frames or 1)
+    return [start_seconds + (i + 0.5) * duration / wanted for i in range(wanted)]
 
 
 def _check_part(duration_seconds: float, start_seconds: float, end_seconds: float | None) -> float:
@@ -516,7 +516,7 @@ def _data_uri(uri: str, limits: VideoLimits) -> bytes:
 
 def _spooled(stream, limits: VideoLimits, clock: _Clock) -> BinaryIO:
     """What cannot be rewound is kept in memory up to 16 MiB and on disk beyond."""
-    file = tempfile.SpooledTemporaryFile(max_size=16 * 1024**2)  # noqa: SIM115, the caller closes it
+    file = cast(BinaryIO, tempfile.SpooledTemporaryFile(max_size=16 * 1024**2))  # noqa: SIM115, the caller closes it
     while piece := stream.read(64 * 1024):
         clock.check()
         file.write(piece)
@@ -676,6 +676,7 @@ class _File:
         self._file, self._limits, self._num_threads = file, limits, num_threads
         self.clock = _Clock(limits)
         self.trouble: str | None = None
+        self._orientations: dict[int, tuple[bool, bool, bool]] = {}
         # FFmpeg decodes pictures to learn about a stream; how large they are it knows without.
         self._opened_stream(probe=False)
         self.open()
@@ -851,13 +852,17 @@ class _File:
         with _translated_errors("FFmpeg cannot convert the picture to RGB.", VideoDecodeError):
             rgb = frame.reformat(format="rgb24")
         plane = rgb.planes[0]
+        # One frame per angle is asked for its matrix: asking ties a frame to its side data in a cycle, and it would
+        # stay in memory until the garbage collector comes by.
+        if frame.rotation not in self._orientations:
+            self._orientations[frame.rotation] = _orientation(frame)
         return _Picture(
             seconds=seconds,
             pixels=memoryview(plane),
             width=rgb.width,
             height=rgb.height,
             line_size=plane.line_size,
-            orientation=_orientation(frame),
+            orientation=self._orientations[frame.rotation],
             valid=not frame.is_corrupt,
         )
 
