@@ -298,6 +298,10 @@ def test_the_command_takes_config_fields_by_name(tmp_path, vision_folder, text_f
     block = model.model.language_model.layers[3].cross_attention
     assert not hasattr(block, "t2v")
     assert block.v2v.q_proj.weight.dtype == torch.bfloat16
+    in_file = {name: tensor.dtype for name, tensor in stored_tensors(tmp_path / "out").items()}
+    assert {name for name, dtype in in_file.items() if dtype != torch.bfloat16} == {
+        f"model.language_model.layers.{layer}.cross_attention.v2v.gate.weight" for layer in (1, 3)
+    }
     assert block.v2v.gate.weight.dtype == torch.float32
     assert block.v2v.gate.weight.item() == 0.5
     printed = capsys.readouterr().out
