@@ -212,15 +212,16 @@ def test_a_file_object_that_returns_too_much_is_refused(clip):
 
 @pytest.mark.parametrize(
     "host",
-    (
-        "127.0.0.1 localhost [::1] 0.0.0.0 10.0.0.1 192.168.1.1 169.254.169.254 100.64.0.1 [::ffff:127.0.0.1] "
-        "[fe80::1] [fc00::1] [64:ff9b::7f00:1] [2002:7f00:1::] 2130706433 0x7f.1"
-    ).split(),
+    [
+        *("127.0.0.1", "localhost", "[::1]", "0.0.0.0", "10.0.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1"),
+        *("[::ffff:127.0.0.1]", "[fe80::1]", "[fc00::1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]"),
+        *("2130706433", "0x7f.1", "host:port", "[bad"),
+    ],
 )
 def test_private_addresses_are_refused_without_a_connection(host, monkeypatch):
     connected = []
     monkeypatch.setattr(socket, "create_connection", lambda *args, **kwargs: connected.append(args))
-    with pytest.raises(VideoOpenError, match=r"not a public address|Cannot connect"):
+    with pytest.raises(VideoOpenError, match=r"not a public address|Cannot connect|not a URL"):
         decode_video(f"http://{host}/clip.mp4", num_frames=2)
     assert not connected
 
@@ -412,8 +413,6 @@ def fuzz(folder: Path, count: int, seed: int, seconds_each: float = 20.0) -> dic
             outcome = "right" if decoded.valid.all() else "marked"
         except VideoError as error:
             outcome = type(error).__name__
-        except ValueError as error:
-            outcome = "ValueError" if "must lie in the video" in str(error) else repr(error)
         slowest = max(slowest, time.monotonic() - began)
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -439,7 +438,7 @@ def limited_fuzz(folder: Path, count: int, seed: int) -> dict:
 
 def test_mutated_files_neither_crash_nor_hang_nor_leak(tmp_path):
     report = limited_fuzz(tmp_path, 120, seed=0)
-    allowed = {"right", "marked", "ValueError"} | set(video_decoding._ERRORS)
+    allowed = {"right", "marked"} | set(video_decoding._ERRORS)
     assert set(report["outcomes"]) <= allowed, report
     assert report["slowest_seconds"] < 25, report
     assert report["peak_memory_mb"] < 1500, report

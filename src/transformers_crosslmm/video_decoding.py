@@ -476,7 +476,7 @@ def _opened(source: VideoSource, limits: VideoLimits) -> Iterator[BinaryIO]:
 
 
 def _open_named(name: str, limits: VideoLimits) -> BinaryIO:
-    scheme = urllib.parse.urlsplit(name).scheme.lower() if isinstance(name, str) else ""
+    scheme = name.partition(":")[0].lower() if isinstance(name, str) else ""
     if scheme == "data":
         return io.BytesIO(_data_uri(name, limits))
     if scheme in ("http", "https"):
@@ -586,12 +586,16 @@ def _download(url: str, limits: VideoLimits) -> BinaryIO:
     """The body of an http(s) answer, checked at every redirect and never larger than `max_bytes`."""
     clock = _Clock(limits)
     for _ in range(limits.max_redirects + 1):
-        parts = urllib.parse.urlsplit(url)
+        try:
+            parts = urllib.parse.urlsplit(url)
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+        except ValueError as error:
+            raise VideoOpenError(f"{url!r} is not a URL: {error}.") from error
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise VideoOpenError(f"A video URL must be http(s) with a host name; got {url!r}.")
         if parts.username is not None:
             raise VideoOpenError("A video URL must not carry a user name or password. Download the video first.")
-        with closing(_connection(parts, limits)) as connection:
+        with closing(_connection(parts.scheme, parts.hostname, port, limits)) as connection:
             try:
                 path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
                 query = "?" + urllib.parse.quote(parts.query, safe="/?%:@!$&'()*+,;=~-._") if parts.query else ""
@@ -603,30 +607,33 @@ def _download(url: str, limits: VideoLimits) -> BinaryIO:
                     continue
                 if answer.status != 200:
                     raise VideoOpenError(f"{url!r} answers with status {answer.status} {answer.reason}.")
-                _check_size(int(answer.headers.get("Content-Length") or 1), limits)
-                return _spooled(answer, limits, clock)
+                _check_size(1 if answer.length is None else answer.length, limits)
+                file = _spooled(answer, limits, clock)
+                if answer.length:
+                    raise VideoOpenError(f"The download of {url!r} ends {answer.length} bytes early.")
+                return file
             except (OSError, http.client.HTTPException) as error:
                 raise VideoOpenError(f"Cannot download {url!r}: {error}.") from error
     raise VideoLimitError(f"The URL redirects more than max_redirects={limits.max_redirects} times. {_RAISE_LIMITS}")
 
 
-def _connection(parts: urllib.parse.SplitResult, limits: VideoLimits) -> http.client.HTTPConnection:
+def _connection(scheme: str, host: str, port: int, limits: VideoLimits) -> http.client.HTTPConnection:
     """A connection to an address that was checked itself, so that a second look-up cannot lead elsewhere."""
-    port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
-        found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
-        for *_, address in found:
-            if not limits.allow_private_addresses and not _is_public(address[0]):
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = [str(address[0]) for *_, address in found]
+        for address in addresses:
+            if not limits.allow_private_addresses and not _is_public(address):
                 raise VideoOpenError(
-                    f"{parts.hostname!r} leads to {address[0]}, which is not a public address. Pass "
+                    f"{host!r} leads to {address}, which is not a public address. Pass "
                     "`limits=VideoLimits(allow_private_addresses=True)` if that is intended."
                 )
-        stream = socket.create_connection(found[0][4][:2], timeout=limits.network_timeout_seconds)
-        if parts.scheme == "https":
-            stream = ssl.create_default_context().wrap_socket(stream, server_hostname=parts.hostname)
-    except OSError as error:
-        raise VideoOpenError(f"Cannot connect to {parts.hostname!r}: {error}.") from error
-    connection = http.client.HTTPConnection(parts.hostname, port, timeout=limits.network_timeout_seconds)
+        stream = socket.create_connection((addresses[0], port), timeout=limits.network_timeout_seconds)
+        if scheme == "https":
+            stream = ssl.create_default_context().wrap_socket(stream, server_hostname=host)
+    except (OSError, UnicodeError) as error:
+        raise VideoOpenError(f"Cannot connect to {host!r}: {error}.") from error
+    connection = http.client.HTTPConnection(host, port, timeout=limits.network_timeout_seconds)
     connection.sock = stream
     return connection
 
@@ -776,6 +783,8 @@ class _File:
             seconds -= start_seconds if start_seconds < seconds else 0
         else:
             seconds = self._scan()
+        if not seconds > 0:  # unknown, as of one picture
+            seconds = 1 / self.fps
         if seconds > self._limits.max_duration_seconds:
             raise VideoLimitError(
                 f"The video lasts {seconds:.0f} s, more than max_duration_seconds="
