@@ -1,15 +1,269 @@
 """The `crosslmm` command. It imports the package, which takes seconds, only when a command runs."""
 
-from typing import Annotated
+import sys
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+class Commands(typer.core.TyperGroup):
+    """Ends every command with an exit code that says how it went."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, typer.TyperException):
+            raise
+        except KeyboardInterrupt:
+            typer.echo("\nInterrupted.", err=True)
+            raise typer.Exit(130) from None
+        except Exception as error:
+            if ctx.params["debug"]:
+                raise
+            kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+            reason = " ".join(str(error).split()) or type(error).__name__
+            typer.echo(f"error: {kind}{reason} (`crosslmm --debug …` shows where.)", err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Video = Annotated[str, typer.Argument(help="A video file or URL.", show_default=False)]
+Model = Annotated[
+    str | None,
+    typer.Option(help="A checkpoint folder, or its name on the Hub.", show_default="the tiny one of the package"),
+]
+Frames = Annotated[int | None, typer.Option(min=1, help="Look at this many frames, in equal steps.")]
+Fps = Annotated[
+    float | None, typer.Option(min=0.001, help="Look at this many frames per second, up to the checkpoint's limit.")
+]
+Start = Annotated[float | None, typer.Option(min=0, help="Look from this second on.")]
+End = Annotated[float | None, typer.Option(min=0, help="Look up to this second.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_default="a GPU if there is one")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+class Steps:
+    """Says on a terminal's stderr what is going on, as long as it goes on."""
+
+    def __enter__(self) -> "Steps":
+        columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+        self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self.task = self.progress.add_task("Starting", total=None)
+        if self.progress.console.is_terminal:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.end()
+
+    def begin(self, description: str) -> None:
+        self.progress.reset(self.task, description=description, total=None)
+
+    def count(self, done: int, total: int) -> None:
+        self.progress.update(self.task, completed=done, total=total)
+
+    def end(self) -> None:
+        if self.progress.live.is_started:
+            self.progress.stop()
 
 
 @app.callback()
-def crosslmm() -> None:
-    """CrossLMM: language models that look back at long videos."""
+def crosslmm(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """CrossLMM: language models that look back at long videos.
+
+    Exit codes: 0 done; 1 failed, and one line on stderr says why and what helps; 2 wrong usage; 130 interrupted.
+    """
+
+
+@app.command()
+def ask(
+    video: Video,
+    question: Annotated[str, typer.Argument(help="What you want to know.", show_default=False)],
+    model: Model = None,
+    frames: Frames = None,
+    fps: Fps = None,
+    start: Start = None,
+    end: End = None,
+    timeline: Annotated[
+        Path | None, typer.Option(help="Draw into this file how much each frame weighed for each token of the answer.")
+    ] = None,
+    max_new_tokens: NewTokens = 256,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a question about a video.
+
+    Example: crosslmm ask clip.mp4 "In which frame does the red star appear?" --frames 8 --timeline looked.png
+    """
+    with Steps() as steps:
+        conversation = _conversation(steps, video, model, device, frames=frames, fps=fps, start=start, end=end)
+        steps.begin("Answering")
+        answer = conversation.ask(
+            question,
+            max_new_tokens=max_new_tokens,
+            on_text=None if as_json else _printer(steps),
+            with_frame_weights=timeline is not None,
+        )
+    if not as_json:
+        typer.echo()
+    if timeline is not None:
+        from transformers_crosslmm.pictures_crosslmm import draw_timeline, frame_labels
+
+        pictures = conversation.pictures()
+        labels = frame_labels(len(pictures), conversation.video.times)
+        draw_timeline(pictures, labels, answer.tokens, answer.frame_weights).save(timeline)
+        if not as_json:
+            typer.echo(f"Where it looked: {timeline}", err=True)
+    if as_json:
+        record = {
+            "video": video,
+            "question": question,
+            "answer": answer.text,
+            "tokens": answer.tokens,
+            "frame_times": conversation.video.times,
+        }
+        if answer.frame_weights is not None:
+            record["frame_weights"] = answer.frame_weights.tolist()
+        _print_json(record)
+
+
+@app.command()
+def chat(
+    video: Video,
+    model: Model = None,
+    frames: Frames = None,
+    fps: Fps = None,
+    start: Start = None,
+    end: End = None,
+    max_new_tokens: NewTokens = 256,
+    device: Device = None,
+) -> None:
+    """Talk about a video, which is looked at only once. A line is a question; Ctrl-D ends.
+
+    Example: crosslmm chat lecture.mp4 --fps 1 --start 60 --end 600
+    """
+    with Steps() as steps:
+        conversation = _conversation(steps, video, model, device, frames=frames, fps=fps, start=start, end=end)
+    is_person = sys.stdin.isatty()
+    if is_person:
+        import readline  # noqa: F401  (input() takes its line editing from it)
+
+        typer.echo(f"{len(conversation.video.pixels)} frames seen. Ask; Ctrl-D ends.", err=True)
+    while True:
+        try:
+            question = input("> " if is_person else "").strip()
+        except EOFError:
+            return
+        if not question:
+            continue
+        with Steps() as steps:
+            steps.begin("Answering")
+            try:
+                conversation.ask(question, max_new_tokens=max_new_tokens, on_text=_printer(steps))
+            except ValueError as error:  # nothing was said yet, and the next question may be a better one
+                steps.end()
+                typer.echo(f"error: {error}", err=True, nl=False)
+        typer.echo()
+
+
+@app.command()
+def look(
+    video: Video,
+    model: Model = None,
+    frames: Frames = None,
+    fps: Fps = None,
+    start: Start = None,
+    end: End = None,
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("contact_sheet.png"),
+    as_json: AsJson = False,
+) -> None:
+    """Draw the frames that the model would see, with their times.
+
+    Example: crosslmm look clip.mp4 --frames 16 --out frames.png
+    """
+    with Steps() as steps:
+        _import_package(steps)
+        from transformers_crosslmm.conversation_crosslmm import load_processor, read_video
+        from transformers_crosslmm.pictures_crosslmm import draw_contact_sheet, frame_labels, frame_pictures
+
+        processor = load_processor(_checkpoint(model))
+        steps.begin(f"Reading {video}")
+        seen = read_video(processor, video, **_sampling(frames=frames, fps=fps, start=start, end=end))
+    pictures = frame_pictures(seen.pixels, processor.video_processor)
+    labels = frame_labels(len(pictures), seen.times)
+    draw_contact_sheet(pictures, labels).save(out)
+    if as_json:
+        _print_json({"video": video, "frame_times": seen.times, "picture": str(out)})
+    else:
+        typer.echo(f"{out}: {len(pictures)} frames, at {', '.join(labels)}")
+
+
+@app.command()
+def info(
+    name: Annotated[
+        str, typer.Argument(help="A checkpoint folder, a name on the Hub, or 2B, 7B, 7B-16.", show_default=False)
+    ],
+    memory: Annotated[float, typer.Option(min=0, help="Memory of the GPU, in GiB.")] = 24.0,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Positions of the context.", show_default="the checkpoint's")
+    ] = None,
+    fps: Annotated[float, typer.Option(min=0.001, help="Frames per second of the longest video.")] = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """Count what a checkpoint is made of, what a frame costs, and how long a video may be.
+
+    Loads no weights.
+
+    Example: crosslmm info 7B --memory 80 --context 131072
+    """
+    with Steps() as steps:
+        _import_package(steps)
+        from transformers_crosslmm.inspection_crosslmm import count_costs, load_config
+        from transformers_crosslmm.pictures_crosslmm import clock_time
+
+        steps.begin("Counting")
+        costs = count_costs(load_config(name))
+    context = context or costs.max_positions
+    in_context = costs.frames_in_context(context)
+    in_memory = {form: costs.frames_in_memory(form, memory * 2**30) for form in costs.cache_bytes_per_frame}
+    longest = {form: min(in_context, frames) / fps for form, frames in in_memory.items()}
+    dtype = str(costs.dtype).removeprefix("torch.")
+    if as_json:
+        _print_json(
+            {
+                "parameters": costs.parts,
+                "dtype": dtype,
+                "weight_bytes": costs.weight_bytes,
+                "tokens_per_frame": costs.tokens_per_frame,
+                "cache_bytes_per_frame": costs.cache_bytes_per_frame,
+                "language_bytes_per_frame": costs.language_bytes_per_frame,
+                "prefill_bytes_per_frame": costs.prefill_bytes_per_frame,
+                "frames_in_context": in_context,
+                "frames_in_memory": in_memory,
+                "longest_video_seconds": longest,
+            }
+        )
+        return
+    for part, count in costs.parts.items():
+        typer.echo(f"{part:<24}{count:>16,} parameters" if count else f"{part:<24}{'tied':>16}")
+    typer.echo(f"{'together':<24}{sum(costs.parts.values()):>16,} parameters, {_size(costs.weight_bytes)} in {dtype}")
+    typer.echo(f"\nA frame takes {costs.tokens_per_frame} of {context:,} positions, and in the cache")
+    for form, size in costs.cache_bytes_per_frame.items():
+        typer.echo(
+            f"  {form:<12}{_size(size):>9}, and {_size(costs.language_bytes_per_frame)} of the language model's"
+        )
+    typer.echo(
+        f"\nLongest video at {fps:g} fps, frames and time, with positions left for {costs.text_tokens(context)} tokens of text:"
+    )
+    typer.echo(f"  {'context':<12}{in_context:>9,}  {clock_time(in_context / fps)}")
+    for form, count in in_memory.items():
+        typer.echo(f"  {form:<12}{count:>9,}  {clock_time(count / fps)} by memory; in all {clock_time(longest[form])}")
+    typer.echo(f"Memory: {memory:g} GiB less the weights, while the video is prefilled; activations come on top.")
 
 
 @app.command()
@@ -42,6 +296,87 @@ def push(
     except (PublishingError, ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+def _import_package(steps: Steps) -> None:
+    """The seconds that importing takes, and what libraries would say on the way."""
+    import warnings
+
+    steps.begin("Importing")
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    import transformers_crosslmm  # noqa: F401
+
+    logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # it counts its retries aloud
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+
+
+def _checkpoint(model: str | None) -> str:
+    from transformers_crosslmm import TINY_CHECKPOINT
+
+    if model is not None:
+        return model
+    if not TINY_CHECKPOINT.is_dir():
+        raise FileNotFoundError(f"The package comes without its checkpoint {TINY_CHECKPOINT}; name one with --model.")
+    return str(TINY_CHECKPOINT)
+
+
+def _sampling(
+    *, frames: int | None, fps: float | None, start: float | None, end: float | None
+) -> dict[str, int | float]:
+    """The video processor's words for our options, those that were given."""
+    if frames is not None and fps is not None:
+        raise typer.BadParameter("--frames and --fps exclude each other; give one.")
+    named = {"num_frames": frames, "fps": fps, "start_seconds": start, "end_seconds": end}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _conversation(steps: Steps, video: str, model: str | None, device: str | None, **sampling: Any) -> Any:
+    """A `VideoConversation` about the video, which is checked and read before the model is loaded."""
+    wanted = _sampling(**sampling)
+    _import_package(steps)
+    from transformers_crosslmm.conversation_crosslmm import (
+        VideoConversation,
+        load_model,
+        load_processor,
+        read_video,
+    )
+
+    checkpoint = _checkpoint(model)
+    processor = load_processor(checkpoint)
+    steps.begin(f"Reading {video}")
+    seen = read_video(processor, video, **wanted)
+    steps.begin("Loading the model")
+    loaded = load_model(checkpoint, device=device)
+    steps.begin("Looking at the frames")
+    return VideoConversation(loaded, processor, seen, on_progress=steps.count)
+
+
+def _printer(steps: Steps) -> Any:
+    """What prints the pieces of an answer as they come, once nothing else writes to the terminal."""
+
+    def write(piece: str) -> None:
+        steps.end()
+        typer.echo(piece, nl=False)
+        sys.stdout.flush()
+
+    return write
+
+
+def _print_json(record: dict[str, Any]) -> None:
+    import json
+
+    typer.echo(json.dumps(record, ensure_ascii=False))
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} GB"
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ CHUNK_ELEMENTS = 2**22
 
 @dataclass
 class CrossLMMGenerateOutput(GenerateDecoderOnlyOutput):
-    """cross_attentions: per sequence, (cross-attention layers, heads, new tokens, frames); in every head the frames of a
-    token sum to 1."""
+    """cross_attentions: per sequence, (cross-attention layers, heads, new tokens, frames); a token's frames sum to 1
+    in every head."""
 
     cross_attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -46,7 +46,7 @@ class FrameWeights(LogitsProcessor):
     logits by when that is. Nothing of it is there in any other call, and calls in other threads go unrecorded.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         layers = model.model.language_model.layers
         indices = model.config.text_config.cross_attention_layer_indices if model.config.text_config.use_t2v else []
         if not indices:
@@ -74,7 +74,7 @@ class FrameWeights(LogitsProcessor):
         if threading.get_ident() == self.thread:
             self.latest = {}
 
-    def _look(self, branch: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+    def _look(self, branch: Any, inputs: tuple, output: torch.Tensor) -> None:
         """Hook: what the last token of each row looks at, in one layer."""
         if threading.get_ident() == self.thread:
             self.latest[branch.layer_idx] = last_token_weights(branch, *inputs)
@@ -110,7 +110,7 @@ class FrameWeights(LogitsProcessor):
 
 
 def last_token_weights(
-    branch: nn.Module,
+    branch: Any,
     normed: torch.Tensor,
     states: torch.Tensor | None,
     segments: Segments,
@@ -147,7 +147,7 @@ def last_token_weights(
 
 
 def _scores(
-    branch: nn.Module,
+    branch: Any,
     query: torch.Tensor,
     states: torch.Tensor | None,
     memory: VisualMemory,
@@ -157,15 +157,19 @@ def _scores(
     that are kept, by features and the projection folded into the query, or by keys projected for the purpose."""
     precise = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(precise).unflatten(1, (branch.config.num_key_value_heads, -1)) * branch.scaling
-    first = memory.first_patch
+
+    def patches(start: int, end: int) -> torch.Tensor:
+        assert states is not None  # these two ways have no keys to look at
+        return states[start - memory.first_patch : end - memory.first_patch]
+
     if cache_layer is not None and memory.form == "features":
         key_weight, _ = memory.folding[branch.layer_idx]
         folded = torch.einsum("qgre,dge->qgrd", grouped, key_weight.to(precise)).flatten(1, 2)
-        return lambda start, end: folded @ states[start - first : end - first].to(precise).T
+        return lambda start, end: folded @ patches(start, end).to(precise).T
 
     def scores(start: int, end: int) -> torch.Tensor:
-        if cache_layer is None:
-            keys = branch.split_heads(branch.k_proj(states[start - first : end - first]))
+        if cache_layer is None or cache_layer.cross_keys is None:
+            keys = branch.split_heads(branch.k_proj(patches(start, end)))
         else:
             keys = cache_layer.cross_keys[start:end].to(query.device)
         return torch.einsum("qgre,pge->qgrp", grouped, keys.to(precise)).flatten(1, 2)

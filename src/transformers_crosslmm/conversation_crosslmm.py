@@ -1,0 +1,235 @@
+"""A video and the questions asked about it, one after the other: it is decoded, encoded and prefilled once.
+
+    model, processor = load_model(TINY_CHECKPOINT), load_processor(TINY_CHECKPOINT)
+    conversation = VideoConversation(model, processor, read_video(processor, "clip.mp4", num_frames=8))
+    conversation.ask("What happens?").text
+    conversation.ask("And then?").text
+
+Shapes: T frames, S pixels along a side, N patches per frame, D vision width, C language width.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache
+from transformers.generation.streamers import TextStreamer
+
+from .configuration_crosslmm import CrossLMMConfig
+from .media_crosslmm import CrossLMMEncodedMedia
+from .modeling_crosslmm import CrossLMMForConditionalGeneration
+from .pictures_crosslmm import frame_pictures
+from .processing_crosslmm import CrossLMMProcessor
+from .video_processing_crosslmm import CrossLMMVideoMetadata
+
+
+@dataclass(frozen=True)
+class SeenVideo:
+    """What a model gets to see of a video.
+
+    source: what was read. pixels: (T, 3, S, S) normalised floats. metadata: where the frames come from.
+    """
+
+    source: Any
+    pixels: torch.Tensor
+    metadata: CrossLMMVideoMetadata
+
+    @property
+    def times(self) -> list[float] | None:
+        """Seconds of each frame from the start of the clip, None where the clip has no clock."""
+        return self.metadata.frame_times
+
+
+@dataclass(frozen=True)
+class Answer:
+    """text: the answer. tokens: the same in the pieces that were written, the end mark left out.
+
+    frame_weights: (tokens, T), how much each frame weighed in T2V when a token was written: the mean over layers and
+        heads, each row sums to 1; None unless asked for.
+    """
+
+    text: str
+    tokens: list[str]
+    frame_weights: torch.Tensor | None
+
+
+def load_model(name: str | os.PathLike, *, device: str | None = None) -> CrossLMMForConditionalGeneration:
+    """The model of a folder or a repository on the Hub, ready to answer.
+
+    device: "cuda", "cpu", …; a GPU where there is one, when not given. On a CPU the weights become float32, which is
+        the faster there; elsewhere they keep the type they were saved in.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float32 if device == "cpu" else "auto"
+    model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+    return model.to(device).eval()
+
+
+def load_processor(name: str | os.PathLike) -> CrossLMMProcessor:
+    """The processor of a folder or a repository. Raises ValueError for another model's, OSError for none."""
+    config = AutoConfig.from_pretrained(name)  # first: one small file tells whether there is a checkpoint at all
+    if not isinstance(config, CrossLMMConfig):
+        raise ValueError(f"{os.fspath(name)!r} must be a CrossLMM checkpoint; got a {config.model_type!r}.")
+    return AutoProcessor.from_pretrained(name)
+
+
+def read_video(processor: CrossLMMProcessor, source: Any, **sampling: Any) -> SeenVideo:
+    """Decodes and samples a video as `CrossLMMVideoProcessor` does.
+
+    sampling: `num_frames`, `fps`, `max_frames`, `times`, `start_seconds`, `end_seconds`. Raises VideoError where the
+    file cannot be decoded, ValueError for options that contradict each other.
+    """
+    features = processor.video_processor([source], return_metadata=True, return_tensors="pt", **sampling)
+    return SeenVideo(source, features["pixel_values_videos"], features["video_metadata"][0])
+
+
+def encode_video(
+    model: CrossLMMForConditionalGeneration,
+    pixels: torch.Tensor,
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> CrossLMMEncodedMedia:
+    """What `get_video_features` gives for one video (T, 3, S, S), a chunk of frames at a time: only one is ever on the
+    model's device.
+
+    on_progress: called with the frames done and all frames.
+    """
+    config, num_frames = model.config, len(pixels)
+    original: torch.Tensor | None = None
+    pooled = []
+    done = 0
+    for chunk in pixels.split(config.vision_chunk_size):
+        encoded = model.get_video_features(chunk.to(model.device), return_dict=True)
+        if original is None:
+            original = encoded.last_hidden_state.new_empty(num_frames, *encoded.last_hidden_state.shape[1:])
+        original[done : done + len(chunk)] = encoded.last_hidden_state
+        pooled.append(encoded.pooler_output[0])
+        done += len(chunk)
+        if on_progress is not None:
+            on_progress(done, num_frames)
+    return CrossLMMEncodedMedia(last_hidden_state=original, pooler_output=(torch.cat(pooled),))  # type: ignore[arg-type]
+
+
+class VideoConversation:
+    """Questions about one video, each answered with all before it in view.
+
+    The video is encoded when the conversation begins and prefilled with the first question. From then on everything
+    that was said stays in `cache`, and a question costs what its own tokens cost.
+
+    messages: the chat so far. token_ids: what the cache has seen, and the token written last.
+    """
+
+    def __init__(
+        self,
+        model: CrossLMMForConditionalGeneration,
+        processor: CrossLMMProcessor,
+        video: SeenVideo,
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """on_progress: called with the frames encoded and all frames."""
+        self.model, self.processor, self.video = model, processor, video
+        self.messages: list[dict[str, Any]] = []
+        self.token_ids: list[int] = []
+        self.cache = DynamicCache()
+        with torch.no_grad():
+            self._media: dict[str, CrossLMMEncodedMedia] | None = {
+                "video": encode_video(model, video.pixels, on_progress=on_progress)
+            }
+        ends = model.generation_config.eos_token_id
+        self._ends = {processor.tokenizer.eos_token_id, processor.tokenizer.convert_tokens_to_ids("<|im_end|>")}
+        self._ends |= {ends} if isinstance(ends, int) else set(ends or ())
+        self._ends.discard(None)
+
+    @torch.no_grad()
+    def ask(
+        self,
+        question: str,
+        *,
+        max_new_tokens: int = 256,
+        on_text: Callable[[str], None] | None = None,
+        with_frame_weights: bool = False,
+    ) -> Answer:
+        """Answers and remembers. A question that cannot be asked (too long for the context) leaves no trace.
+
+        on_text: called with each piece of the answer as soon as it is certain. The checkpoint's generation config
+        decides how tokens are chosen.
+        """
+        if not question.strip():
+            raise ValueError("A question needs words; got none.")
+        parts: list[dict[str, Any]] = [{"type": "text", "text": question}]
+        if not self.messages:
+            parts.insert(0, {"type": "video", "video": self.video.source})
+        turn = {"role": "user", "content": parts}
+        prompt = torch.tensor([self.token_ids + self._new_ids(turn)], device=self.model.device)
+        written = self.model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            mm_encoder_outputs=self._media,
+            past_key_values=self.cache,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=sorted(self._ends),
+            pad_token_id=self.processor.tokenizer.pad_token_id,
+            streamer=None if on_text is None else _Listener(self.processor.tokenizer, on_text),
+            return_dict_in_generate=True,
+            output_cross_attentions=with_frame_weights,
+        )
+        self._media = None  # the cache has them
+        ids = written.sequences[0].tolist()
+        if ids[-1] in self._ends:
+            ids.pop()  # the cache has not seen it, and the template writes it where the next turn begins
+        answered = ids[prompt.shape[1] :]
+        decode = self.processor.tokenizer.decode
+        text = decode(answered, skip_special_tokens=True).strip()
+        self.token_ids = ids
+        self.messages += [turn, {"role": "assistant", "content": text}]
+        weights = None
+        if with_frame_weights:
+            weights = written.cross_attentions[0].mean(dim=(0, 1))[: len(answered)]
+        return Answer(text, [decode([token_id]) for token_id in answered], weights)
+
+    def pictures(self) -> list[Image.Image]:
+        """The frames as the model sees them."""
+        return frame_pictures(self.video.pixels, self.processor.video_processor)
+
+    def _new_ids(self, turn: dict[str, Any]) -> list[int]:
+        """The tokens from the end of the last answer to the beginning of the next."""
+
+        def rendered(messages: list[dict[str, Any]]) -> str:
+            return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+        if not self.messages:
+            text = rendered([turn])
+            (text,), _ = self.processor._expand(
+                [text], [len(self.video.pixels)], [self.video.metadata], say_times=self.processor.time_instruction
+            )
+        else:
+            # The answer's own tokens are in the cache, and need not be those that its text would give.
+            before = rendered(self.messages[:-1])
+            text = rendered([*self.messages[:-1], {"role": "assistant", "content": ""}, turn])
+            if not text.startswith(before):
+                raise ValueError(
+                    "The chat template must write earlier turns the same whatever follows, or a conversation cannot "
+                    "go on in its cache; this one does not. Use CrossLMM's own."
+                )
+            text = text[len(before) :]
+        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+class _Listener(TextStreamer):
+    """Hands the answer on, piece by piece, as `generate` writes it."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.on_text(text)
+
+
+__all__ = ["Answer", "SeenVideo", "VideoConversation", "encode_video", "load_model", "load_processor", "read_video"]

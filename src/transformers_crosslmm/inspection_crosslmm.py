@@ -1,0 +1,117 @@
+"""What a checkpoint is made of and what a video costs it, counted from its config; no weight is loaded.
+
+Shapes: T frames, N patches per frame, D vision width, G key/value heads, E head width.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoConfig
+
+from .configuration_crosslmm import CROSS_ATTENTION_CACHES, PRESETS, CrossLMMConfig
+from .modeling_crosslmm import CrossLMMForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class CheckpointCosts:
+    """Counts of a checkpoint. Bytes are of tensors in `dtype`; activations come on top.
+
+    parts: parameters of each part, by name; what is tied counts once.
+    weight_bytes: of all parts, gates in float32.
+    tokens_per_frame: pooled tokens, and so positions of the context.
+    max_positions: the context, rope scaling included.
+    cache_bytes_per_frame: what generation keeps for T2V, by form ("kv", "features").
+    language_bytes_per_frame: what the language model's own cache keeps for a frame's pooled tokens.
+    prefill_bytes_per_frame: what is there besides until the prefill ends, by form: the original tokens, and, where the
+        config normalises them, the normalised ones.
+    """
+
+    dtype: torch.dtype
+    parts: dict[str, int]
+    weight_bytes: int
+    tokens_per_frame: int
+    max_positions: int
+    cache_bytes_per_frame: dict[str, int]
+    language_bytes_per_frame: int
+    prefill_bytes_per_frame: dict[str, int]
+
+    def frames_in_memory(self, form: str, memory_bytes: float) -> int:
+        """Most frames whose prefill fits beside the weights."""
+        per_frame = (
+            self.cache_bytes_per_frame[form] + self.prefill_bytes_per_frame[form] + self.language_bytes_per_frame
+        )
+        return max(0, int((memory_bytes - self.weight_bytes) // per_frame))
+
+    def frames_in_context(self, num_positions: int) -> int:
+        """Most frames whose pooled tokens fit into a context beside `text_tokens`."""
+        return (num_positions - self.text_tokens(num_positions)) // self.tokens_per_frame
+
+    def text_tokens(self, num_positions: int) -> int:
+        """Positions left for questions and answers: 512, or a quarter of a small context."""
+        return min(512, num_positions // 4)
+
+
+def load_config(name: str | os.PathLike) -> CrossLMMConfig:
+    """The config of a preset ("2B", "7B", "7B-16"), a folder or a repository on the Hub.
+
+    Raises ValueError for another model's.
+    """
+    if name in PRESETS:
+        return CrossLMMConfig.from_preset(str(name))
+    config = AutoConfig.from_pretrained(name)
+    if not isinstance(config, CrossLMMConfig):
+        raise ValueError(
+            f"{os.fspath(name)!r} must be a CrossLMM checkpoint or one of {', '.join(PRESETS)}; "
+            f"got a {config.model_type!r}."
+        )
+    return config
+
+
+def count_costs(config: CrossLMMConfig) -> CheckpointCosts:
+    """Builds the network without memory and counts."""
+    text = config.text_config
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    with torch.device("meta"):
+        model = CrossLMMForConditionalGeneration(config)
+    parts = dict.fromkeys(
+        ("vision tower", "projector", "language model", "V2V cross-attention", "T2V cross-attention", "head"), 0
+    )
+    num_gates = 0
+    for name, parameter in model.named_parameters():
+        parts[_part_of(name)] += parameter.numel()
+        num_gates += parameter.numel() * name.endswith("gate.weight")
+    size = dtype.itemsize
+    head_dim = text.hidden_size // text.num_attention_heads
+    key_value = 2 * text.num_key_value_heads * head_dim * size
+    num_patches, num_layers = config.patch_grid_size**2, len(text.cross_attention_layer_indices)
+    original = num_patches * config.vision_config.hidden_size * size
+    keys_values = num_layers * num_patches * key_value if text.use_t2v else 0
+    normalised = 0 if text.visual_norm == "none" else original
+    return CheckpointCosts(
+        dtype=dtype,
+        parts=parts,
+        weight_bytes=sum(parts.values()) * size + num_gates * (torch.float32.itemsize - size),
+        tokens_per_frame=config.tokens_per_frame,
+        max_positions=text.max_sequence_length,
+        cache_bytes_per_frame=dict(zip(CROSS_ATTENTION_CACHES, (keys_values, original), strict=True)),
+        language_bytes_per_frame=config.tokens_per_frame * text.num_hidden_layers * key_value,
+        prefill_bytes_per_frame=dict(zip(CROSS_ATTENTION_CACHES, (original + normalised, normalised), strict=True)),
+    )
+
+
+def _part_of(name: str) -> str:
+    """The part that a parameter belongs to; norms in front of the branches count with the language model."""
+    for mark, part in (
+        ("vision_tower.", "vision tower"),
+        ("multi_modal_projector.", "projector"),
+        (".v2v.", "V2V cross-attention"),
+        (".t2v.", "T2V cross-attention"),
+        ("lm_head.", "head"),
+    ):
+        if mark in name:
+            return part
+    return "language model"
+
+
+__all__ = ["CheckpointCosts", "count_costs", "load_config"]

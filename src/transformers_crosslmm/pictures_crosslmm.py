@@ -1,0 +1,117 @@
+"""Pictures for people: the frames that a model sees, and where it looked.
+
+Shapes: T frames, S pixels along a side.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from .video_processing_crosslmm import CrossLMMVideoProcessor
+
+FONT = ImageFont.load_default(13)
+LINE = 18
+"""Pixels of a line of text."""
+INK, PAPER, ACCENT = (25, 25, 25), (255, 255, 255), (31, 90, 200)
+
+
+def frame_pictures(pixels: torch.Tensor, video_processor: CrossLMMVideoProcessor) -> list[Image.Image]:
+    """The frames (T, 3, S, S) that a processor made, as they were before it normalised them."""
+    plain = pixels.float()
+    if video_processor.do_normalize:
+        plain = plain * _per_channel(video_processor.image_std) + _per_channel(video_processor.image_mean)
+    if video_processor.do_rescale:
+        plain = plain / video_processor.rescale_factor
+    levels = plain.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(frame) for frame in levels]
+
+
+def _per_channel(values: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(values).view(-1, 1, 1)
+
+
+def frame_labels(num_frames: int, times: Sequence[float] | None) -> list[str]:
+    """What stands under each frame: its second, or its number where the clip has no clock."""
+    if times is None:
+        return [f"#{number}" for number in range(1, num_frames + 1)]
+    return [clock_time(seconds) for seconds in times]
+
+
+def clock_time(seconds: float) -> str:
+    """As people write it: 3.5 s, 2:03.5, 1:02:03.5."""
+    tenths = round(seconds * 10)
+    minutes, rest = divmod(tenths, 600)
+    if not minutes:
+        return f"{rest / 10:.1f} s"
+    hours, minutes = divmod(minutes, 60)
+    clock = f"{rest / 10:04.1f}"
+    return f"{hours}:{minutes:02d}:{clock}" if hours else f"{minutes}:{clock}"
+
+
+def draw_contact_sheet(frames: Sequence[Image.Image], labels: Sequence[str], *, side: int = 160) -> Image.Image:
+    """The frames in reading order, `side` pixels each, with their labels below."""
+    columns = min(len(frames), max(4, math.ceil(math.sqrt(1.6 * len(frames)))))
+    rows = math.ceil(len(frames) / columns)
+    sheet = Image.new("RGB", (columns * side, rows * (side + LINE)), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for number, (frame, label) in enumerate(zip(frames, labels, strict=True)):
+        left, top = number % columns * side, number // columns * (side + LINE)
+        sheet.paste(_fitted(frame, side - 4), (left + 2, top + 2))
+        pen.text((left + side // 2, top + side), label, INK, FONT, anchor="ma")
+    return sheet
+
+
+def draw_timeline(
+    frames: Sequence[Image.Image],
+    labels: Sequence[str],
+    tokens: Sequence[str],
+    weights: torch.Tensor,
+    *,
+    side: int = 72,
+) -> Image.Image:
+    """Frames from left to right with their labels, and below, for each token of an answer, how much each weighed.
+
+    weights: (tokens, T), each row sums to 1. The darker, the more; a row's most is written as a percentage. From 33
+    frames on neighbours share a column: the picture of the first and the sum of their weights.
+    """
+    if not len(tokens):
+        raise ValueError("An answer without tokens looked nowhere; there is nothing to draw.")
+    share = math.ceil(len(frames) / 32)
+    weights = torch.stack([part.sum(-1) for part in weights.float().cpu().split(share, dim=1)], dim=1)
+    frames, labels = frames[::share], labels[::share]
+
+    pieces = [_printable(token) for token in tokens]
+    margin = 16 + math.ceil(max(FONT.getlength(piece) for piece in pieces))
+    head, row_height = side + LINE + 4, LINE + 4
+    sheet = Image.new("RGB", (margin + len(frames) * side, head + len(tokens) * row_height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for column, (frame, label) in enumerate(zip(frames, labels, strict=True)):
+        sheet.paste(_fitted(frame, side - 4), (margin + column * side + 2, 2))
+        pen.text((margin + column * side + side // 2, side), label, INK, FONT, anchor="ma")
+    for row, (piece, looked) in enumerate(zip(pieces, weights, strict=True)):
+        top = head + row * row_height
+        pen.text((margin - 8, top + row_height // 2), piece, INK, FONT, anchor="rm")
+        for column, weight in enumerate(looked.tolist()):
+            left = margin + column * side
+            shade = tuple(round(paper + (ink - paper) * weight) for paper, ink in zip(PAPER, ACCENT, strict=True))
+            pen.rectangle((left + 1, top + 1, left + side - 2, top + row_height - 2), fill=shade)
+            if column == int(looked.argmax()):
+                ink = PAPER if weight > 0.5 else INK
+                centre = (left + side // 2, top + row_height // 2)
+                pen.text(centre, f"{weight:.0%}", ink, FONT, anchor="mm")
+    return sheet
+
+
+def _fitted(frame: Image.Image, side: int) -> Image.Image:
+    small = max(frame.size) < side
+    return frame.resize((side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+
+
+def _printable(token: str) -> str:
+    """The token with its blanks visible, so that each row has a name."""
+    return token.strip() or repr(token)
+
+
+__all__ = ["clock_time", "draw_contact_sheet", "draw_timeline", "frame_labels", "frame_pictures"]
