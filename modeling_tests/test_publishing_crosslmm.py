@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -12,7 +13,13 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import _http, close_session
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipVisionModel,
+)
 from typer.testing import CliRunner
 
 import crosslmm_cli
@@ -22,6 +29,7 @@ from transformers_crosslmm import CrossLMMForConditionalGeneration, CrossLMMProc
 from transformers_crosslmm.publishing_crosslmm import PublishingError, files_to_publish, push
 
 REPO = "me/crosslmm-test"
+CONVERSION = Path(__file__).parent.parent / "conversion"
 
 
 @pytest.fixture
@@ -225,6 +233,28 @@ def test_a_composition_whose_gates_have_moved_is_trained(hub, untrained_checkpoi
     assert json.loads((untrained_checkpoint / "config.json").read_text())["untrained"] is True
     push(untrained_checkpoint, REPO)
     assert json.loads(published(hub)["config.json"])["untrained"] is False
+
+
+def test_a_conversion_can_publish_what_it_wrote(hub, tmp_path, capsys):
+    SiglipVisionModel(tiny_config().vision_config).save_pretrained(tmp_path / "vision")
+    text = tiny_config(text_config={"vocab_size": 271}).text_config
+    fields = {name: getattr(text, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 56}
+    Qwen2ForCausalLM(Qwen2Config(**fields, **heads)).save_pretrained(tmp_path / "text")
+    tiny_tokenizer().save_pretrained(tmp_path / "text")
+    main = runpy.run_path(str(CONVERSION / "compose_crosslmm_from_backbones.py"))["main"]
+    arguments = ["--vision", str(tmp_path / "vision"), "--text", str(tmp_path / "text"), "--push-to-hub", REPO]
+    with pytest.raises(SystemExit, match=r"never trained as a CrossLMM.*--untrained"):
+        main([*arguments, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+    assert hub.requests == []
+
+    main([*arguments, "--out", str(tmp_path / "out"), "--untrained", "--private"])
+    assert f"{hub.url}/{REPO}/commit/" in capsys.readouterr().out
+    assert hub.repositories[REPO].private
+    card = published(hub)["README.md"].decode()
+    assert "| vision | a local checkpoint |" in card
+    assert str(tmp_path) not in card + published(hub)["config.json"].decode()
 
 
 # What goes wrong

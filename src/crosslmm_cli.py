@@ -279,6 +279,8 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the files and their sizes.")] = False,
 ) -> None:
     """Publish a checkpoint on the Hub: everything in one commit, or nothing."""
+    from huggingface_hub.errors import StrictDataclassError
+
     from transformers_crosslmm.publishing_crosslmm import PublishingError, files_to_publish
     from transformers_crosslmm.publishing_crosslmm import push as push_folder
 
@@ -293,7 +295,7 @@ def push(
             return
         url = push_folder(folder, repo, private=private, revision=revision, with_code=with_code, untrained=untrained)
         typer.echo(url)
-    except (PublishingError, ValueError, OSError) as error:
+    except (PublishingError, StrictDataclassError, ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
 
