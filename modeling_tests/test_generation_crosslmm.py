@@ -593,6 +593,17 @@ def test_encoded_media_serve_any_number_of_calls_and_stay_untouched(form, monkey
             assert torch.equal(tokens, values)
 
 
+def test_one_modality_may_come_encoded_and_the_other_as_pixels():
+    model = tiny_model()
+    inputs = batch_of(model.config, BATCH)
+    encoded = with_features(model, inputs)
+    media = {"video": encoded["mm_encoder_outputs"]["video"]}
+    given = encoded | {"mm_encoder_outputs": media, "pixel_values": inputs["pixel_values"]}
+    for mode in ({"num_beams": 2}, {}):
+        assert written(model, given, **mode).tolist() == written(model, inputs, **mode).tolist()
+    assert list(media) == ["video"]
+
+
 def test_assisted_decoding_takes_encoded_media():
     model = tiny_model()
     inputs = model_inputs(make_sample(model.config, *INTERLEAVED))
