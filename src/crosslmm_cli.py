@@ -257,9 +257,7 @@ def info(
         typer.echo(
             f"  {form:<12}{_size(size):>9}, and {_size(costs.language_bytes_per_frame)} of the language model's"
         )
-    typer.echo(
-        f"\nLongest video at {fps:g} fps, frames and time, with positions left for {costs.text_tokens(context)} tokens of text:"
-    )
+    typer.echo(f"\nLongest video at {fps:g} fps, {costs.text_tokens(context)} positions left for text (frames, time):")
     typer.echo(f"  {'context':<12}{in_context:>9,}  {clock_time(in_context / fps)}")
     for form, count in in_memory.items():
         typer.echo(f"  {form:<12}{count:>9,}  {clock_time(count / fps)} by memory; in all {clock_time(longest[form])}")
@@ -278,7 +276,10 @@ def push(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the files and their sizes.")] = False,
 ) -> None:
-    """Publish a checkpoint on the Hub: everything in one commit, or nothing."""
+    """Publish a checkpoint on the Hub: everything in one commit, or nothing.
+
+    Example: crosslmm push runs/mine YOU/NAME --private
+    """
     from huggingface_hub.errors import StrictDataclassError
 
     from transformers_crosslmm.publishing_crosslmm import PublishingError, files_to_publish

@@ -1,0 +1,395 @@
+"""The `crosslmm` command, and the conversations, pictures and counts behind it."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import crosslmm_cli
+from factories import mp4_of, random_frames, random_model, tiny_config, tiny_processor
+from transformers_crosslmm import CrossLMMConfig, conversation_crosslmm
+from transformers_crosslmm.conversation_crosslmm import VideoConversation, encode_video, load_processor, read_video
+from transformers_crosslmm.inspection_crosslmm import count_costs
+from transformers_crosslmm.pictures_crosslmm import (
+    clock_time,
+    draw_contact_sheet,
+    draw_timeline,
+    frame_labels,
+    frame_pictures,
+)
+
+SECONDS, FPS = 5, 4
+COMMANDS = ("ask", "chat", "look", "info", "push")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A checkpoint, `clip.mp4` of five seconds, one picture each, and a text that is no video."""
+    folder = tmp_path_factory.mktemp("cli")
+    processor = tiny_processor()
+    config = tiny_config(
+        text_config={"vocab_size": len(processor.tokenizer)},
+        image_token_id=processor.image_token_id,
+        video_token_id=processor.video_token_id,
+    )
+    random_model(config).save_pretrained(folder / "checkpoint")
+    processor.save_pretrained(folder / "checkpoint")
+    (folder / "clip.mp4").write_bytes(mp4_of(random_frames(SECONDS).repeat(FPS, axis=0), fps=FPS))
+    (folder / "notes.mp4").write_text("not a video")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder) -> str:
+    return str(folder / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return conversation_crosslmm.load_model(checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def processor(checkpoint):
+    return load_processor(checkpoint)
+
+
+@pytest.fixture
+def run(folder, monkeypatch):
+    """Runs a command in the folder: `run("ask", "clip.mp4", …)`."""
+    monkeypatch.chdir(folder)
+
+    def run(*arguments: str, stdin: str | None = None):
+        return CliRunner().invoke(crosslmm_cli.app, list(arguments), input=stdin)
+
+    return run
+
+
+# --- help, exit codes, errors ---------------------------------------------------------------------------------------
+
+
+def test_help_takes_less_than_a_second_and_imports_nothing_heavy():
+    code = (
+        "import sys, crosslmm_cli\n"
+        "try: crosslmm_cli.app(['--help'])\n"
+        "finally: assert not {'torch', 'transformers', 'av', 'transformers_crosslmm'} & set(sys.modules)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert finished.returncode == 0, finished.stderr
+    assert all(command in finished.stdout for command in COMMANDS)
+    # Its own time rather than the clock's, which a busy machine stretches.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_an_example(run, command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: crosslmm {command}" in result.output
+
+
+def test_the_help_documents_the_exit_codes(run):
+    assert "Exit codes: 0 done; 1 failed" in run("--help").output
+
+
+MISTAKES = {
+    "no such file": (("ask", "nothing.mp4", "Why?"), 1, "nothing.mp4"),
+    "no video": (("ask", "notes.mp4", "Why?"), 1, "cannot open this as a video"),
+    "no words": (("ask", "clip.mp4", " "), 1, "needs words"),
+    "a part behind the end": (("look", "clip.mp4", "--start", "9"), 1, "start_seconds=9"),
+    "two rates": (("look", "clip.mp4", "--frames", "3", "--fps", "2"), 2, "exclude each other"),
+    "no frames": (("ask", "clip.mp4", "Why?", "--frames", "0"), 2, "--frames"),
+    "a picture nobody can write": (("look", "clip.mp4", "--out", "sheet.what"), 1, ".what"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "exit_code", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_an_error_is_a_line_on_stderr(run, checkpoint, arguments, exit_code, message):
+    result = run(*arguments, "--model", checkpoint)
+    assert result.exit_code == exit_code
+    assert message in result.stderr
+    assert not result.stdout
+    if exit_code == 1:
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1
+
+
+def test_debug_shows_where_an_error_comes_from(run, checkpoint):
+    assert isinstance(run("--debug", "look", "notes.mp4", "--model", checkpoint).exception, ValueError)
+
+
+def test_another_models_folder_is_refused(run, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    for arguments in (("look", "clip.mp4", "--model", str(tmp_path)), ("info", str(tmp_path))):
+        result = run(*arguments)
+        assert result.exit_code == 1
+        assert "must be a CrossLMM checkpoint" in result.stderr
+
+
+def test_ctrl_c_ends_cleanly(folder):
+    code = (
+        "import os, signal, crosslmm_cli\n"
+        "crosslmm_cli._checkpoint = lambda model: os.kill(os.getpid(), signal.SIGINT)\n"
+        "crosslmm_cli._import_package = lambda steps: None\n"
+        "crosslmm_cli.app(['look', 'clip.mp4'])"
+    )
+    # What the command imports is of no interest here, and takes seconds.
+    stand_in = folder / "stand_in" / "transformers_crosslmm"
+    stand_in.mkdir(parents=True)
+    (stand_in / "__init__.py").touch()
+    (stand_in / "conversation_crosslmm.py").write_text("load_processor = read_video = None")
+    (stand_in / "pictures_crosslmm.py").write_text("draw_contact_sheet = frame_labels = frame_pictures = None")
+    path = os.pathsep.join([str(stand_in.parent), str(Path(crosslmm_cli.__file__).parent)])
+    finished = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert finished.returncode == 130
+    assert finished.stderr.strip() == "Interrupted."
+
+
+# --- ask, chat, look, info ------------------------------------------------------------------------------------------
+
+
+def fresh_answer(model, processor, *turns: str, answers: tuple[str, ...] = (), path: str, **sampling) -> str:
+    """What the pipeline of processor and `generate` answers to the whole chat at once, greedily."""
+    chat = []
+    for i, question in enumerate(turns):
+        media = [{"type": "video", "path": path}] if i == 0 else []
+        chat.append({"role": "user", "content": [*media, {"type": "text", "text": question}]})
+        chat += [{"role": "assistant", "content": answers[i]}] if i < len(answers) else []
+    inputs = processor.apply_chat_template(
+        chat,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        processor_kwargs={"return_tensors": "pt", **sampling},
+    )
+    output = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=processor.tokenizer.eos_token_id)
+    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_ask_answers_as_generate_does(run, model, processor, checkpoint):
+    result = run("ask", "clip.mp4", "What is it?", "--model", checkpoint, "--frames", "3", "--max-new-tokens", "6")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == fresh_answer(model, processor, "What is it?", path="clip.mp4", num_frames=3)
+
+
+def test_ask_prints_json_with_the_moments_of_the_frames(run, checkpoint, tmp_path):
+    picture = tmp_path / "looked.png"
+    arguments = ("--start", "1", "--end", "4", "--fps", "1", "--max-new-tokens", "4", "--timeline", str(picture))
+    result = run("ask", "clip.mp4", "What?", "--model", checkpoint, "--json", *arguments)
+    record = json.loads(result.stdout)
+    assert record["frame_times"] == [1.0, 2.0, 3.0]
+    assert len(record["tokens"]) == len(record["frame_weights"]) > 0
+    assert np.allclose(np.sum(record["frame_weights"], axis=1), 1)
+    assert Image.open(picture).size[0] > 3 * 72
+
+
+def test_an_answer_arrives_word_by_word(processor):
+    pieces: list[str] = []
+    listener = conversation_crosslmm._Listener(processor.tokenizer, pieces.append)
+    ids = processor.tokenizer("one two three<|im_end|>")["input_ids"]
+    for tokens in ([1, 2], *([token_id] for token_id in ids)):  # the prompt first
+        listener.put(torch.tensor(tokens))
+    assert pieces == ["one ", "two "]
+    listener.end()
+    assert "".join(pieces) == "one two three"
+
+
+def test_what_streams_is_the_answer(model, processor, folder):
+    conversation = VideoConversation(model, processor, read_video(processor, str(folder / "clip.mp4"), num_frames=2))
+    pieces: list[str] = []
+    answer = conversation.ask("abc def", max_new_tokens=12, on_text=pieces.append)
+    assert answer.text
+    assert "".join(pieces).strip() == answer.text
+
+
+def test_chat_answers_every_line_and_survives_a_question_that_is_too_long(run, checkpoint):
+    lines = ["What is it?", "", "Why? " * 200, "And now?"]
+    arguments = ("--model", checkpoint, "--frames", "2", "--max-new-tokens", "5")
+    result = run("chat", "clip.mp4", *arguments, stdin="\n".join(lines) + "\n")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("\n") >= 3
+    assert "error: The sequence must fit the context" in result.stderr
+    again = run("chat", "clip.mp4", *arguments, stdin="What is it?\nAnd now?\n")
+    assert result.stdout.replace("\n", "") == again.stdout.replace("\n", "")
+
+
+def test_look_draws_every_frame(run, checkpoint, folder):
+    result = run("look", "clip.mp4", "--model", checkpoint, "--frames", "5", "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["frame_times"] == [0.5, 1.5, 2.5, 3.5, 4.5]
+    assert Image.open(folder / record["picture"]).size == (4 * 160, 2 * 178)
+
+
+def test_info_counts_what_a_real_model_has(run, checkpoint, model):
+    record = json.loads(run("info", checkpoint, "--json", "--memory", "1", "--fps", "2").stdout)
+    assert sum(record["parameters"].values()) == sum(parameter.numel() for parameter in model.parameters())
+    assert record["weight_bytes"] == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert record["tokens_per_frame"] == 9
+    assert record["frames_in_context"] == (512 - 128) // 9
+    assert record["longest_video_seconds"]["kv"] == record["frames_in_context"] / 2
+
+
+@pytest.mark.parametrize("form", ["kv", "features"])
+def test_info_counts_the_bytes_that_a_conversation_keeps(model, processor, folder, form):
+    video = read_video(processor, str(folder / "clip.mp4"), num_frames=4)
+    cache = VideoConversation(model, processor, video).cache
+    inputs = processor(text="<|video_pad|>", videos=[str(folder / "clip.mp4")], num_frames=4, return_tensors="pt")
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache, use_cache=True, cross_attention_cache=form)
+    costs = count_costs(model.config)
+    layers = model.config.text_config.cross_attention_layer_indices
+    kept = [tensor for i in layers for tensor in (cache.layers[i].cross_keys, cache.layers[i].cross_values)]
+    kept.append(cache.layers[0].memory.states)
+    assert sum(tensor.nbytes for tensor in kept if tensor is not None) == 4 * costs.cache_bytes_per_frame[form]
+    own = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert own == 4 * costs.language_bytes_per_frame
+
+
+def test_info_knows_the_paper_sizes(run):
+    result = run("info", "7B", "--memory", "80")
+    assert result.exit_code == 0, result.output
+    # 7 layers x 729 patches x 2 x 512 x 2 bytes, and 729 x 1152 x 2 bytes; an hour of 3,600 does not fit 32,768.
+    assert "10.5 MB" in result.stdout
+    assert "1.68 MB" in result.stdout
+    assert "3,584" in result.stdout
+
+
+def test_normalised_features_cost_their_bytes_twice_until_the_prefill_ends():
+    plain, normed = (
+        count_costs(CrossLMMConfig.from_preset("2B", flavour=flavour)) for flavour in ("paper", "recommended")
+    )
+    assert plain.prefill_bytes_per_frame == {"kv": 729 * 1152 * 2, "features": 0}
+    assert normed.prefill_bytes_per_frame == {"kv": 2 * 729 * 1152 * 2, "features": 729 * 1152 * 2}
+
+
+# --- conversations --------------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_answers_as_the_whole_chat_would(model, processor, folder):
+    path = str(folder / "clip.mp4")
+    conversation = VideoConversation(model, processor, read_video(processor, path, num_frames=3))
+    questions = ("What is it?", "And <|im_end|> then?", "Why?")
+    for turn in range(3):
+        asked = conversation.token_ids
+        conversation.ask(questions[turn], max_new_tokens=6)
+        prompt = torch.tensor([conversation.token_ids])
+        assert conversation.token_ids[: len(asked)] == asked
+        # Greedy tokens of a fresh forward call over everything said: the cache has lost and added nothing.
+        media = {"video": encode_video(model, conversation.video.pixels)}
+        with torch.no_grad():
+            logits = model(input_ids=prompt, mm_encoder_outputs=media, use_cache=False).logits[0]
+        logits[:, [processor.image_token_id, processor.video_token_id]] = -torch.inf
+        text = processor.decode(logits.argmax(-1)[-7:-1], skip_special_tokens=True).strip()
+        said = processor.decode(conversation.token_ids[-6:], skip_special_tokens=True).strip()
+        assert text == said
+
+
+def test_the_prompt_of_a_conversation_is_the_processors(model, processor, folder):
+    path = str(folder / "clip.mp4")
+    conversation = VideoConversation(model, processor, read_video(processor, path, num_frames=3))
+    chat = [{"role": "user", "content": [{"type": "video", "path": path}, {"type": "text", "text": "Why?"}]}]
+    expected = processor.apply_chat_template(
+        chat,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        processor_kwargs={"num_frames": 3, "return_tensors": "pt"},
+    )
+    assert conversation._new_ids({"role": "user", "content": chat[0]["content"]}) == expected["input_ids"][0].tolist()
+    torch.testing.assert_close(conversation.video.pixels, expected["pixel_values_videos"])
+
+
+def test_the_video_is_encoded_once(model, processor, folder, monkeypatch):
+    calls: list[int] = []
+    tower = model.model.vision_tower
+    hook = tower.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+    seen: list[tuple[int, int]] = []
+    video = read_video(processor, str(folder / "clip.mp4"), fps=2)
+    conversation = VideoConversation(model, processor, video, on_progress=lambda *counts: seen.append(counts))
+    for question in ("a", "b"):
+        conversation.ask(question, max_new_tokens=2)
+    hook.remove()
+    assert calls == [4, 4, 2]  # frames per chunk of 4
+    assert seen == [(4, 10), (8, 10), (10, 10)]
+
+
+def test_encoding_in_pieces_is_encoding(model, processor, folder):
+    pixels = read_video(processor, str(folder / "clip.mp4"), fps=2).pixels
+    with torch.no_grad():
+        ours, expected = encode_video(model, pixels), model.get_video_features(pixels)
+    torch.testing.assert_close(ours.last_hidden_state, expected.last_hidden_state)
+    torch.testing.assert_close(ours.pooler_output[0], expected.pooler_output[0], rtol=1e-4, atol=1e-5)
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_the_frames_before_normalisation(processor):
+    frames = random_frames(3, height=33, width=33)
+    pixels = processor.video_processor([frames], return_tensors="pt")["pixel_values_videos"]
+    pictures = frame_pictures(pixels, processor.video_processor)
+    assert np.array_equal(np.stack([np.asarray(picture) for picture in pictures]), frames)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0.0 s"),
+        (59.94, "59.9 s"),
+        (59.96, "1:00.0"),
+        (63.5, "1:03.5"),
+        (3600, "1:00:00.0"),
+        (4530.25, "1:15:30.2"),
+    ],
+)
+def test_times_are_written_as_people_do(seconds, text):
+    assert clock_time(seconds) == text
+
+
+def test_frames_without_a_clock_are_numbered():
+    assert frame_labels(2, None) == ["#1", "#2"]
+
+
+def test_a_contact_sheet_has_its_frames_in_reading_order():
+    frames = [Image.new("RGB", (33, 33), (20 * i, 0, 255 - 20 * i)) for i in range(7)]
+    sheet = draw_contact_sheet(frames, frame_labels(7, None), side=40)
+    columns = sheet.width // 40
+    for i in range(7):
+        centre = (i % columns * 40 + 20, i // columns * 58 + 20)
+        assert sheet.getpixel(centre) == (20 * i, 0, 255 - 20 * i)
+
+
+def test_a_timeline_is_darkest_where_a_token_looked():
+    frames = [Image.new("RGB", (33, 33))] * 4
+    weights = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.0, 0.05, 0.05, 0.9]])
+    picture = draw_timeline(frames, frame_labels(4, None), ["a", "b"], weights, side=72)
+    left = picture.width - 4 * 72
+    for row, looked in enumerate(weights):
+        top = 72 + 18 + 4 + row * 22
+        red = [picture.getpixel((left + column * 72 + 4, top + 4))[0] for column in range(4)]
+        assert np.argmin(red) == int(looked.argmax())
+        assert sorted(red, reverse=True) == [red[i] for i in looked.argsort()]
+
+
+def test_a_timeline_of_a_long_video_sums_neighbours():
+    frames = [Image.new("RGB", (33, 33))] * 100
+    weights = torch.zeros(1, 100)
+    weights[0, 48:52] = 0.25
+    picture = draw_timeline(frames, frame_labels(100, None), ["a"], weights, side=40)
+    left = picture.width - 25 * 40
+    red = [picture.getpixel((left + column * 40 + 3, 40 + 18 + 4 + 3))[0] for column in range(25)]
+    assert int(np.argmin(red)) == 12
+    assert sum(level < 255 for level in red) == 1
