@@ -438,7 +438,7 @@ def limited_fuzz(folder: Path, count: int, seed: int) -> dict:
 
 def test_mutated_files_neither_crash_nor_hang_nor_leak(tmp_path):
     report = limited_fuzz(tmp_path, 120, seed=0)
-    allowed = {"right", "marked"} | set(video_decoding._ERRORS)
+    allowed = {"right", "marked"} | set(video_decoding._ERRORS) - {"VideoTimeoutError"}
     assert set(report["outcomes"]) <= allowed, report
     assert report["slowest_seconds"] < 25, report
     assert report["peak_memory_mb"] < 1500, report

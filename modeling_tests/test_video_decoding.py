@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from pathlib import Path
 
@@ -182,6 +183,15 @@ def test_frames_of_ten_bits_and_of_odd_size_come_as_rgb_bytes(folder):
         decoded = decode_video(make(name, folder), num_frames=4)
         assert decoded.frames.shape == (4, 3, decoded.height, decoded.width)
         assert [number_of(picture) for picture in pixels(decoded)] == decoded.frame_indices
+
+
+def test_a_clock_slower_than_a_second_is_read_by(folder):
+    data = bytearray(make("mpeg4_avi", folder).read_bytes())
+    at = data.index(b"strh") + 8 + 20
+    data[at : at + 8] = struct.pack("<II", 300, 1)  # a picture every five minutes
+    decoded = decode_video(bytes(data), num_frames=5, limits=VideoLimits(max_decode_seconds=20))
+    assert decoded.times == [number * 300 for number in (15, 45, 75, 105, 135)]
+    assert [number_of(picture) for picture in pixels(decoded)] == [15, 45, 75, 105, 135]
 
 
 # Work and memory

@@ -1181,7 +1181,7 @@ class _LookAhead:
     def _start_at(self, pts: int, *, earlier: bool = False) -> None:
         """Begin at a keyframe due by `pts`, or at the first packet."""
         self._flush()
-        behind, step, at = self.recent[-1] if self.recent else -math.inf, round(1 / self.file.tick), pts
+        behind, step, at = self.recent[-1] if self.recent else -math.inf, max(1, round(1 / self.file.tick)), pts
         while True:
             rewound = at <= self.file.start or not self.file.seek(at)
             if rewound:
