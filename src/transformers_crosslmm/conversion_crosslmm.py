@@ -667,14 +667,15 @@ def write_checkpoint(
         conversion.generation_config.suppress_tokens = [config.image_token_id, config.video_token_id]
         conversion.generation_config.save_pretrained(folder)
         config.save_pretrained(folder)
-        if measure_entropy:
-            report["attention_entropy"] = attention_entropy(config, conversion.tensors)
-        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         if keep_left_out and conversion.left_out:
             save_tensors(
                 {name: tensor.read() for name, tensor in conversion.left_out.items()}, folder / UNUSED_WEIGHTS
             )
         write_weights(folder, conversion.tensors, shard_bytes)
+        if measure_entropy:
+            # Behind the weights, because the allocator keeps for itself what the network's run has used.
+            report["attention_entropy"] = attention_entropy(config, conversion.tensors)
+        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     return report
 
 
