@@ -61,8 +61,8 @@ WORDINGS: dict[str, tuple[str, ...]] = {
     ),
     "place": (
         "Where is the {thing} in frame {k}?",
-        "In which quarter is the {name} in second {k}?",
-        "Name the place of the {name} in frame {k}.",
+        "In which quarter is the {thing} in second {k}?",
+        "Name the place of the {thing} in frame {k}.",
     ),
     "which_frame": (
         "In which frame does the {thing} appear?",
