@@ -10,6 +10,7 @@ or, in "by_layer", over the heads of one layer; chance is one in as many frames 
 """
 
 import argparse
+import hashlib
 import json
 import platform
 import re
@@ -107,6 +108,11 @@ def measure(found: Sequence[tuple[VideoQuestion, str, torch.Tensor]]) -> dict[st
     return report
 
 
+def weights_digest(folder: Path) -> str:
+    """Which weights were measured, to tell an old report from a new one."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="How often the frame in question gets the most weight.")
     parser.add_argument("--checkpoint", default=str(TINY_CHECKPOINT))
@@ -118,6 +124,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     report = {
         "checkpoint": Path(arguments.checkpoint).name,
+        "weights_sha256": weights_digest(Path(arguments.checkpoint)),
         "chance": 1 / NUM_FRAMES,
         "results": measure(list(looks(model, processor, questions))),
         "machine": platform.processor() or platform.machine(),

@@ -297,6 +297,24 @@ def test_a_conversation_answers_as_the_whole_chat_would(model, processor, folder
         assert text == said
 
 
+def test_an_end_mark_is_written_once_and_is_no_part_of_the_answer(model, processor, folder):
+    video = read_video(processor, str(folder / "clip.mp4"), num_frames=2)
+    said = VideoConversation(model, processor, video)
+    said.ask("a", max_new_tokens=5)
+    tokens = said.token_ids[-5:]
+    place = next(i for i in range(1, 5) if tokens[i] not in tokens[:i])
+    conversation = VideoConversation(model, processor, video)
+    conversation._ends = {tokens[place]}  # this model ends no turn by itself
+    answer = conversation.ask("a", max_new_tokens=5)
+    assert answer.text == processor.decode(tokens[:place], skip_special_tokens=True).strip()
+    assert len(answer.tokens) == place
+    assert conversation.token_ids == said.token_ids[: place - 5]
+    assert conversation.cache.get_seq_length() == len(conversation.token_ids)
+    conversation.ask("b", max_new_tokens=1)
+    written = processor.tokenizer.decode(conversation.token_ids)
+    assert written.count("<|im_end|>") == 3  # of two questions and one answer
+
+
 def test_the_prompt_of_a_conversation_is_the_processors(model, processor, folder):
     path = str(folder / "clip.mp4")
     conversation = VideoConversation(model, processor, read_video(processor, path, num_frames=3))
