@@ -147,6 +147,7 @@ def test_a_file_that_refers_to_another_reads_nothing_else(kind, suffix, tmp_path
     path = tmp_path / f"clip{suffix}"
     path.write_bytes(playlists(str(secret), server.url)[kind])
     opened, connected = [], []
+    monkeypatch.chdir(tmp_path)  # relative names in a file without a name are looked for here
     monkeypatch.setattr(socket, "create_connection", lambda *args, **kwargs: connected.append(args))
 
     def watch(event, arguments):
