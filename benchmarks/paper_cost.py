@@ -34,11 +34,13 @@ def prefill_macs(size: str, frames: int, *, projected: bool = False, v2v_scores:
 if __name__ == "__main__":
     for projected, v2v_scores in product((False, True), repeat=2):
         print(
-            f"K and V of {'projected' if projected else 'raw'} features, V2V scores {'' if v2v_scores else 'not '}counted"
+            f"K and V of {'projected' if projected else 'raw'} features, "
+            f"V2V scores {'' if v2v_scores else 'not '}counted"
         )
         for size, figures in PAPER.items():
             for frames, figure in zip(FRAMES, figures, strict=True):
                 counted = prefill_macs(size, frames, projected=projected, v2v_scores=v2v_scores) / 1e12
                 print(
-                    f"  {size} {frames:4d} frames: {counted:7.2f} T, paper {figure:7.2f} T, {counted / figure - 1:+.1%}"
+                    f"  {size} {frames:4d} frames: {counted:7.2f} T, paper {figure:7.2f} T, "
+                    f"{counted / figure - 1:+.1%}"
                 )

@@ -24,7 +24,7 @@ def hide_broken_torchvision() -> None:
             if import_utils is not None and hasattr(getattr(import_utils, check, None), "cache_clear"):
                 getattr(import_utils, check).cache_clear()
         warnings.warn(
-            f"The installed torchvision does not work with this torch ({error}); going on as if it were not installed. "
+            f"The installed torchvision does not work with this torch ({error}); going on as if there were none. "
             "Uninstall it, or install the build that matches torch.",
             stacklevel=3,
         )

@@ -45,8 +45,8 @@ class CrossLMMGenerationMixin(GenerationMixin):
             )
         if kwargs.get("assistant_model") or kwargs.get("prompt_lookup_num_tokens", options.prompt_lookup_num_tokens):
             raise ValueError(
-                "`output_cross_attentions` are recorded token by token; an assistant or prompt lookup checks several at "
-                "once. Leave one of the two out."
+                "`output_cross_attentions` are recorded token by token; an assistant or prompt lookup checks several "
+                "at once. Leave one of the two out."
             )
         kwargs["disable_compile"] = True
         with FrameWeights(self) as weights:

@@ -110,13 +110,13 @@ def locate_media(
     found.sort(key=lambda item: (item[0], item[1][0]))
 
     num_frames = {(modality, medium): len(p) // tokens_per_frame for _, p, modality, medium in found}
-    frames = {}
+    frames: dict[tuple[str, int], torch.Tensor] = {}
     for modality, output in media.items():
         mine = sorted(key for key in num_frames if key[0] == modality)
         parts = output.last_hidden_state.split([num_frames[key] for key in mine])
         frames.update(zip(mine, parts, strict=True))
     if len(media) == 1 and list(num_frames) == list(frames):
-        original = next(iter(media.values())).last_hidden_state  # in order already: no copy
+        (original,) = (output.last_hidden_state for output in media.values())  # in order already: no copy
     else:
         original = torch.cat([frames[key] for key in num_frames])
     frame_numbers = torch.cat([torch.arange(count) for count in num_frames.values()])
