@@ -162,8 +162,8 @@ def tiny_config(
 class PatchLabels(nn.Module):
     """A vision tower with two linear read-outs per patch, on the features as the cross-attention sees them.
 
-    No read-out of the place: it is in the features anyway, and in the trials that asked for it the cross-attention came
-    to find things by colour and frame alone, and names as queries stayed unlearned for thousands of steps.
+    No read-out of the place: it is in the features anyway, and in the trials that asked for it the cross-attention
+    came to find things by colour and frame alone, and names as queries stayed unlearned for thousands of steps.
     """
 
     def __init__(self, tower: nn.Module, width: int):
