@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import io
 import json
+import math
 import os
 import random
 import socket
@@ -418,6 +419,8 @@ def fuzz(folder: Path, count: int, seed: int, seconds_each: float = 20.0) -> dic
             outcome = "right" if decoded.valid.all() else "marked"
         except VideoError as error:
             outcome = type(error).__name__
+        except Exception as error:
+            outcome = f"uncaught {error!r}"
         slowest = max(slowest, time.monotonic() - began)
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -453,22 +456,19 @@ if __name__ == "__main__":
     # python modeling_tests/test_hostile_videos.py FOLDER 20000: the long run, in pieces of their own processes.
     into, total = Path(sys.argv[1]), int(sys.argv[2])
     into.mkdir(parents=True, exist_ok=True)
-    reports = []
-    while (done := sum(report["mutants"] for report in reports)) < total:
-        reports.append(limited_fuzz(into, min(500, total - done), seed=1 + len(reports)))
-        outcomes: dict[str, int] = {}
-        for report in reports:
-            for outcome, number in report["outcomes"].items():
-                outcomes[outcome] = outcomes.get(outcome, 0) + number
-        summary = {
-            "mutants": done + reports[-1]["mutants"],
-            "processes_that_died": 0,
-            "outcomes": outcomes,
-            "slowest_seconds": round(max(report["slowest_seconds"] for report in reports), 2),
-            "peak_memory_mb": round(max(report["peak_memory_mb"] for report in reports)),
-            "seeds": f"1 to {len(reports)}",
-            "pyav": av.__version__,
-            "ffmpeg": av.ffmpeg_version_info,
-            "files": list(MUTATED),
-        }
-        (into / "video_fuzz.json").write_text(json.dumps(summary, indent=1) + "\n")
+    summary = {"mutants": 0, "processes_that_died": 0, "outcomes": {}, "slowest_seconds": 0.0, "peak_memory_mb": 0.0}
+    for piece in range(math.ceil(total / 500)):
+        try:
+            report = limited_fuzz(into, 500, seed=1 + piece)
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            print(f"seed {1 + piece}: {error}", flush=True)
+            (into / "last_mutant").rename(into / f"mutant_of_seed_{1 + piece}")
+            summary["processes_that_died"] += 1
+            continue
+        summary["mutants"] += report["mutants"]
+        for outcome, number in report["outcomes"].items():
+            summary["outcomes"][outcome] = summary["outcomes"].get(outcome, 0) + number
+        for key in ("slowest_seconds", "peak_memory_mb"):
+            summary[key] = round(max(summary[key], report[key]), 2)
+        about = {"seeds": f"1 to {1 + piece}", "pyav": av.__version__, "ffmpeg": av.ffmpeg_version_info}
+        (into / "video_fuzz.json").write_text(json.dumps(summary | about | {"files": list(MUTATED)}, indent=1) + "\n")

@@ -811,7 +811,7 @@ class _File:
             for packet in self._packets:
                 if packet.size:
                     return packet
-        except av.error.FFmpegError as error:
+        except (av.error.FFmpegError, IndexError) as error:  # PyAV stumbles over streams that show up late
             self.trouble = self.trouble or str(error)
         return None
 
