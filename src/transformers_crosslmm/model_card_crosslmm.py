@@ -244,6 +244,16 @@ def preset_card(preset: str) -> ModelCard:
     )
 
 
+def results_of(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """What a card says of an evaluation by `evaluation_crosslmm`, kept with its command and commit."""
+    scores = evaluation["scores"]["as_trained"]
+    rows = [
+        {"name": f"{kind.replace('_', ' ')} ({score['asked']} questions)", "value": f"{score['accuracy']:.1%}"}
+        for kind, score in scores.items()
+    ]
+    return {"rows": rows, **{name: evaluation[name] for name in ("command", "commit", "machine")}}
+
+
 def tiny_card(folder: Path, results: dict[str, Any] | None) -> ModelCard:
     """The card of the checkpoint that the package ships."""
     return model_card(
@@ -265,8 +275,8 @@ def main(out: str) -> None:
     from . import TINY_CHECKPOINT
 
     if (TINY_CHECKPOINT / "config.json").is_file():
-        results = Path(out).parent / "benchmarks" / "tiny_checkpoint.json"
-        card = tiny_card(TINY_CHECKPOINT, json.loads(results.read_text()) if results.is_file() else None)
+        kept = Path(out).parent / "benchmarks" / "tiny_checkpoint.json"
+        card = tiny_card(TINY_CHECKPOINT, results_of(json.loads(kept.read_text())) if kept.is_file() else None)
         card.save(Path(out) / "crosslmm-tiny.md")
 
 
