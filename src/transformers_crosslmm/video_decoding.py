@@ -753,7 +753,8 @@ class _File:
     def _opened_context(self, stream, *, strict: bool):
         context = stream.codec_context
         context.thread_count = self._num_threads
-        context.thread_type = "AUTO"
+        # FFmpeg's VP8 and VP9 decoders crash on some damaged files when they decode several frames at a time.
+        context.thread_type = "SLICE" if context.name in ("vp8", "vp9") else "AUTO"
         context.options = {"max_pixels": str(self._limits.max_pixels)} | ({"err_detect": "explode"} if strict else {})
         # Some decoders (dav1d) keep the `skip_frame` that they are opened with.
         with _translated_errors(f"FFmpeg cannot decode {context.name}.", VideoDecodeError):
