@@ -244,8 +244,8 @@ def chart() -> None:
         axis.set(xscale="log", xlabel=f"{title}, this decoder = 1 (right is worse)")
     axes[0].set_yticks(range(len(cases)), [f"{codec}, {length}, {count} frames" for codec, length, count in cases])
     axes[0].invert_yaxis()
-    axes[1].legend(loc="lower right", fontsize=8)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=len(READERS), fontsize=8)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(HERE / "video_decoding.png", dpi=110)
 
 
