@@ -27,6 +27,7 @@ from .modeling_crosslmm import (  # noqa: E402
     CrossLMMPreTrainedModel,
     CrossLMMTextModel,
 )
+from .peft_crosslmm import crosslmm_lora_config  # noqa: E402
 from .pipeline_crosslmm import VideoTextToTextPipeline  # noqa: E402
 from .processing_crosslmm import CrossLMMProcessor  # noqa: E402
 from .video_decoding import VideoDecodeWarning, VideoError, VideoLimits, decode_video  # noqa: E402
@@ -71,6 +72,7 @@ __all__ = [
     "VideoLimits",
     "VideoTextToTextPipeline",
     "__version__",
+    "crosslmm_lora_config",
     "decode_video",
     "load_encoded_media",
     "save_encoded_media",
