@@ -339,6 +339,7 @@ def test_the_video_is_encoded_once(model, processor, folder, monkeypatch):
     conversation = VideoConversation(model, processor, video, on_progress=lambda *counts: seen.append(counts))
     for question in ("a", "b"):
         conversation.ask(question, max_new_tokens=2)
+    assert len(conversation.pictures()) == 10  # decoded once more for them, not encoded
     hook.remove()
     assert calls == [4, 4, 2]  # frames per chunk of 4
     assert seen == [(4, 10), (8, 10), (10, 10)]

@@ -153,7 +153,7 @@ def chat(
     if is_person:
         import readline  # noqa: F401  (input() takes its line editing from it)
 
-        typer.echo(f"{len(conversation.video.pixels)} frames seen. Ask; Ctrl-D ends.", err=True)
+        typer.echo(f"{conversation.video.num_frames} frames seen. Ask; Ctrl-D ends.", err=True)
     while True:
         try:
             question = input("> " if is_person else "").strip()
@@ -194,7 +194,7 @@ def look(
         processor = load_processor(_checkpoint(model))
         steps.begin(f"Reading {video}")
         seen = read_video(processor, video, **_sampling(frames=frames, fps=fps, start=start, end=end))
-    pictures = frame_pictures(seen.pixels, processor.video_processor)
+        pictures = [picture for chunk in seen for picture in frame_pictures(chunk, processor.video_processor)]
     labels = frame_labels(len(pictures), seen.times)
     draw_contact_sheet(pictures, labels).save(out)
     if as_json:

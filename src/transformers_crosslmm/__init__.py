@@ -20,7 +20,7 @@ from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
 
 from ._version import __version__  # noqa: E402
 from .configuration_crosslmm import CrossLMMConfig, CrossLMMTextConfig  # noqa: E402
-from .media_crosslmm import load_encoded_media, save_encoded_media  # noqa: E402
+from .media_crosslmm import encode_video, load_encoded_media, save_encoded_media  # noqa: E402
 from .modeling_crosslmm import (  # noqa: E402
     CrossLMMForConditionalGeneration,
     CrossLMMModel,
@@ -74,6 +74,7 @@ __all__ = [
     "__version__",
     "crosslmm_lora_config",
     "decode_video",
+    "encode_video",
     "load_encoded_media",
     "save_encoded_media",
 ]

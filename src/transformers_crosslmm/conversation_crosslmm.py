@@ -1,11 +1,13 @@
 """A video and the questions asked about it, one after the other: it is decoded, encoded and prefilled once.
 
+Encoding goes on while the video is decoded, a chunk of frames at a time, so that it may be long.
+
     model, processor = load_model(TINY_CHECKPOINT), load_processor(TINY_CHECKPOINT)
     conversation = VideoConversation(model, processor, read_video(processor, "clip.mp4", num_frames=8))
     conversation.ask("What happens?").text
     conversation.ask("And then?").text
 
-Shapes: T frames, S pixels along a side, N patches per frame, D vision width, C language width.
+Shapes: T frames.
 """
 
 import os
@@ -19,28 +21,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.generation.streamers import TextStreamer
 
 from .configuration_crosslmm import CrossLMMConfig
-from .media_crosslmm import CrossLMMEncodedMedia
+from .media_crosslmm import CrossLMMEncodedMedia, encode_video
 from .modeling_crosslmm import CrossLMMForConditionalGeneration
 from .pictures_crosslmm import frame_pictures
 from .processing_crosslmm import CrossLMMProcessor
-from .video_processing_crosslmm import CrossLMMVideoMetadata
-
-
-@dataclass(frozen=True)
-class SeenVideo:
-    """What a model gets to see of a video.
-
-    source: what was read. pixels: (T, 3, S, S) normalised floats. metadata: where the frames come from.
-    """
-
-    source: Any
-    pixels: torch.Tensor
-    metadata: CrossLMMVideoMetadata
-
-    @property
-    def times(self) -> list[float] | None:
-        """Seconds of each frame from the start of the clip, None where the clip has no clock."""
-        return self.metadata.frame_times
+from .video_processing_crosslmm import VideoStream
 
 
 @dataclass(frozen=True)
@@ -77,41 +62,15 @@ def load_processor(name: str | os.PathLike) -> CrossLMMProcessor:
     return AutoProcessor.from_pretrained(name)
 
 
-def read_video(processor: CrossLMMProcessor, source: Any, **sampling: Any) -> SeenVideo:
-    """Decodes and samples a video as `CrossLMMVideoProcessor` does.
+def read_video(processor: CrossLMMProcessor, source: Any, **sampling: Any) -> VideoStream:
+    """Begins to decode and sample a video as `CrossLMMVideoProcessor` does: its first frames are there.
 
     sampling: `num_frames`, `fps`, `max_frames`, `times`, `start_seconds`, `end_seconds`. Raises VideoError where the
     file cannot be decoded, ValueError for options that contradict each other.
     """
-    features = processor.video_processor([source], return_metadata=True, return_tensors="pt", **sampling)
-    return SeenVideo(source, features["pixel_values_videos"], features["video_metadata"][0])
-
-
-def encode_video(
-    model: CrossLMMForConditionalGeneration,
-    pixels: torch.Tensor,
-    *,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> CrossLMMEncodedMedia:
-    """What `get_video_features` gives for one video (T, 3, S, S), a chunk of frames at a time: only one is ever on the
-    model's device.
-
-    on_progress: called with the frames done and all frames.
-    """
-    config, num_frames = model.config, len(pixels)
-    original: torch.Tensor | None = None
-    pooled = []
-    done = 0
-    for chunk in pixels.split(config.vision_chunk_size):
-        encoded = model.get_video_features(chunk.to(model.device), return_dict=True)
-        if original is None:
-            original = encoded.last_hidden_state.new_empty(num_frames, *encoded.last_hidden_state.shape[1:])
-        original[done : done + len(chunk)] = encoded.last_hidden_state
-        pooled.append(encoded.pooler_output[0])
-        done += len(chunk)
-        if on_progress is not None:
-            on_progress(done, num_frames)
-    return CrossLMMEncodedMedia(last_hidden_state=original, pooler_output=(torch.cat(pooled),))  # type: ignore[arg-type]
+    [stream] = processor.video_processor.stream([source], **sampling)
+    stream.begin()
+    return stream
 
 
 class VideoConversation:
@@ -127,7 +86,7 @@ class VideoConversation:
         self,
         model: CrossLMMForConditionalGeneration,
         processor: CrossLMMProcessor,
-        video: SeenVideo,
+        video: VideoStream,
         *,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -136,10 +95,8 @@ class VideoConversation:
         self.messages: list[dict[str, Any]] = []
         self.token_ids: list[int] = []
         self.cache = DynamicCache()
-        with torch.no_grad():
-            self._media: dict[str, CrossLMMEncodedMedia] | None = {
-                "video": encode_video(model, video.pixels, on_progress=on_progress)
-            }
+        encoded = encode_video(model, video, on_progress=on_progress)
+        self._media: dict[str, CrossLMMEncodedMedia] | None = {"video": encoded}
         ends = model.generation_config.eos_token_id
         self._ends = {processor.tokenizer.eos_token_id, processor.tokenizer.convert_tokens_to_ids("<|im_end|>")}
         self._ends |= {ends} if isinstance(ends, int) else set(ends or ())
@@ -193,8 +150,8 @@ class VideoConversation:
         return Answer(text, [decode([token_id]) for token_id in answered], weights)
 
     def pictures(self) -> list[Image.Image]:
-        """The frames as the model sees them."""
-        return frame_pictures(self.video.pixels, self.processor.video_processor)
+        """The frames as the model sees them; the video is decoded again for them."""
+        return [picture for chunk in self.video for picture in frame_pictures(chunk, self.processor.video_processor)]
 
     def _new_ids(self, turn: dict[str, Any]) -> list[int]:
         """The tokens from the end of the last answer to the beginning of the next."""
@@ -205,7 +162,7 @@ class VideoConversation:
         if not self.messages:
             text = rendered([turn])
             (text,), _ = self.processor._expand(
-                [text], [len(self.video.pixels)], [self.video.metadata], say_times=self.processor.time_instruction
+                [text], [self.video.num_frames], [self.video.metadata], say_times=self.processor.time_instruction
             )
         else:
             # The answer's own tokens are in the cache, and need not be those that its text would give.
@@ -232,4 +189,4 @@ class _Listener(TextStreamer):
             self.on_text(text)
 
 
-__all__ = ["Answer", "SeenVideo", "VideoConversation", "encode_video", "load_model", "load_processor", "read_video"]
+__all__ = ["Answer", "VideoConversation", "encode_video", "load_model", "load_processor", "read_video"]

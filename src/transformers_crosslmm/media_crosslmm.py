@@ -1,11 +1,14 @@
-"""Encoded videos and images as objects: which placeholders they fill, whose they are, and how they are kept on disk.
+"""Encoded videos and images as objects: how a long video becomes one, which placeholders they fill, whose they are,
+and how they are kept on disk.
 
-Shapes: B rows, L tokens, F frames, S pixels along a side, N patches per frame, D vision width, C language width.
+Shapes: B rows, L tokens, F frames of all media, T of one video, S pixels along a side, N patches per frame, D vision
+        width, C language width.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -31,6 +34,55 @@ class CrossLMMEncodedMedia(BaseModelOutputWithPooling):
 
     def __deepcopy__(self, memo) -> "CrossLMMEncodedMedia":
         return replace(self)
+
+
+@torch.no_grad()
+def encode_video(
+    model: Any,
+    pixels: Any,
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> CrossLMMEncodedMedia:
+    """What `model.get_video_features` gives for one video, without its pixels ever being together.
+
+    pixels: a `VideoStream`, of which one chunk is held at a time, or a tensor (T, 3, S, S); `vision_chunk_size` frames
+        at a time are on the model's device.
+    on_progress: called with the frames done and, as far as can be told beforehand, all frames.
+    """
+    original: torch.Tensor | None = None
+    pooled: list[torch.Tensor] = []
+    done = 0
+    for chunk in [pixels] if isinstance(pixels, torch.Tensor) else pixels:
+        expected = len(pixels) if isinstance(pixels, torch.Tensor) else pixels.expected_num_frames
+        for part in chunk.split(model.config.vision_chunk_size):
+            encoded = model.get_video_features(part.to(model.device), return_dict=True)
+            new = encoded.last_hidden_state
+            if original is None:  # room for all at once: joining parts in the end would take twice the memory
+                original = new.new_empty(max(expected, len(new)), *new.shape[1:])
+            if done + len(new) > len(original):
+                original = torch.cat([original[:done], new.new_empty(done + len(new), *new.shape[1:])])
+            original[done : done + len(new)] = new
+            pooled.append(encoded.pooler_output[0])
+            done += len(new)
+            if on_progress is not None:
+                on_progress(done, max(done, expected))
+        del chunk, part  # before the next one is decoded
+    if original is None:
+        raise ValueError("A video needs at least one frame; got none.")
+    return CrossLMMEncodedMedia(
+        last_hidden_state=original[:done],  # type: ignore[arg-type]
+        pooler_output=(torch.cat(pooled),),  # type: ignore[arg-type]
+    )
+
+
+def join_media(parts: Iterable[BaseModelOutputWithPooling]) -> CrossLMMEncodedMedia:
+    """Media encoded apart as if they had been encoded in one call, in this order."""
+    outputs = list(parts)
+    original = [output.last_hidden_state for output in outputs]
+    return CrossLMMEncodedMedia(
+        last_hidden_state=original[0] if len(original) == 1 else torch.cat(original),
+        pooler_output=tuple(pooled for output in outputs for pooled in output.pooler_output),  # type: ignore[arg-type]
+    )
 
 
 def media_index(output: BaseModelOutputWithPooling) -> tuple[int, ...]:
@@ -167,4 +219,4 @@ def load_encoded_media(path: str | os.PathLike, device: str | torch.device = "cp
     return media
 
 
-__all__ = ["CrossLMMEncodedMedia", "load_encoded_media", "save_encoded_media"]
+__all__ = ["CrossLMMEncodedMedia", "encode_video", "load_encoded_media", "save_encoded_media"]

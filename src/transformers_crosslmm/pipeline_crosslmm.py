@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from transformers import ImageTextToTextPipeline
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.pipelines.base import Pipeline
@@ -13,6 +13,7 @@ from transformers.pipelines.image_text_to_text import ReturnType
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils.chat_template_utils import Chat, is_valid_message
 
+from .media_crosslmm import CrossLMMEncodedMedia, join_media
 from .video_processing_crosslmm import flatten_videos, is_nested
 
 
@@ -27,6 +28,8 @@ class Question(Chat):
 
 class VideoTextToTextPipeline(ImageTextToTextPipeline):
     """`pipeline("video-text-to-text", model=folder)`: answers chats, and questions about videos.
+
+    Videos may be long: they are encoded while they are decoded (not with `num_workers`, whose processes only decode).
 
         pipe([{"role": "user", "content": [{"type": "video", "path": "clip.mp4"}, {"type": "text", "text": "Why?"}]}])
         pipe([chat, chat], batch_size=2)
@@ -76,7 +79,15 @@ class VideoTextToTextPipeline(ImageTextToTextPipeline):
 
     def preprocess(self, inputs: Any = None, *args: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
         """Model inputs of one chat, of one mapping with "videos" and "text", or of what else `__call__` names."""
+        if get_worker_info() is None:
+            kwargs["processor_kwargs"] = {"encode_with": self.model} | (kwargs.get("processor_kwargs") or {})
         return super().preprocess(_as_chat(inputs), *args, **kwargs)
+
+    def _ensure_tensor_on_device(self, inputs: Any, device: torch.device) -> Any:
+        """As in Transformers, which would make encoded media a plain output class; they are on the model's device."""
+        if isinstance(inputs, CrossLMMEncodedMedia):
+            return inputs
+        return super()._ensure_tensor_on_device(inputs, device)
 
     def get_iterator(
         self,
@@ -103,7 +114,7 @@ class VideoTextToTextPipeline(ImageTextToTextPipeline):
         return PipelineIterator(outputs, self.postprocess, postprocess_params)
 
     def _collate(self, items: list[BatchFeature]) -> BatchFeature:
-        """Texts padded on the left, for generation; frames, frame counts and images one after the other."""
+        """Texts padded on the left, for generation; media one after the other."""
         names = ("input_ids", "attention_mask")
         rows = [{name: item[name][0] for name in names} for item in items]
         padded = self.tokenizer.pad(rows, padding=True, padding_side="left", return_tensors="pt")
@@ -112,6 +123,9 @@ class VideoTextToTextPipeline(ImageTextToTextPipeline):
             tensors = [item[name] for item in items if name in item]
             if tensors:
                 batch[name] = torch.cat(tensors)
+        encoded = [item["mm_encoder_outputs"]["video"] for item in items if "mm_encoder_outputs" in item]
+        if encoded:
+            batch["mm_encoder_outputs"] = {"video": join_media(encoded)}
         return BatchFeature(batch | {"text": [item["text"] for item in items]})
 
     def postprocess(  # type: ignore[override]

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import normalizers
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import load_image
@@ -25,6 +25,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.video_processing_utils import VideoProcessorMixin
 
+from .media_crosslmm import encode_video, join_media
 from .video_processing_crosslmm import CrossLMMVideoMetadata, CrossLMMVideoProcessor, flatten_videos, is_nested
 
 IMAGE_TOKEN = "<|image_pad|>"
@@ -97,6 +98,7 @@ class CrossLMMProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = CrossLMMProcessorKwargs
+    skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "mm_encoder_outputs"]
 
     def __init__(
         self,
@@ -180,16 +182,28 @@ class CrossLMMProcessor(ProcessorMixin):
             raise TypeError(f"`video_processor` must be a CrossLMMVideoProcessor; got {type(argument).__name__}.")
         return VideoProcessorMixin
 
-    def __call__(self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any):
+    def __call__(
+        self,
+        images: Any = None,
+        text: Any = None,
+        videos: Any = None,
+        audio: Any = None,
+        *,
+        encode_with: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
         """Model inputs from texts in which each `<|video_pad|>` and `<|image_pad|>` stands for the next medium.
 
         text: a string or a list of strings. images, videos: one, a flat list, or a list per text; see
         `CrossLMMVideoProcessor` for what a video is. Options of the tokenizer and of the two processors are passed by
         name, or in `text_kwargs`, `images_kwargs` and `videos_kwargs`.
+        encode_with: the model that will be asked. It encodes the videos while they are decoded, without gradients, so
+        that the pixels of a long one never exist together: `mm_encoder_outputs` for `generate` takes their place.
 
         Returns `input_ids` and `attention_mask` with the placeholders expanded, `pixel_values_videos` (frames of all
-        videos, 3, S, S), `video_num_frames` (videos,), `pixel_values` (images, 3, S, S), each if there is something
-        for it, and with `return_metadata=True` a `CrossLMMVideoMetadata` per video in `video_metadata`.
+        videos, 3, S, S) and `video_num_frames` (videos,) or, with a model, `mm_encoder_outputs` {"video": encoded},
+        `pixel_values` (images, 3, S, S), each if there is something for it, and with `return_metadata=True` a
+        `CrossLMMVideoMetadata` per video in `video_metadata`.
 
         Raises ValueError when placeholders and media do not match in number, before anything is decoded, and when
         truncation would cut placeholders.
@@ -218,12 +232,21 @@ class CrossLMMProcessor(ProcessorMixin):
         if flat_images:
             media |= self.image_processor(flat_images, **options["images_kwargs"] | {"return_tensors": "pt"})
         if flat_videos:
+            in_one_sample = [flat_videos]  # see `is_nested`
             video_options = options["videos_kwargs"] | {"return_metadata": True, "return_tensors": "pt"}
-            media |= self.video_processor(
-                [flat_videos], **video_options
-            )  # in one list, as one sample: see `is_nested`
-            metadata, num_frames = media.pop("video_metadata"), media["video_num_frames"].tolist()
-            self._describe_pooling(metadata, media["pixel_values_videos"])
+            if encode_with is None:
+                media |= self.video_processor(in_one_sample, **video_options)
+                metadata, num_frames = media.pop("video_metadata"), media["video_num_frames"].tolist()
+                height, width = media["pixel_values_videos"].shape[-2:]
+                patch_grid = (height // self.patch_size, width // self.patch_size)
+            else:
+                chunk_size = encode_with.config.vision_chunk_size
+                streams = self.video_processor.stream(in_one_sample, chunk_size=chunk_size, **video_options)
+                encoded_videos = join_media([encode_video(encode_with, stream) for stream in streams])
+                media["mm_encoder_outputs"] = {"video": encoded_videos}
+                metadata, num_frames = [s.metadata for s in streams], [s.num_frames for s in streams]
+                patch_grid = (encode_with.config.patch_grid_size,) * 2
+            self._describe_pooling(metadata, patch_grid)
 
         encoded = BatchFeature()
         if texts is not None:
@@ -336,10 +359,9 @@ class CrossLMMProcessor(ProcessorMixin):
                 "them. Add them with `normalized=False`."
             )
 
-    def _describe_pooling(self, metadata: list[CrossLMMVideoMetadata], pixels: Tensor) -> None:
-        height, width = pixels.shape[-2:]
+    def _describe_pooling(self, metadata: list[CrossLMMVideoMetadata], patch_grid: tuple[int, int]) -> None:
         for video in metadata:
-            video.patch_grid = (height // self.patch_size, width // self.patch_size)
+            video.patch_grid = patch_grid
             video.pooled_grid = (self.pooled_grid_size, self.pooled_grid_size)
             video.pooling_mode = self.pooling_mode
 

@@ -354,9 +354,11 @@ def _stack(info, pictures, chunk_size, frame_transform, limits, strict):
     slots, seconds, valid, size = None, [], [], (info.width, info.height)
 
     def chunk():
-        return DecodedVideo(
+        """What has come since the last chunk; nothing of it is kept."""
+        nonlocal slots, seconds, valid
+        done = DecodedVideo(
             frames=slots[: len(seconds)],
-            times=list(seconds),
+            times=seconds,
             frame_indices=[round(moment * info.fps) for moment in seconds],
             valid=torch.tensor(valid, dtype=torch.bool),
             fps=info.fps,
@@ -366,6 +368,8 @@ def _stack(info, pictures, chunk_size, frame_transform, limits, strict):
             height=size[1],
             codec=info.codec,
         )
+        slots, seconds, valid = None, [], []
+        return done
 
     for picture in pictures:
         if isinstance(picture, str):
@@ -399,12 +403,12 @@ def _stack(info, pictures, chunk_size, frame_transform, limits, strict):
             grown[: len(slots)] = slots
             slots = grown
         slots[len(seconds)] = frame
+        del frame  # nobody should hold it while a chunk is looked at
         seconds.append(picture.seconds)
         valid.append(picture.valid)
         num_returned += 1
         if len(seconds) == chunk_size:
             yield chunk()
-            slots, seconds, valid = None, [], []
     if bad_times:
         shown = ", ".join(f"{moment:.3f}" for moment in bad_times[:8]) + (", ..." if len(bad_times) > 8 else "")
         trouble = f"{len(bad_times)} of {num_returned} frames, at {shown} s, could not be decoded. {trouble}"

@@ -3,6 +3,7 @@
 Shapes: T frames of one video, F frames of all videos together, (H, W) a frame's own size, (S, S) the vision tower's.
 """
 
+import math
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from transformers.utils.type_validators import positive_int
 from transformers.video_processing_utils import VideoProcessorMixin
 from transformers.video_utils import VideoMetadata
 
-from .video_decoding import decode_video, sample_times
+from .video_decoding import DecodedVideo, decode_video, iter_video, sample_times
 
 # Two moments closer than this are the same one: i / fps and start + k / f round differently.
 SAME_MOMENT_SECONDS = 1e-6
@@ -41,12 +42,15 @@ class CrossLMMVideosKwargs(VideosKwargs, total=False):
     max_frames: with `fps`, the most frames; a longer video is sampled uniformly at this many.
     times: the moments to look at, in seconds, instead of `num_frames` or `fps`.
     start_seconds, end_seconds: the part of the video to sample from.
+    strict: raise VideoDecodeError where a frame of a file cannot be decoded, instead of a warning and False in
+        `frames_valid` of the metadata.
     """
 
     max_frames: Annotated[int | None, positive_int()]
     times: list[int | float] | tuple[int | float, ...] | None
     start_seconds: int | float | None
     end_seconds: int | float | None
+    strict: bool | None
 
 
 @dataclass
@@ -54,11 +58,14 @@ class CrossLMMVideoMetadata(VideoMetadata):
     """Transformers' `VideoMetadata`, and where each sampled frame lies in the clip and in the model's input.
 
     frame_times: seconds of each sampled frame from the start of the clip, None when the clip has no clock.
+    frames_valid: for each sampled frame of a file whether it could be decoded; the pixels of others are not right.
+        None for frames that somebody else decoded.
     patch_grid, pooled_grid: (rows, columns) of patches, and of the tokens they are pooled to, per frame.
     sample_index: the row of `input_ids` that holds the video; token_spans: per frame its tokens there, [start, end).
     """
 
     frame_times: list[float] | None = None
+    frames_valid: list[bool] | None = None
     patch_grid: tuple[int, int] | None = None
     pooled_grid: tuple[int, int] | None = None
     pooling_mode: str | None = None
@@ -141,11 +148,26 @@ FrameTransform = Callable[[Tensor], Tensor]
 """What is done to each frame (3, H, W) as soon as it is decoded, so that full-size frames never pile up."""
 
 
+@dataclass(frozen=True)
+class FrameChunk:
+    """Frames of one video that follow each other: (t, 3, H, W), and where they come from.
+
+    expected_num_frames: how many the whole video will give, as far as can be told beforehand.
+    """
+
+    frames: Tensor
+    metadata: CrossLMMVideoMetadata
+    expected_num_frames: int
+
+
 class VideoSource(Protocol):
     """A video that frames can be read from."""
 
-    def read(self, sampling: FrameSampling | None, transform: FrameTransform) -> tuple[Tensor, CrossLMMVideoMetadata]:
-        """The sampled frames (all without `sampling`), transformed and stacked, and where they come from."""
+    def read(
+        self, sampling: FrameSampling | None, transform: FrameTransform, chunk_size: int | None
+    ) -> Iterator[FrameChunk]:
+        """The sampled frames (all without `sampling`), transformed and stacked, at most `chunk_size` at a time (None:
+        all). At least one chunk, none kept once it is given."""
 
 
 class FramesInMemory:
@@ -189,35 +211,48 @@ class FramesInMemory:
                 f"{len(frames)} frames."
             )
 
-    def read(self, sampling: FrameSampling | None, transform: FrameTransform) -> tuple[Tensor, CrossLMMVideoMetadata]:
+    def read(
+        self, sampling: FrameSampling | None, transform: FrameTransform, chunk_size: int | None
+    ) -> Iterator[FrameChunk]:
         """See `VideoSource`. Raises ValueError for seconds asked of frames without a clock."""
+        chosen = self._chosen(sampling)
         fps, total = self.metadata.fps, self.metadata.total_num_frames
-        if sampling is None:
-            chosen = list(range(len(self.frames)))
-        elif fps is not None:
-            clock = [number / fps for number in self.numbers]
-            chosen = sampling.frames_at(clock, self.metadata.duration or total / fps)
-        elif sampling.needs_clock:
-            raise ValueError(
-                "`fps`, `times`, `start_seconds` and `end_seconds` need to know when each frame was shown; got frames "
-                "without a frame rate. Pass `video_metadata` with `fps`, or sample by `num_frames`."
-            )
-        else:  # one frame a second is as good a clock as any for equal shares
-            num_frames = sampling.num_frames or sampling.max_frames or len(self.frames)
-            uniform = replace(sampling, num_frames=num_frames, fps=None, max_frames=None)
-            chosen = uniform.frames_at(range(len(self.frames)), float(len(self.frames)))
         first = self._frame(chosen[0])
-        metadata = CrossLMMVideoMetadata(
+        about = CrossLMMVideoMetadata(
             total_num_frames=total,
             fps=fps,
             duration=self.metadata.duration or (None if fps is None else total / fps),
             height=first.shape[-2],
             width=first.shape[-1],
             video_backend=self.metadata.video_backend,
-            frames_indices=[self.numbers[index] for index in chosen],
-            frame_times=None if fps is None else [self.numbers[index] / fps for index in chosen],
         )
-        return _stack([transform(self._frame(index)) for index in chosen]), metadata
+        chunk_size = chunk_size or len(chosen)
+        for start in range(0, len(chosen), chunk_size):
+            part = chosen[start : start + chunk_size]
+            metadata = replace(
+                about,
+                frames_indices=[self.numbers[index] for index in part],
+                frame_times=None if fps is None else [self.numbers[index] / fps for index in part],
+            )
+            yield FrameChunk(_stack([transform(self._frame(index)) for index in part]), metadata, len(chosen))
+
+    def _chosen(self, sampling: FrameSampling | None) -> list[int]:
+        """Indices of the sampled frames."""
+        fps = self.metadata.fps
+        if sampling is None:
+            return list(range(len(self.frames)))
+        if fps is not None:
+            clock = [number / fps for number in self.numbers]
+            return sampling.frames_at(clock, self.metadata.duration or self.metadata.total_num_frames / fps)
+        if sampling.needs_clock:
+            raise ValueError(
+                "`fps`, `times`, `start_seconds` and `end_seconds` need to know when each frame was shown; got frames "
+                "without a frame rate. Pass `video_metadata` with `fps`, or sample by `num_frames`."
+            )
+        # One frame a second is as good a clock as any for equal shares.
+        num_frames = sampling.num_frames or sampling.max_frames or len(self.frames)
+        uniform = replace(sampling, num_frames=num_frames, fps=None, max_frames=None)
+        return uniform.frames_at(range(len(self.frames)), float(len(self.frames)))
 
     def _frame(self, index: int) -> Tensor:
         """(3, H, W) uint8, or float32 where the values are taken as they are."""
@@ -239,42 +274,58 @@ class DecoderVideo:
     def __init__(self, decoder: Any) -> None:
         self.decoder = decoder
 
-    def read(self, sampling: FrameSampling | None, transform: FrameTransform) -> tuple[Tensor, CrossLMMVideoMetadata]:
+    def read(
+        self, sampling: FrameSampling | None, transform: FrameTransform, chunk_size: int | None
+    ) -> Iterator[FrameChunk]:
         """See `VideoSource`; frames are asked for one by one, so that full-size ones do not pile up."""
         about = self.decoder.metadata
         begin = about.begin_stream_seconds or 0.0
         duration = about.duration_seconds
         if about.end_stream_seconds is not None:
             duration = about.end_stream_seconds - begin
+        moments = None if sampling is None else sampling.moments(duration)
+        expected = len(self.decoder) if moments is None else min(len(moments), len(self.decoder))
         frames: list[Tensor] = []
         times: list[float] = []
-        for frame in self._frames(sampling, begin, duration):
+        last = -math.inf
+
+        def chunk() -> FrameChunk:
+            nonlocal frames, times
+            fps = about.average_fps
+            metadata = CrossLMMVideoMetadata(
+                total_num_frames=about.num_frames,
+                fps=fps,
+                duration=duration,
+                height=about.height,
+                width=about.width,
+                video_backend="torchcodec",
+                frames_indices=None if fps is None else [round(time * fps) for time in times],
+                frame_times=times,
+            )
+            stacked = _stack(frames)
+            frames, times = [], []
+            return FrameChunk(stacked, metadata, expected)
+
+        for frame in self._frames(moments, begin, begin + duration):
             time = float(frame.pts_seconds) - begin
-            if times and time <= times[-1]:
+            if time <= last:
                 continue
+            if len(frames) == chunk_size:
+                yield chunk()
             pixels = frame.data.permute(2, 0, 1) if _is_channels_last(frame.data, None) else frame.data
             frames.append(transform(pixels.cpu()))
             times.append(time)
+            last = time
         if not frames:
             raise ValueError("A video needs at least one frame; the decoder holds none.")
-        fps = about.average_fps
-        return _stack(frames), CrossLMMVideoMetadata(
-            total_num_frames=about.num_frames,
-            fps=fps,
-            duration=duration,
-            height=about.height,
-            width=about.width,
-            video_backend="torchcodec",
-            frames_indices=None if fps is None else [round(time * fps) for time in times],
-            frame_times=times,
-        )
+        yield chunk()
 
-    def _frames(self, sampling: FrameSampling | None, begin: float, duration: float) -> Iterator[Any]:
-        if sampling is None:
+    def _frames(self, moments: list[float] | None, begin: float, end: float) -> Iterator[Any]:
+        if moments is None:
             yield from (self.decoder.get_frame_at(index) for index in range(len(self.decoder)))
             return
-        latest = begin + duration - SAME_MOMENT_SECONDS  # the end itself is past the last frame
-        for moment in sampling.moments(duration):
+        latest = end - SAME_MOMENT_SECONDS  # the end itself is past the last frame
+        for moment in moments:
             moment = max(0.0, moment) + SAME_MOMENT_SECONDS
             yield self.decoder.get_frame_played_at(min(begin + moment, latest))
 
@@ -282,25 +333,95 @@ class DecoderVideo:
 class VideoFile:
     """Anything `decode_video` opens: a path, URI, URL, bytes or file object."""
 
-    def __init__(self, source: Any) -> None:
+    def __init__(self, source: Any, *, strict: bool) -> None:
         self.source = source
+        self.strict = strict
 
-    def read(self, sampling: FrameSampling | None, transform: FrameTransform) -> tuple[Tensor, CrossLMMVideoMetadata]:
+    def read(
+        self, sampling: FrameSampling | None, transform: FrameTransform, chunk_size: int | None
+    ) -> Iterator[FrameChunk]:
         """See `VideoSource`. Raises VideoError where the file cannot be decoded."""
-        wanted: dict[str, Any] = {}
+        options: dict[str, Any] = {"frame_transform": transform, "strict": self.strict}
         if sampling is not None:
-            wanted = {name: getattr(sampling, name) for name in SAMPLING_KWARGS}
-        decoded = decode_video(self.source, frame_transform=transform, **wanted)
-        return decoded.frames, CrossLMMVideoMetadata(
-            total_num_frames=decoded.total_num_frames,
-            fps=decoded.fps,
-            duration=decoded.duration_seconds,
-            height=decoded.height,
-            width=decoded.width,
-            video_backend="pyav",
-            frames_indices=list(decoded.frame_indices),
-            frame_times=list(decoded.times),
-        )
+            options |= {name: getattr(sampling, name) for name in SAMPLING_KWARGS}
+
+        def chunk(decoded: DecodedVideo) -> FrameChunk:
+            expected = decoded.total_num_frames
+            if sampling is not None:
+                expected = min(expected, len(sampling.moments(decoded.duration_seconds)))
+            metadata = CrossLMMVideoMetadata(
+                total_num_frames=decoded.total_num_frames,
+                fps=decoded.fps,
+                duration=decoded.duration_seconds,
+                height=decoded.height,
+                width=decoded.width,
+                video_backend="pyav",
+                frames_indices=list(decoded.frame_indices),
+                frame_times=list(decoded.times),
+                frames_valid=decoded.valid.tolist(),
+            )
+            return FrameChunk(decoded.frames, metadata, expected)
+
+        if chunk_size is None:
+            yield chunk(decode_video(self.source, **options))
+        else:  # not a loop, whose variable would keep a chunk while the next is decoded
+            yield from map(chunk, iter_video(self.source, chunk_size=chunk_size, **options))
+
+
+class VideoStream:
+    """Pixels of one video, a chunk of frames at a time; `CrossLMMVideoProcessor.stream` makes it.
+
+    Iterating decodes the video, each time anew, and gives (t, 3, S, S) float32. A chunk is decoded when it is asked
+    for, and nothing of it is kept here: with the last one dropped before, one is all there ever is.
+
+    source: the video as it was given.
+    metadata, num_frames: of the frames given so far; expected_num_frames: of the whole video, as far as can be told.
+        They are there from the first chunk on.
+    """
+
+    def __init__(
+        self, source: Any, read: Callable[[], Iterator[FrameChunk]], finish: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.source = source
+        self.metadata = CrossLMMVideoMetadata(total_num_frames=0)
+        self.num_frames = self.expected_num_frames = 0
+        self._read, self._finish = read, finish
+        self._begun: tuple[list[FrameChunk], Iterator[FrameChunk]] | None = None
+
+    def begin(self) -> None:
+        """Decodes the first chunk now, so that a video that cannot be read says so."""
+        chunks = self._read()
+        self._begun = [next(chunks)], chunks
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self._begun is None:
+            self.begin()
+        assert self._begun is not None
+        (ahead, chunks), self._begun = self._begun, None
+        self.num_frames = 0
+        yield self._given(ahead.pop())
+        yield from map(self._given, chunks)
+
+    def _given(self, chunk: FrameChunk) -> Tensor:
+        if self.num_frames == 0:
+            self.metadata, self.expected_num_frames = chunk.metadata, chunk.expected_num_frames
+        else:
+            for name in ("frames_indices", "frame_times", "frames_valid"):
+                known = getattr(self.metadata, name)
+                if known is not None:
+                    known += getattr(chunk.metadata, name)
+        self.num_frames += len(chunk.frames)
+        return self._finish(chunk.frames)
+
+    @property
+    def times(self) -> list[float] | None:
+        """Seconds of each frame from the start of the clip, None where the clip has no clock."""
+        return self.metadata.frame_times
+
+    @property
+    def pixels(self) -> Tensor:
+        """All chunks in one, (T, 3, S, S)."""
+        return torch.cat(list(self))
 
 
 class CrossLMMVideoProcessor(VideoProcessorMixin):
@@ -334,6 +455,7 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
     num_frames: int | None = None
     fps: float | None = 1.0
     max_frames = 256
+    strict = False
 
     def __init__(self, **kwargs: Any) -> None:
         if self._auto_class is None:
@@ -359,6 +481,34 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
         TypeError for options that contradict each other, videos without frames, of a wrong rank, layout or value
         range, and seconds asked of frames without a clock; VideoError for files that cannot be decoded.
         """
+        read, options = self._readers(videos, None, kwargs)
+        chunks = [next(chunks()) for _, chunks in read]
+        features: dict[str, Any] = {
+            "pixel_values_videos": self._normalised([chunk.frames for chunk in chunks], options),
+            "video_num_frames": torch.tensor([len(chunk.frames) for chunk in chunks]),
+        }
+        if options["return_metadata"]:
+            features["video_metadata"] = [chunk.metadata for chunk in chunks]
+        return BatchFeature(features, tensor_type=options["return_tensors"], skip_tensor_conversion=["video_metadata"])
+
+    def stream(self, videos: Any, *, chunk_size: int = 16, **kwargs: Any) -> list[VideoStream]:
+        """The same pixels, at most `chunk_size` frames at a time, for videos that are too long to be held: one
+        `VideoStream` per video. What can be checked without decoding is checked now; see `preprocess`.
+
+            [stream] = processor.video_processor.stream("hour.mp4", fps=1)
+            encoded = encode_video(model, stream)  # for `mm_encoder_outputs={"video": encoded}`
+        """
+        if chunk_size < 1:
+            raise ValueError(f"`chunk_size` must be at least 1; got {chunk_size}.")
+        read, options = self._readers(videos, chunk_size, kwargs)
+        return [
+            VideoStream(video, chunks, lambda frames: self._normalised([frames], options)) for video, chunks in read
+        ]
+
+    def _readers(
+        self, videos: Any, chunk_size: int | None, kwargs: dict[str, Any]
+    ) -> tuple[list[tuple[Any, Callable[[], Iterator[FrameChunk]]]], dict[str, Any]]:
+        """Each video with what reads it, and all options, checked."""
         validate_typed_dict(self.valid_kwargs, kwargs)  # type: ignore[type-var]
         asked = {name: kwargs.pop(name, None) for name in SAMPLING_KWARGS}
         for name in self.valid_kwargs.__annotations__:
@@ -372,21 +522,12 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
         if not flat_videos:
             raise ValueError("`videos` needs at least one video; got none.")
         flat_metadata = _flatten_metadata(options["video_metadata"], num_videos=len(flat_videos))
-        sources = [
-            _open(video, metadata, layout=options["input_data_format"], do_rescale=options["do_rescale"])
-            for video, metadata in zip(flat_videos, flat_metadata, strict=True)
-        ]
+        sources = [_open(video, metadata, options) for video, metadata in zip(flat_videos, flat_metadata, strict=True)]
         resize = (
             partial(_resize, size=options["size"], resample=options["resample"]) if options["do_resize"] else _keep
         )
-        read = [source.read(sampling, resize) for source in sources]
-        features: dict[str, Any] = {
-            "pixel_values_videos": self._normalised([frames for frames, _ in read], options),
-            "video_num_frames": torch.tensor([len(frames) for frames, _ in read]),
-        }
-        if options["return_metadata"]:
-            features["video_metadata"] = [metadata for _, metadata in read]
-        return BatchFeature(features, tensor_type=options["return_tensors"], skip_tensor_conversion=["video_metadata"])
+        readers = [partial(source.read, sampling, resize, chunk_size) for source in sources]
+        return list(zip(flat_videos, readers, strict=True)), options
 
     def _sampling(
         self,
@@ -464,7 +605,7 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
         return pixels.to(options["device"])
 
 
-def _open(video: Any, metadata: Mapping | None, *, layout: str | None, do_rescale: bool) -> VideoSource:
+def _open(video: Any, metadata: Mapping | None, options: Mapping[str, Any]) -> VideoSource:
     """What reads this video; whatever can be checked without decoding is checked here."""
     if isinstance(video, Mapping):  # `datasets` with decode=False
         video = video["path"] if video.get("bytes") is None else video["bytes"]
@@ -476,11 +617,11 @@ def _open(video: Any, metadata: Mapping | None, *, layout: str | None, do_rescal
                     f"A frame is a PIL image, an array (H, W, 3) or (3, H, W) or a path; got {described}."
                 )
     if isinstance(video, list | tuple | np.ndarray | Tensor):
-        return FramesInMemory(video, metadata, layout=layout, do_rescale=do_rescale)
+        return FramesInMemory(video, metadata, layout=options["input_data_format"], do_rescale=options["do_rescale"])
     if hasattr(video, "get_frame_played_at") and hasattr(video, "metadata"):
         return DecoderVideo(video)
     if isinstance(video, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(video, "read"):
-        return VideoFile(video)
+        return VideoFile(video, strict=options["strict"])
     raise TypeError(
         "A video is a path, URL, bytes or file object, an array or tensor (T, H, W, 3) or (T, 3, H, W), a list of "
         f"frames or a torchcodec decoder; got {type(video).__name__}."
