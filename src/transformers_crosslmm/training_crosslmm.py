@@ -1,0 +1,431 @@
+"""Training on top of `transformers.Trainer`: which parts learn, at which rates, and checkpoints that survive a kill.
+
+    crosslmm train stage2_instruct --model MODEL --train_data DATA --media_root FOLDER --output_dir runs/mine
+    torchrun --nproc-per-node 8 -m transformers_crosslmm.training_crosslmm stage2_instruct --model …
+
+A recipe is a YAML file of options; options on the command line come after it and win. The options are those of
+`TrainingArguments` and of `CrossLMMTrainingArguments`. The paper's numbers stand in `recipes/`. The same command again
+goes on where the run stopped.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import yaml
+from torch import nn
+from transformers import AutoModelForImageTextToText, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import logging
+
+from .conversation_crosslmm import load_processor
+from .data_crosslmm import (
+    CrossLMMDataCollator,
+    CrossLMMDataset,
+    RecordMixture,
+    find_broken,
+    load_records,
+    stream_samples,
+)
+from .processing_crosslmm import CrossLMMProcessor
+
+logger = logging.get_logger(__name__)
+
+RECIPES = Path(__file__).parent / "recipes"
+COMPLETE = "checkpoint-is-complete.json"
+IN_PROGRESS = "checkpoint-is-incomplete.txt"
+"""Written and removed by Transformers while it saves because of a SIGTERM."""
+
+
+# --- what learns ----------------------------------------------------------------------------------------------------
+
+PATTERNS = {
+    "vision_tower": r"\bvision_tower\.",
+    "projector": r"\bmulti_modal_projector\.",
+    "v2v": r"\bcross_attention\.(v2v|input_layernorm)\.",
+    "t2v": r"\bcross_attention\.(t2v|input_layernorm)\.",
+}
+PARTS = (*PATTERNS, "language_model")
+"""What a stage trains or leaves alone, by the names of the parameters; the language model is all the rest. V2V and T2V
+of a layer share the norm before them: it learns with either."""
+
+GATE = re.compile(r"\bcross_attention\.[vt]2v\.gate\.")
+
+
+def parts_of(name: str) -> list[str]:
+    """The parts that a parameter belongs to."""
+    return [part for part, pattern in PATTERNS.items() if re.search(pattern, name)] or ["language_model"]
+
+
+def train_only(model: nn.Module, parts: Sequence[str]) -> None:
+    """Freezes all of the model but these parts (see `PARTS`). Raises ValueError for none, and for one it lacks."""
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown or not parts:
+        raise ValueError(f"A stage trains at least one of {', '.join(PARTS)}; got {', '.join(unknown) or 'nothing'}.")
+    found = set()
+    for name, parameter in model.named_parameters():
+        trained = set(parts_of(name)) & set(parts)
+        parameter.requires_grad_(bool(trained))
+        found |= trained if "cross_attention.input_layernorm" not in name else set()
+    if missing := sorted(set(parts) - found):
+        raise ValueError(f"The model has no {' and no '.join(missing)} to train. Take it out of `trained_parts`.")
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    gate_learning_rate: float,
+    vision_learning_rate: float | None = None,
+    weight_decay: float = 0.0,
+    decayed: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """What learns, as an optimiser takes it: the rest of the model first, then the vision tower, then the gates.
+
+    vision_learning_rate: None for `learning_rate`. decayed: names of the parameters that weight decay is for; without
+    them all matrices. Gates never decay: it would close them. Raises ValueError where nothing learns.
+    """
+    rates = {"rest": learning_rate, "vision_tower": vision_learning_rate, "gates": gate_learning_rate}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {
+        ("rest", True): [],  # first: a Trainer logs the rate of the first group
+        ("rest", False): [],
+        ("vision_tower", True): [],
+        ("vision_tower", False): [],
+        ("gates", False): [],
+    }
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if GATE.search(name):
+            groups["gates", False].append(parameter)
+            continue
+        kind = "vision_tower" if "vision_tower." in name else "rest"
+        decays = name in decayed if decayed is not None else parameter.ndim > 1
+        groups[kind, decays].append(parameter)
+    if not any(groups.values()):
+        raise ValueError("Nothing of the model learns: all its parameters are frozen.")
+    return [
+        {
+            "params": parameters,
+            "lr": learning_rate if rates[kind] is None else rates[kind],
+            "weight_decay": weight_decay if decays else 0.0,
+            "name": kind if decays or kind == "gates" else f"{kind}, no decay",
+        }
+        for (kind, decays), parameters in groups.items()
+        if parameters
+    ]
+
+
+def count_parts(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Parameters that learn, and all, of each part of the model; a norm that V2V and T2V share counts as V2V's."""
+    counts = dict.fromkeys(PARTS, (0, 0))
+    for name, parameter in model.named_parameters():
+        part = parts_of(name)[0]
+        learning, all_of_it = counts[part]
+        counts[part] = (learning + parameter.numel() * parameter.requires_grad, all_of_it + parameter.numel())
+    return counts
+
+
+def describe(model: nn.Module, groups: Sequence[dict[str, Any]]) -> str:
+    """A table of what learns, and at which rate."""
+    counts = count_parts(model)
+    total = tuple(sum(column) for column in zip(*counts.values(), strict=True))
+    lines = [f"{'part':<20}{'learns':>16}{'of':>16}"]
+    lines += [f"{part:<20}{learning:>16,}{of:>16,}" for part, (learning, of) in (*counts.items(), ("together", total))]
+    lines += ["", f"{'group':<20}{'parameters':>16}{'rate':>16}{'weight decay':>16}"]
+    for group in groups:
+        count = sum(parameter.numel() for parameter in group["params"])
+        lines.append(f"{group['name']:<20}{count:>16,}{group['lr']:>16g}{group['weight_decay']:>16g}")
+    return "\n".join(lines)
+
+
+# --- options --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class CrossLMMTrainingArguments(TrainingArguments):
+    """Transformers' `TrainingArguments`, and what is CrossLMM's own."""
+
+    model: str | None = field(default=None, metadata={"help": "Checkpoint to begin with: a folder or a repository."})
+    train_data: str | None = field(
+        default=None,
+        metadata={"help": "LLaVA's .json or .jsonl, a mixture .yaml, or a folder or repository for `datasets`."},
+    )
+    media_root: str | None = field(default=None, metadata={"help": "Folder that the names of media files begin in."})
+    streaming: bool = field(default=False, metadata={"help": "Read a dataset in its order, without loading it."})
+    unusable: Literal["raise", "skip"] = field(
+        default="raise", metadata={"help": "A sample that is broken, too long or does not decode: raise or skip."}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "Most tokens of a sample, frames' included."})
+    num_frames: int | None = field(default=None, metadata={"help": "Frames of a video, in equal steps."})
+    fps: float | None = field(default=None, metadata={"help": "Or frames per second."})
+    max_frames: int | None = field(default=None, metadata={"help": "With --fps: the most frames of a video."})
+    trained_parts: list[str] = field(
+        default_factory=lambda: list(PARTS), metadata={"help": f"What learns, of {', '.join(PARTS)}."}
+    )
+    vision_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the vision tower, if not the learning rate."}
+    )
+    gate_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Of the gates: Adam moves a gate by no more than this in a step."}
+    )
+    global_batch_size: int | None = field(
+        default=None, metadata={"help": "Samples per step over all processes; sets the gradient accumulation."}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, eager, …"})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Always False: the collator reads columns that the model does not."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.remove_unused_columns:
+            raise ValueError("`remove_unused_columns` must be False: the collator reads columns the model does not.")
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "`dispatch_batches` must be False: it cuts the frames of all videos to the number of samples."
+            )
+        self.accelerator_config.dispatch_batches = False
+        if self.global_batch_size is not None:
+            at_once = self.per_device_train_batch_size * self.world_size
+            if self.global_batch_size % at_once:
+                raise ValueError(
+                    f"`global_batch_size` must be a multiple of the {at_once} samples that all processes take at once; "
+                    f"got {self.global_batch_size}. Change `per_device_train_batch_size`."
+                )
+            self.gradient_accumulation_steps = self.global_batch_size // at_once
+
+
+def parse_recipe(argv: Sequence[str]) -> CrossLMMTrainingArguments:
+    """The arguments of a recipe (a YAML file, or the name of one in `recipes/`) and of what stands behind it."""
+    parser = HfArgumentParser(cast(Any, CrossLMMTrainingArguments), usage="crosslmm train RECIPE [--option value ...]")
+    known = ", ".join(path.stem for path in sorted(RECIPES.glob("*.yaml")))
+    if not argv or argv[0].startswith("-"):
+        if {"-h", "--help"} & set(argv):
+            parser.parse_args(["--help"])
+        raise ValueError(f"The first argument is a recipe: a YAML file, or one of {known}.")
+    path = Path(argv[0])
+    if not path.is_file() and path.name == argv[0]:
+        path = RECIPES / f"{path.stem}.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no recipe {argv[0]!r}: it is a YAML file, or one of {known}.")
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} must hold options and their values; got {type(recipe).__name__}.")
+    (arguments,) = parser.parse_args_into_dataclasses([*_as_options(recipe), *argv[1:]])
+    missing = [name for name in ("model", "train_data", "output_dir") if getattr(arguments, name) is None]
+    if missing:
+        raise ValueError(f"Say {' and '.join('--' + name for name in missing)}, in the recipe or behind it.")
+    return arguments
+
+
+def _as_options(recipe: dict[str, Any]) -> Iterator[str]:
+    """A recipe as a command line, so that both are read by the same rules."""
+    for name, value in recipe.items():
+        if value is None:
+            continue
+        yield f"--{name}"
+        if isinstance(value, list):
+            yield from map(str, value)
+        else:
+            yield json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+# --- the trainer ----------------------------------------------------------------------------------------------------
+
+
+class CrossLMMTrainer(Trainer):
+    """`Trainer` with the rates of `CrossLMMTrainingArguments`, and checkpoints that say when they are complete."""
+
+    args: CrossLMMTrainingArguments
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Transformers' choice of optimiser, on our `parameter_groups`."""
+        if self.optimizer is None:
+            model = cast(nn.Module, self.model if model is None else model)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, model))
+            self.optimizer = kind(self.parameter_groups(model), **options)
+        return self.optimizer
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """See `parameter_groups`."""
+        return parameter_groups(
+            model,
+            learning_rate=self.args.learning_rate,
+            vision_learning_rate=self.args.vision_learning_rate,
+            gate_learning_rate=self.args.gate_learning_rate,
+            weight_decay=self.args.weight_decay,
+            decayed=self.get_decay_parameter_names(model),
+        )
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As in Transformers; True resumes from the newest checkpoint that is complete, a path must be one.
+
+        Raises ValueError where there is none, and where the data held no sample to train on.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(cast(str, self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"There is no complete checkpoint in {self.args.output_dir} to resume from.")
+        elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
+            raise ValueError(
+                f"{resume_from_checkpoint} was not saved to its end (or not by CrossLMMTrainer): it cannot be resumed."
+            )
+        self.model.config.untrained = False
+        output = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
+        if self.state.global_step == 0:
+            raise ValueError("No step was made: the data holds no sample that can be used.")
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As in Transformers, with the samples skipped so far by this process, if any were."""
+        if num_skipped := getattr(self.train_dataset, "num_skipped", 0):
+            logs["skipped_samples"] = num_skipped
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # A Trainer turns the cache off, for the training; what is saved is for use.
+        self.model.config.use_cache = True
+        super()._save(output_dir, state_dict)
+        self.model.config.use_cache = self.args.use_cache
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Transformers' own, then the mark; older checkpoints go only when this one has it."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / COMPLETE).unlink(missing_ok=True)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # until every process has written its share
+        if self.args.should_save:
+            mark_complete(folder)
+            rotate_checkpoints(
+                output_dir=str(folder.parent),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+
+def mark_complete(folder: Path) -> None:
+    """Writes into a checkpoint that it is complete: which files it has and how long they are, once all are on disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (COMPLETE, IN_PROGRESS))
+    for path in files:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    unfinished = folder / f"{COMPLETE}.tmp"
+    unfinished.write_text(json.dumps(sizes, indent=1))
+    unfinished.replace(folder / COMPLETE)
+
+
+def is_complete(folder: str | os.PathLike) -> bool:
+    """Whether a checkpoint was saved to its end and still has all that was saved."""
+    try:
+        sizes = json.loads((Path(folder) / COMPLETE).read_text())
+        return all((Path(folder) / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The newest checkpoint of a run that can be resumed from; what was cut off while it was saved is passed over."""
+    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    by_step = {int(path.name.rpartition("-")[2]): path for path in folders if path.name.rpartition("-")[2].isdigit()}
+    for step in sorted(by_step, reverse=True):
+        if is_complete(by_step[step]):
+            return str(by_step[step])
+        logger.warning(f"{by_step[step]} was not saved to its end, and is passed over.")
+    return None
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------
+
+
+def train(arguments: CrossLMMTrainingArguments) -> CrossLMMTrainer:
+    """Runs a stage from its beginning, or from where it stopped, and saves model and processor in `output_dir`."""
+    set_seed(arguments.seed)
+    processor = load_processor(cast(str, arguments.model))
+    choose_frames(processor, arguments)
+    dataset = load_dataset(arguments, processor)
+
+    # In float32: small steps get lost in 16-bit weights. `bf16` computes in bfloat16 all the same.
+    model: Any = AutoModelForImageTextToText.from_pretrained(
+        cast(str, arguments.model), dtype=torch.float32, attn_implementation=arguments.attn_implementation
+    )
+    train_only(model, arguments.trained_parts)
+    trainer = CrossLMMTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=CrossLMMDataCollator(processor),
+        processing_class=processor,
+    )
+    if trainer.is_world_process_zero():
+        print(describe(model, trainer.parameter_groups(model)))
+    begin_at = arguments.resume_from_checkpoint or last_complete_checkpoint(cast(str, arguments.output_dir))
+    trainer.train(resume_from_checkpoint=begin_at)
+    trainer.save_model()
+    trainer.save_state()
+    return trainer
+
+
+def choose_frames(processor: CrossLMMProcessor, arguments: CrossLMMTrainingArguments) -> None:
+    """Writes how videos are sampled into the processor, so that whoever uses the model samples them the same way."""
+    given = {name: getattr(arguments, name) for name in ("num_frames", "fps", "max_frames")}
+    if given["num_frames"] is not None and given["fps"] is not None:
+        raise ValueError("`num_frames` and `fps` exclude each other; give one.")
+    if given["num_frames"] is not None or given["fps"] is not None:
+        processor.video_processor.num_frames = given["num_frames"]
+        processor.video_processor.fps = given["fps"]
+    if given["max_frames"] is not None:
+        processor.video_processor.max_frames = given["max_frames"]
+
+
+def load_dataset(arguments: CrossLMMTrainingArguments, processor: CrossLMMProcessor) -> Any:
+    """The samples of `train_data`. Broken records of files are looked for before training begins: they are named in
+    the log, and unless they are to be skipped, ValueError is raised."""
+    options: dict[str, Any] = {
+        "media_root": arguments.media_root,
+        "max_length": arguments.max_length,
+        "unusable": arguments.unusable,
+    }
+    records = load_records(cast(str, arguments.train_data), streaming=arguments.streaming, seed=arguments.seed)
+    if arguments.streaming:
+        return stream_samples(records.shuffle(seed=arguments.seed), processor, **options)
+    dataset = CrossLMMDataset(records, processor, **options)
+    if isinstance(records, RecordMixture) and arguments.process_index == 0:
+        broken, is_broken = find_broken(records, arguments.media_root), False
+        for line in islice(broken, 20) if arguments.unusable == "raise" else broken:
+            logger.warning(line)
+            is_broken = True
+        if is_broken and arguments.unusable == "raise":
+            raise ValueError(
+                "The data has broken records, the first are named above. `crosslmm data check` lists them all; "
+                "--unusable skip leaves them out."
+            )
+    return dataset
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: a recipe and options that override it."""
+    train(parse_recipe(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    main()
