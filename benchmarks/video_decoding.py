@@ -2,12 +2,14 @@
 
     python benchmarks/video_decoding.py make FOLDER                    # the files: about 3 GB, a few minutes
     python benchmarks/video_decoding.py run FOLDER --rounds 3          # -> benchmarks/video_decoding.json
+    python benchmarks/video_decoding.py threads FOLDER --rounds 3      # -> benchmarks/video_decoding_threads.json
     python benchmarks/video_decoding.py chart                          # -> benchmarks/video_decoding.png
 
 Every measurement is a process of its own on one core, after its imports: CPU seconds of all its threads (the claim),
-wall seconds, and the peak of its memory over what it held after importing. Readers take turns in a round; the
-medians of the rounds are kept. Every reader ends with (T, 3, 384, 384) uint8 frames at T moments spread evenly:
-readers that give full-size frames are followed by the same antialiased bicubic resize, frame by frame.
+wall seconds (worth little where other work runs beside it), and the peak of its memory over what it held after
+importing. Readers take turns in a round; the medians of the rounds are kept. Every reader ends with (T, 3, 384, 384)
+uint8 frames at T moments spread evenly: readers that give full-size frames are followed by the same antialiased
+bicubic resize, frame by frame.
 `--python` names an interpreter that has torchcodec, decord and opencv-python-headless beside torch, av and
 transformers; a reader that cannot be imported there is left out. torchcodec needs FFmpeg's shared libraries:
 `--library-path` is where it finds them (the ones bundled with PyAV will do, under their usual names).
@@ -29,6 +31,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "video_decoding.json"
+THREADS = HERE / "video_decoding_threads.json"
 SIZE = 384
 READERS = (
     "ours",
@@ -56,9 +59,15 @@ CASES = (
     ("h264", "60min", 64),
     ("h264", "5min", 64),
     ("h264_no_b", "60min", 64),
-    ("hevc", "5min", 64),
-    ("vp9", "5min", 64),
-    ("av1", "5min", 64),
+    ("hevc", "60min", 13),
+    ("vp9", "60min", 13),
+    ("av1", "60min", 13),
+    ("hevc", "10s", 64),
+    ("vp9", "10s", 64),
+    ("av1", "10s", 64),
+    ("hevc", "5min", 32),
+    ("vp9", "5min", 32),
+    ("av1", "5min", 32),
 )
 # These decode an hour from its start: up to a quarter of an hour each time, so only with --everything.
 FROM_THE_START = ("transformers_pyav", "transformers_opencv")
@@ -113,7 +122,7 @@ def make(folder: Path) -> None:
                                 output.mux(packet)
 
 
-def read(reader: str, path: str, num_frames: int):
+def read(reader: str, path: str, num_frames: int, num_threads: int):
     """(T, 3, SIZE, SIZE) uint8 frames; a function that does it, so that imports are not measured."""
     import numpy as np
     import torch
@@ -126,7 +135,8 @@ def read(reader: str, path: str, num_frames: int):
         spec = importlib.util.spec_from_file_location("video_decoding", source)
         module = sys.modules["video_decoding"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return lambda: module.decode_video(path, num_frames=num_frames, frame_transform=resize).frames
+        options = {"frame_transform": resize, "num_threads": num_threads}
+        return lambda: module.decode_video(path, num_frames=num_frames, **options).frames
     if reader.startswith("torchcodec"):
         from torchcodec.decoders import VideoDecoder
 
@@ -155,12 +165,12 @@ def read(reader: str, path: str, num_frames: int):
     return loaded
 
 
-def measure(reader: str, path: str, num_frames: int) -> dict[str, float]:
+def measure(reader: str, path: str, num_frames: int, num_threads: int) -> dict[str, float]:
     import torch
 
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    work = read(reader, path, num_frames)
+    work = read(reader, path, num_frames, num_threads)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     held, cpu, wall = _memory("VmRSS"), time.process_time(), time.perf_counter()
     frames = work()
@@ -178,13 +188,11 @@ def _memory(field: str) -> float:
 
 
 def run(folder: Path, python: str, library_path: str, rounds: int, everything: bool) -> None:
-    import av
-
     environment = os.environ | {"OMP_NUM_THREADS": "1", "LD_LIBRARY_PATH": library_path}
     results = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else []
     done = {(row["codec"], row["length"], row["num_frames"], row["reader"]) for row in results}
     for codec, length, num_frames in CASES:
-        path = folder / f"{codec}_{length}.{'webm' if codec == 'vp9' else 'mp4'}"
+        path = _path(folder, codec, length)
         if not path.exists():
             continue
         samples: dict[str, list[dict[str, float]]] = {}
@@ -207,10 +215,48 @@ def run(folder: Path, python: str, library_path: str, rounds: int, everything: b
             row |= {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
             results.append(row)
             print(row, flush=True)
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
-        about = {"commit": commit, "python": platform.python_version(), "cores": os.cpu_count(), "cpu": _cpu()}
-        about |= {"pyav": av.__version__, "ffmpeg": av.ffmpeg_version_info, "pictures": "1280x720, 30 frames/s"}
-        RESULTS.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+        RESULTS.write_text(json.dumps({"about": _about(python), "results": results}, indent=1) + "\n")
+
+
+def compare_threads(folder: Path, rounds: int) -> None:
+    """CPU seconds of this decoder by its number of threads; the core that all of them share is given."""
+    rows = []
+    for codec in ENCODERS:
+        for length, num_frames in (("10s", 256), ("5min", 32), ("60min", 13)):
+            path = _path(folder, codec, length)
+            if not path.exists():
+                continue
+            counts = (1, 2, 4)
+            seconds: dict[int, list[float]] = {count: [] for count in counts}
+            for _ in range(rounds):
+                for count in counts:
+                    command = [sys.executable, __file__, "one", "ours", str(path), str(num_frames), str(count)]
+                    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+                    seconds[count].append(json.loads(answer.stdout.splitlines()[-1])["cpu_seconds"])
+            medians = {str(count): statistics.median(seconds[count]) for count in counts}
+            rows.append(
+                {"codec": codec, "length": length, "num_frames": num_frames, "cpu_seconds_by_threads": medians}
+            )
+            print(rows[-1], flush=True)
+            THREADS.write_text(json.dumps({"about": _about(sys.executable), "results": rows}, indent=1) + "\n")
+
+
+def _path(folder: Path, codec: str, length: str) -> Path:
+    return folder / f"{codec}_{length}.{'webm' if codec == 'vp9' else 'mp4'}"
+
+
+def _about(python: str) -> dict:
+    """Where the figures come from."""
+    script = (
+        "import importlib.metadata as m, json\n"
+        "names = 'av', 'torch', 'transformers', 'torchcodec', 'decord', 'opencv-python-headless'\n"
+        "known = {d.metadata['Name'].lower() for d in m.distributions()}\n"
+        "print(json.dumps({name: m.version(name) for name in names if name in known}))"
+    )
+    versions = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True).stdout
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
+    about = {"commit": commit, "python": platform.python_version(), "cores": os.cpu_count(), "cpu": _cpu()}
+    return about | {"versions": json.loads(versions), "pictures": "1280x720, 30 frames/s"}
 
 
 def _row(codec: str, length: str, num_frames: int, reader: str) -> dict:
@@ -263,6 +309,10 @@ def main() -> None:
     command.add_argument("reader", choices=READERS)
     command.add_argument("path")
     command.add_argument("num_frames", type=int)
+    command.add_argument("num_threads", type=int, nargs="?", default=1)
+    command = commands.add_parser("threads")
+    command.add_argument("folder", type=Path)
+    command.add_argument("--rounds", type=int, default=3)
     commands.add_parser("chart")
     given = parser.parse_args()
     if given.command == "make":
@@ -270,7 +320,9 @@ def main() -> None:
     elif given.command == "run":
         run(given.folder, given.python, given.library_path, given.rounds, given.everything)
     elif given.command == "one":
-        print(json.dumps(measure(given.reader, given.path, given.num_frames)))
+        print(json.dumps(measure(given.reader, given.path, given.num_frames, given.num_threads)))
+    elif given.command == "threads":
+        compare_threads(given.folder, given.rounds)
     else:
         chart()
 

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import platform
 import random
 import socket
 import struct
@@ -464,6 +465,12 @@ if __name__ == "__main__":
     # python modeling_tests/test_hostile_videos.py FOLDER 20000: the long run, in pieces of their own processes.
     into, total = Path(sys.argv[1]), int(sys.argv[2])
     into.mkdir(parents=True, exist_ok=True)
+    here = Path(__file__).resolve().parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here).stdout.strip()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    command = f"python modeling_tests/test_hostile_videos.py FOLDER {total}"
+    origin = {"command": command, "commit": commit, "machine": f"{cpu}, {os.cpu_count()} cores"}
     summary = {"mutants": 0, "processes_that_died": 0, "outcomes": {}, "slowest_seconds": 0.0, "peak_memory_mb": 0.0}
     for piece in range(math.ceil(total / 500)):
         try:
@@ -480,4 +487,6 @@ if __name__ == "__main__":
             summary[key] = round(max(summary[key], report[key]), 2)
         about = {"seeds": f"1 to {1 + piece}", "pyav": av.__version__, "ffmpeg": av.ffmpeg_version_info}
         about["decoder"] = hashlib.sha256(Path(video_decoding.__file__).read_bytes()).hexdigest()[:16]
-        (into / "video_fuzz.json").write_text(json.dumps(summary | about | {"files": list(MUTATED)}, indent=1) + "\n")
+        (into / "video_fuzz.json").write_text(
+            json.dumps(origin | summary | about | {"files": list(MUTATED)}, indent=1) + "\n"
+        )
