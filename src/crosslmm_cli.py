@@ -301,6 +301,115 @@ def push(
         raise typer.Exit(1) from error
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="A YAML file of options, or stage1_pretrain, stage2_instruct, adapt.")],
+) -> None:
+    """Train, or go on where the same command stopped.
+
+    Options behind the recipe win over it: those of Transformers' TrainingArguments, and --model, --train_data,
+    --media_root, --trained_parts, --gate_learning_rate and others of CrossLMMTrainingArguments.
+
+    Example: crosslmm train adapt --model MODEL --train_data chats.jsonl --media_root videos --output_dir runs/mine
+    """
+    from transformers_crosslmm.training_crosslmm import main
+
+    main([recipe, *context.args])
+
+
+data = typer.Typer(no_args_is_help=True, help="Look at training data.")
+app.add_typer(data, name="data")
+
+
+@data.command()
+def check(
+    path: Annotated[str, typer.Argument(help="What --train_data names: .json, .jsonl, .yaml, or a dataset.")],
+    media_root: Annotated[str | None, typer.Option(help="Folder that the names of media files begin in.")] = None,
+) -> None:
+    """List the broken records, with file and line, and media files that do not exist. Decodes nothing.
+
+    Example: crosslmm data check mixture.yaml --media-root videos
+    """
+    with Steps() as steps:
+        _import_package(steps)
+        from transformers_crosslmm.data_crosslmm import find_broken, load_records
+
+        records = load_records(path)
+        steps.begin(f"Checking {len(records):,} records")
+        num_broken = 0
+        for line in find_broken(records, media_root):
+            typer.echo(line)
+            num_broken += 1
+    typer.echo(f"{len(records):,} records, {num_broken:,} broken", err=True)
+    if num_broken:
+        raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A checkpoint folder, or its name on the Hub.", show_default="the tiny one of the package"
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; others than this machine's are not safe.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    allowed_folder: Annotated[
+        list[Path] | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Requests may name videos in it by path. May be given again.",
+            show_default="none",
+        ),
+    ] = None,
+    allow_private_urls: Annotated[
+        bool, typer.Option("--allow-private-urls", help="Fetch videos from this machine and private networks too.")
+    ] = False,
+    max_running: Annotated[int, typer.Option(min=1, help="Requests whose videos may be in memory at once.")] = 2,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; the next is told to retry.")] = 16,
+    max_frames: Annotated[
+        int | None,
+        typer.Option(min=1, help="Frames that a request may have.", show_default="the checkpoint's limit"),
+    ] = None,
+    max_new_tokens: NewTokens = 1024,
+    max_body_mib: Annotated[float, typer.Option(min=0.01, help="Largest request, with the videos in it.")] = 64,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 300,
+    cache_gib: Annotated[float, typer.Option(min=0, help="Memory for what is remembered of videos.")] = 4,
+    cache_entries: Annotated[int, typer.Option(min=0, help="Most things remembered of videos.")] = 64,
+    device: Device = None,
+) -> None:
+    """Answer OpenAI's chat requests about videos over HTTP.
+
+    Example: crosslmm serve runs/mine --allowed-folder /data/videos
+    """
+    with Steps() as steps:
+        _import_package(steps)
+        from transformers_crosslmm import serving_crosslmm
+    serving_crosslmm.serve(
+        serving_crosslmm.ServerSettings(
+            _checkpoint(model),
+            device=device,
+            host=host,
+            port=port,
+            allowed_folders=tuple(allowed_folder or ()),
+            allow_private_urls=allow_private_urls,
+            max_running=max_running,
+            max_waiting=max_waiting,
+            max_frames=max_frames,
+            max_new_tokens=max_new_tokens,
+            max_body_bytes=int(max_body_mib * 2**20),
+            request_seconds=timeout,
+            cache_bytes=int(cache_gib * 2**30),
+            cache_entries=cache_entries,
+        )
+    )
+
+
 def _import_package(steps: Steps) -> None:
     """The seconds that importing takes, and what libraries would say on the way."""
     import warnings

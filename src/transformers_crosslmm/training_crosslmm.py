@@ -193,12 +193,17 @@ class CrossLMMTrainingArguments(TrainingArguments):
                 "`dispatch_batches` must be False: it cuts the frames of all videos to the number of samples."
             )
         self.accelerator_config.dispatch_batches = False
+        if self.n_gpu > 1:  # torch.nn.DataParallel
+            raise ValueError(
+                f"One process sees {self.n_gpu} GPUs and would cut the frames of all videos into as many parts. Start "
+                "with `torchrun --nproc-per-node`, or show it one GPU with CUDA_VISIBLE_DEVICES."
+            )
         if self.global_batch_size is not None:
             at_once = self.per_device_train_batch_size * self.world_size
             if self.global_batch_size % at_once:
                 raise ValueError(
-                    f"`global_batch_size` must be a multiple of the {at_once} samples that all processes take at once; "
-                    f"got {self.global_batch_size}. Change `per_device_train_batch_size`."
+                    f"`global_batch_size` must be a multiple of the {at_once} samples that all processes take at "
+                    f"once; got {self.global_batch_size}. Change `per_device_train_batch_size`."
                 )
             self.gradient_accumulation_steps = self.global_batch_size // at_once
 
