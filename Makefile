@@ -6,7 +6,7 @@ SETUP := setup.cfg requirements/constraints.txt
 # Tests are small: one thread in each of as many processes as there are cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow test-gpu check clean
+.PHONY: demo test test-slow test-gpu check docs clean
 
 demo: $(VENV)/.installed  ## questions about samples/shapes.mp4, answered by the bundled checkpoint
 	@$(BIN)/python samples/demo.py
@@ -25,8 +25,12 @@ check: $(VENV)/.installed  ## lint, format and types; repairs nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed  ## the site, in site/, and every code block of its pages and of the README
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(PYTEST) modeling_tests/test_docs.py -m "slow or not slow"
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache
 
 # torch first and by itself: pinned, so that no later requirement brings another build.
 $(VENV)/.installed: $(SETUP)

@@ -1,0 +1,229 @@
+"""The tables of docs/benchmarks.md, made of the results that benchmarks/ keeps.
+
+python docs/tables.py      # writes them anew where they differ; a test compares
+"""
+
+import json
+import re
+import runpy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "benchmarks.md"
+TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+KINDS = {
+    "colour": "colour of a thing in frame k",
+    "shape": "shape or digit in frame k",
+    "place": "place in frame k",
+    "which_frame": "in which frame",
+    "exists": "does it appear at all",
+    "order": "which of two comes first",
+    "count": "how many frames show it",
+    "fine_detail": "**the first five together**",
+    "order_and_count": "**order and count together**",
+}
+
+
+def kept(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / name).read_text(encoding="utf-8"))
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rows])
+
+
+def share(value: float) -> str:
+    return f"{value:.1%}".replace("%", " %")
+
+
+def paper_cost() -> str:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "paper_cost.py"))
+    rows = []
+    for column, frames in enumerate(script["FRAMES"]):
+        row = [str(frames)]
+        for size in ("2B", "7B"):
+            counted, paper = script["prefill_macs"](size, frames) / 1e12, script["PAPER"][size][column]
+            row += [f"{counted:.2f}", f"{paper:.2f}", f"{counted / paper - 1:+.1%}"]
+        rows.append(row)
+    return markdown(
+        ["frames", "2B, counted", "2B, the paper's", "difference", "7B, counted", "7B, the paper's", "difference"],
+        rows,
+    )
+
+
+def counted_costs() -> str:
+    from transformers_crosslmm import CrossLMMConfig
+    from transformers_crosslmm.inspection_crosslmm import count_costs
+
+    rows = []
+    for preset in ("2B", "7B", "7B-16"):
+        costs = count_costs(CrossLMMConfig.from_preset(preset))
+        rows.append(
+            [
+                preset,
+                f"{sum(costs.parts.values()) / 1e6:,.1f} M",
+                f"{costs.weight_bytes / 1e9:.1f} GB",
+                str(costs.tokens_per_frame),
+                f"{costs.language_bytes_per_frame / 1e6:.2f} MB",
+                f"{costs.cache_bytes_per_frame['features'] / 1e6:.2f} MB",
+                f"{costs.cache_bytes_per_frame['kv'] / 1e6:.2f} MB",
+            ]
+        )
+    head = ["", "parameters", "weights, bf16", "tokens per frame", "LLM's own cache", '"features"', '"kv"']
+    return markdown(head, rows)
+
+
+def paper_measured() -> str:
+    from transformers_crosslmm.model_card_crosslmm import PAPER_COSTS
+
+    rows = [
+        [str(small[0]), *(f"{value:,}" for value in (*small[1:], *large[1:]))]
+        for small, large in zip(PAPER_COSTS["2B"], PAPER_COSTS["7B"], strict=True)
+    ]
+    return markdown(["frames", "2B, memory MB", "2B, prefill ms", "7B, memory MB", "7B, prefill ms"], rows)
+
+
+def paper_scores() -> str:
+    from transformers_crosslmm.model_card_crosslmm import BENCHMARKS, PAPER_SCORES
+
+    rows = [[size, str(tokens), *map(str, scores)] for (size, tokens), scores in PAPER_SCORES.items()]
+    return markdown(["", "tokens per frame", *BENCHMARKS], rows)
+
+
+def tiny_checkpoint() -> str:
+    from transformers_crosslmm import TINY_CHECKPOINT
+    from transformers_crosslmm.inspection_crosslmm import count_costs, load_config
+
+    results = kept("tiny_checkpoint.json")
+    costs = count_costs(load_config(TINY_CHECKPOINT))
+    rows = []
+    for kind, words in KINDS.items():
+        ours, without = (results["scores"][name][kind] for name in ("as_trained", "gates_0"))
+        low, high = ours["interval_95"]
+        chance = share(ours["chance"]) if "chance" in ours else ""
+        rows.append(
+            [
+                words,
+                str(ours["asked"]),
+                share(ours["accuracy"]),
+                f"{share(low)} – {share(high)}",
+                chance,
+                share(without["accuracy"]),
+            ]
+        )
+    table = markdown(["question", "asked", "right", "95 % interval", "chance", "gates shut"], rows)
+    size = f"{sum(costs.parts.values()) / 1e6:.1f} million parameters, tokens per frame: {costs.tokens_per_frame}"
+    return (
+        f"{table}\n{size}; {results['num_frames']} frames. `{results['command']}`, commit {results['commit']}, "
+        f"{results['machine']}.\n"
+    )
+
+
+def where_it_looked() -> str:
+    results = kept("where_it_looked.json")
+    rows = []
+    for kind, numbers in results["results"].items():
+        most, right = numbers["most_weight"], numbers["most_weight_if_right"]
+        low, high = most["interval_95"]
+        rows.append(
+            [
+                "**all**" if kind == "all" else KINDS[kind],
+                str(most["asked"]),
+                f"{share(most['share'])} ({share(low)} – {share(high)})",
+                share(right["share"]),
+                share(numbers["mean_weight"]),
+            ]
+        )
+    head = ["question", "asked", "its frame weighs most", "where the answer is right", "mean weight of its frame"]
+    return (
+        f"{markdown(head, rows)}\nChance is {share(results['chance'])}. `python benchmarks/where_it_looked.py`, "
+        f"commit {results['commit']}, {results['machine']}; weights {results['weights_sha256']}.\n"
+    )
+
+
+def video_decoding() -> str:
+    results = kept("video_decoding.json")
+    measured: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for result in results["results"]:
+        case = measured.setdefault((result["codec"], result["length"], result["num_frames"]), {})
+        case[result["reader"]] = result
+    readers = list(dict.fromkeys(result["reader"] for result in results["results"] if result["reader"] != "ours"))
+
+    def ratio(case: dict[str, Any], reader: str) -> str:
+        if reader not in case:
+            return "–"
+        time, memory = (case[reader][key] / case["ours"][key] for key in ("cpu_seconds", "extra_memory_mb"))
+        return f"{time:.1f} / {memory:.1f}"
+
+    rows = [
+        [f"{codec}, {length}, {num_frames} frames", *(ratio(case, reader) for reader in readers)]
+        for (codec, length, num_frames), case in measured.items()
+        if "ours" in case
+    ]
+    about = results["about"]
+    head = ["CPU time / memory, ours = 1", *(reader.replace("_", ", ", 1) for reader in readers)]
+    return (
+        f"{markdown(head, rows)}\n`python benchmarks/video_decoding.py run FOLDER --rounds 3`, commit "
+        f"{about['commit'][:7]}, {about['cpu']}, one core; PyAV {about['pyav']}, FFmpeg {about['ffmpeg']}; "
+        f"{about['pictures']}.\n"
+    )
+
+
+def video_fuzz() -> str:
+    results = kept("video_fuzz.json")
+    mutants = results["mutants"]
+    words = {"right": "decoded, no frame marked as damaged", "marked": "decoded, some frames marked as damaged"}
+    rows = [
+        [words.get(outcome, f"refused with `{outcome}`"), f"{number:,}", share(number / mutants)]
+        for outcome, number in results["outcomes"].items()
+    ]
+    return (
+        f"{markdown(['damaged file', 'files', 'share'], rows)}\n{mutants:,} damaged files of {len(results['files'])} "
+        f"kinds; slowest {results['slowest_seconds']:.2f} s, most memory {results['peak_memory_mb']:.0f} MB; "
+        f"processes that died: {results['processes_that_died']}. PyAV {results['pyav']}, FFmpeg {results['ffmpeg']}.\n"
+    )
+
+
+def conversion_memory() -> str:
+    results = kept("conversion_memory.json")
+    rows = [[f"read, {part}", f"{size / 1e9:.2f} GB"] for part, size in results["bytes_read"].items()] + [
+        ["written", f"{results['bytes_written'] / 1e9:.2f} GB"],
+        ["largest shard", f"{results['largest_shard_bytes'] / 1e9:.2f} GB"],
+        ["**most memory held**", f"**{results['peak_resident_bytes'] / 1e9:.2f} GB**"],
+        ["of which the libraries", f"{results['peak_resident_bytes_of_imports_alone'] / 1e9:.2f} GB"],
+    ]
+    return (
+        f"{markdown(['composing a 2B', ''], rows)}\n`{results['command']}`, commit {results['commit']}, "
+        f"{results['machine']}.\n"
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    table.__name__: table
+    for table in (
+        paper_cost,
+        counted_costs,
+        paper_measured,
+        paper_scores,
+        tiny_checkpoint,
+        where_it_looked,
+        video_decoding,
+        video_fuzz,
+        conversion_memory,
+    )
+}
+
+
+def with_tables(page: str) -> str:
+    """The page with every table as the kept results have it now."""
+    return TABLE.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}{match[3]}", page)
+
+
+if __name__ == "__main__":
+    page = PAGE.read_text(encoding="utf-8")
+    if (new := with_tables(page)) != page:
+        PAGE.write_text(new, encoding="utf-8")
+        print(f"{PAGE}: written anew")
