@@ -172,6 +172,69 @@ def chat(
 
 
 @app.command()
+def batch(
+    questions: Annotated[
+        Path,
+        typer.Argument(help='JSON lines: {"video": …, "question": …} and, if you like, "id".', show_default=False),
+    ],
+    out: Annotated[Path, typer.Option(help="A folder for the answers, Parquet files; again to go on.")],
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of the videos.", show_default="that of the questions")
+    ] = None,
+    model: Model = None,
+    frames: Frames = None,
+    fps: Fps = None,
+    start: Start = None,
+    end: End = None,
+    max_new_tokens: NewTokens = 256,
+    engine: Annotated[
+        str, typer.Option(help="ray, on the cluster of RAY_ADDRESS or here; or local, without Ray.")
+    ] = "ray",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="How many with Ray.", show_default="one per GPU, or else by CPUs")
+    ] = None,
+    cpus_per_worker: Annotated[int, typer.Option(min=1, help="CPUs of each worker with Ray.")] = 1,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a file of questions about many videos, each of which is looked at once.
+
+    What is answered stays answered: started again, the command goes on. A video that fails becomes a row with its
+    error.
+
+    Example: crosslmm batch questions.jsonl --out answers/ --frames 64 --workers 8
+    """
+    wanted = _sampling(frames=frames, fps=fps, start=start, end=end)
+    with Steps() as steps:
+        _import_package(steps)
+        from transformers_crosslmm.batch_crosslmm import answer_corpus
+
+        steps.begin("Answering")
+        report = answer_corpus(
+            questions,
+            out,
+            root=root,
+            model=_checkpoint(model),
+            engine=engine,  # type: ignore[arg-type]
+            workers=workers,
+            cpus_per_worker=cpus_per_worker,
+            device=device,
+            max_new_tokens=max_new_tokens,
+            on_progress=steps.count,
+            **wanted,
+        )
+    if as_json:
+        _print_json(vars(report))
+        return
+    typer.echo(
+        f"{out}: {report.questions} questions about {report.videos} videos, {report.answered_before} of them answered "
+        f"before; {report.failed} have an error for an answer"
+    )
+    if report.duplicates:
+        typer.echo(f"{report.duplicates} lines repeat an earlier one and were asked once.")
+
+
+@app.command()
 def look(
     video: Video,
     model: Model = None,

@@ -1,0 +1,620 @@
+"""A corpus of questions about videos, answered in this process or by many: each video is decoded, encoded and
+prefilled once, answers are Parquet files, and a run that was killed goes on where it stopped.
+
+    answer_corpus("questions.jsonl", "answers", model="YOU/NAME")  # Ray: an actor per GPU, or per so many CPUs
+    answer_corpus("questions.jsonl", "answers", engine="local")  # here, without Ray
+    pandas.read_parquet("answers")
+
+Who does what: workers (`VideoAnswerer`) answer the questions about one video at a time; the driver alone writes, so
+that an answer that a killed worker's successor gives again is kept once. POSIX only, as is isolated decoding.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import torch
+
+from . import TINY_CHECKPOINT
+from .conversation_crosslmm import VideoConversation, load_model, load_processor
+from .inputs_crosslmm import check_length
+from .modeling_crosslmm import CrossLMMForConditionalGeneration
+from .processing_crosslmm import CrossLMMProcessor
+from .video_decoding import DecodedVideo, VideoDecodeWarning, VideoLimits, iter_video
+from .video_processing_crosslmm import SAMPLING_KWARGS, CrossLMMVideoMetadata, FrameChunk, VideoStream, _resize
+
+Engine = Literal["ray", "local"]
+
+COLUMNS = ("id", "video", "question", "answer", "error", "warning")
+"""Of an answers file, all strings: `answer` is null where `error` says why there is none; `warning` names frames that
+could not be decoded."""
+
+LIMITS = VideoLimits(max_decode_seconds=900.0)
+"""What decoding one video may cost its worker; beyond, its questions get the error."""
+
+MAX_ATTEMPTS = 3
+"""A video whose workers die this often gets an error instead of another worker."""
+
+ROWS_PER_PART = 10_000
+SECONDS_PER_PART = 20.0
+"""An answer waits at most so long for its file: what a killed driver loses."""
+
+MAX_TASKS = 10_000
+"""Of Ray; more videos than this share tasks."""
+
+VIDEO_FAILURES = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
+"""What a bad or too long video or question raises. Anything else is a fault of program or machine and ends the run."""
+
+
+@dataclass(frozen=True)
+class CorpusQuestion:
+    """id: the line's own, or made of video and question. video: as the line names it."""
+
+    id: str
+    video: str
+    question: str
+
+
+@dataclass(frozen=True)
+class VideoGroup:
+    """path: the file, links resolved. error: why it must not be opened, if so. questions: all about this video."""
+
+    path: str
+    error: str | None = None
+    questions: list[CorpusQuestion] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """root: see `read_corpus`. duplicates: lines that repeat an earlier one, asked once."""
+
+    root: str
+    groups: list[VideoGroup]
+    duplicates: int
+
+    def __iter__(self) -> Iterator[CorpusQuestion]:
+        return (question for group in self.groups for question in group.questions)
+
+
+@dataclass(frozen=True)
+class CorpusReport:
+    """questions, videos: distinct ones of the corpus. answered_before: by earlier runs. failed: questions whose row
+    holds an error, in all. duplicates: lines that repeat an earlier one."""
+
+    questions: int
+    videos: int
+    answered_before: int
+    failed: int
+    duplicates: int
+
+
+# --- the questions --------------------------------------------------------------------------------------------------
+
+
+def read_corpus(path: str | os.PathLike, *, root: str | os.PathLike | None = None) -> Corpus:
+    """Questions of a JSON Lines file, `{"video": …, "question": …, "id": …}` each, by video; other keys are ignored.
+
+    root: the folder that `video` is relative to, and below which every video must lie, links resolved; the file's own
+        folder when not given. A video elsewhere is no mistake of the file: its questions get an error as answer.
+
+    An `id` is a string or an integer. Without one it is a hash of the video's place below `root` and the question.
+    The same id, video and question again are one question; the same question with another id is another.
+    Raises ValueError, with the number of the line, for what is no question, and for one id of two questions.
+    """
+    path = Path(path)
+    root_path = os.path.realpath(path.parent if root is None else root)
+    if not os.path.isdir(root_path):
+        raise NotADirectoryError(f"Videos are looked for below a folder; {root_path!r} is none.")
+    groups: dict[str, VideoGroup] = {}
+    located: dict[str, tuple[str, str | None]] = {}
+    seen: dict[str, tuple[tuple[str, str], int]] = {}
+    duplicates = 0
+    with open(path, encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"Line {number} of {path.name}"
+            given_id, video, question = _parsed(line, where)
+            if video not in located:
+                located[video] = _locate(video, root_path)
+            file, error = located[video]
+            content = (os.path.relpath(file, root_path) if error is None else file, question)
+            question_id = _hash(content) if given_id is None else given_id
+            if question_id in seen:
+                earlier, earlier_number = seen[question_id]
+                if earlier != content:
+                    raise ValueError(
+                        f"{where} has the id {question_id!r} of line {earlier_number}, which asks something else. An "
+                        "id belongs to one question; leave ids out to have them made."
+                    )
+                duplicates += 1
+                continue
+            seen[question_id] = (content, number)
+            group = groups.setdefault(file, VideoGroup(file, error))
+            group.questions.append(CorpusQuestion(question_id, video, question))
+    if not groups:
+        raise ValueError(f"{path} holds no question; write one JSON object per line.")
+    return Corpus(root_path, list(groups.values()), duplicates)
+
+
+def _parsed(line: str, where: str) -> tuple[str | None, str, str]:
+    """Id, video and question of a line."""
+    try:
+        record = json.loads(line)
+        line.encode()
+        json.dumps(record, ensure_ascii=False).encode()  # a lone surrogate could not be written to the answers
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} must be a JSON object: {error}.") from error
+    if not isinstance(record, dict):
+        raise ValueError(f'{where} must be a JSON object with "video" and "question"; got a {type(record).__name__}.')
+    for name in ("video", "question"):
+        value = record.get(name)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f'"{name}" of {where.lower()} must be a string with something in it; got {value!r}.')
+    given_id = record.get("id")
+    if given_id is not None and (isinstance(given_id, bool) or not isinstance(given_id, str | int) or given_id == ""):
+        raise ValueError(f'"id" of {where.lower()} must be a string or an integer; got {given_id!r}.')
+    return None if given_id is None else str(given_id), record["video"], record["question"]
+
+
+def _locate(video: str, root: str) -> tuple[str, str | None]:
+    """The video's file, and why it must not be opened. Links are resolved, so that one file has one name."""
+    try:
+        file = os.path.realpath(os.path.join(root, video))
+    except (ValueError, OSError) as error:  # a null character, a ring of links
+        return video, f"{type(error).__name__}: {error}"
+    if os.path.commonpath([file, root]) != root:
+        return video, f"ValueError: The video must lie below {root!r}; {video!r} leads elsewhere."
+    return file, None
+
+
+def _hash(content: tuple[str, str]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+
+# --- a worker -------------------------------------------------------------------------------------------------------
+
+
+class IsolatedStream(VideoStream):
+    """The stream of `CrossLMMVideoProcessor` of a file from a stranger: decoded in a process of its own, by `LIMITS`.
+
+    sampling: as for `read_video`. Raises ValueError for options that contradict each other.
+    """
+
+    def __init__(self, processor: CrossLMMProcessor, path: str, **sampling: Any) -> None:
+        video_processor = processor.video_processor
+        [checked] = video_processor.stream([path], **sampling)
+        super().__init__(path, self._chunks, checked._finish)
+        wanted = video_processor._sampling(**dict.fromkeys(SAMPLING_KWARGS) | sampling)
+        self._moments = wanted.moments
+        self._wanted: dict[str, Any] = {name: getattr(wanted, name) for name in SAMPLING_KWARGS}
+        self._resize = partial(_resize, size=video_processor.size, resample=video_processor.resample)
+
+    def _chunks(self) -> Iterator[FrameChunk]:
+        decoded = iter_video(
+            self.source, chunk_size=16, frame_transform=self._resize, limits=LIMITS, isolated=True, **self._wanted
+        )
+        yield from map(self._chunk, decoded)
+
+    def _chunk(self, decoded: DecodedVideo) -> FrameChunk:
+        metadata = CrossLMMVideoMetadata(
+            total_num_frames=decoded.total_num_frames,
+            fps=decoded.fps,
+            duration=decoded.duration_seconds,
+            height=decoded.height,
+            width=decoded.width,
+            video_backend="pyav",
+            frames_indices=list(decoded.frame_indices),
+            frame_times=list(decoded.times),
+            frames_valid=decoded.valid.tolist(),
+        )
+        expected = min(decoded.total_num_frames, len(self._moments(decoded.duration_seconds)))
+        return FrameChunk(decoded.frames, metadata, expected)
+
+
+class PrefilledVideo(VideoConversation):
+    """A video and, in the cache, the chat up to the end of it; each `fork` begins there, with patches shared.
+
+    Raises ValueError for more frames than the context holds, as far as can be told before they are encoded.
+    """
+
+    def __init__(
+        self, model: CrossLMMForConditionalGeneration, processor: CrossLMMProcessor, video: VideoStream
+    ) -> None:
+        video.begin()
+        text_config: Any = model.config.text_config
+        check_length(video.expected_num_frames * processor.tokens_per_frame + 1, text_config, None)
+        super().__init__(model, processor, video)
+        parts = [{"type": "video", "video": video.source}, {"type": "text", "text": "?"}]
+        ids = super()._new_ids({"role": "user", "content": parts})
+        video_token_id: Any = processor.video_token_id
+        self.prefix = ids[: len(ids) - ids[::-1].index(video_token_id)]
+        with torch.no_grad():
+            model(
+                input_ids=torch.tensor([self.prefix], device=model.device),
+                mm_encoder_outputs=self._media,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        self._media = None
+
+    def fork(self) -> "PrefilledVideo":
+        """The same video without a word said about it."""
+        twin = copy.copy(self)
+        twin.messages, twin.token_ids, twin.cache = [], [], copy.deepcopy(self.cache)
+        return twin
+
+    def _new_ids(self, turn: dict[str, Any]) -> list[int]:
+        ids = super()._new_ids(turn)
+        if not self.messages and ids[: len(self.prefix)] != self.prefix:
+            raise ValueError(
+                "The chat template must write the same up to the end of the video, whatever is asked about it; this "
+                "one does not. Use CrossLMM's own."
+            )
+        return ids
+
+
+class VideoAnswerer:
+    """Answers all questions about one video at a time, greedily; rows (`COLUMNS`) come out, whatever the video is.
+
+    model: folder or name of a checkpoint. attempts: a folder where begun videos are noted, so that one which kills
+    its worker is not begun for ever. num_threads: of torch, on a CPU. sampling: as for `read_video`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        attempts: str,
+        *,
+        device: str | None = None,
+        max_new_tokens: int = 256,
+        num_threads: int | None = None,
+        sampling: Mapping[str, Any] | None = None,
+    ) -> None:
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        self.attempts, self.max_new_tokens, self.sampling = Path(attempts), max_new_tokens, dict(sampling or {})
+        self.processor = load_processor(model)
+        self.model = load_model(model, device=device)
+        options = self.model.generation_config
+        options.do_sample, options.temperature, options.top_p, options.top_k = False, None, None, None
+
+    def __call__(self, group: Mapping[str, Any]) -> list[dict[str, str | None]]:
+        """group: a `VideoGroup` as a dict."""
+        questions = [CorpusQuestion(**question) for question in group["questions"]]
+        if group["error"] is not None:
+            return [_row(question, error=group["error"]) for question in questions]
+        note = self.attempts / hashlib.sha256(group["path"].encode("utf-8", "surrogateescape")).hexdigest()
+        if note.exists() and note.stat().st_size >= MAX_ATTEMPTS:
+            error = f"RuntimeError: {MAX_ATTEMPTS} workers died, or were killed, while they answered about this video."
+            rows = [_row(question, error=error) for question in questions]
+        else:
+            with open(note, "ab") as file:
+                file.write(b".")
+            rows = list(self._answers(group["path"], questions))
+        note.unlink(missing_ok=True)
+        return rows
+
+    def _answers(self, path: str, questions: list[CorpusQuestion]) -> Iterator[dict[str, str | None]]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                video = PrefilledVideo(
+                    self.model, self.processor, IsolatedStream(self.processor, path, **self.sampling)
+                )
+            except VIDEO_FAILURES as error:
+                yield from (_row(question, error=_described(error)) for question in questions)
+                return
+        warning = " ".join(str(w.message) for w in caught if isinstance(w.message, VideoDecodeWarning)) or None
+        for question in questions:
+            try:
+                answer = video.fork().ask(question.question, max_new_tokens=self.max_new_tokens).text
+            except VIDEO_FAILURES as error:
+                yield _row(question, error=_described(error), warning=warning)
+            else:
+                yield _row(question, answer=answer, warning=warning)
+
+
+def _described(error: BaseException) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+    return f"{type(error).__name__}: {error}".encode("utf-8", "replace").decode()
+
+
+def _row(question: CorpusQuestion, **outcome: str | None) -> dict[str, str | None]:
+    return dict.fromkeys(COLUMNS) | asdict(question) | outcome
+
+
+# --- the files ------------------------------------------------------------------------------------------------------
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(
+            'Answers are Parquet files, which pyarrow writes: pip install "transformers_crosslmm[ray]", or pyarrow '
+            "alone for the local engine."
+        ) from error
+    return pyarrow
+
+
+class AnswerFiles:
+    """The folder of answers: `part-00000.parquet`, …, each there as a whole or not at all.
+
+    `_run.json` says what the answers were made with and is locked as long as a run writes; readers of Parquet folders
+    pass by names that begin with "_" or ".".
+    """
+
+    def __init__(self, folder: str | os.PathLike, settings: Mapping[str, Any]) -> None:
+        """Raises ValueError where another run is writing, or the answers were made with other settings."""
+        import fcntl
+
+        self.pyarrow = _pyarrow()
+        self.folder = Path(folder)
+        self.attempts = self.folder / "_attempts"
+        self.attempts.mkdir(parents=True, exist_ok=True)
+        self._run: BinaryIO = open(self.folder / "_run.json", "a+b")  # noqa: SIM115, open as long as it is locked
+        try:
+            fcntl.flock(self._run, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._run.close()
+            raise ValueError(
+                f"Another run is writing to {self.folder}. Wait for it, or name another folder."
+            ) from error
+        for leftover in self.folder.glob(".part-*"):
+            leftover.unlink()
+        self.parts = list(self.folder.glob("part-*.parquet"))
+        self._waiting: list[dict[str, str | None]] = []
+        self._since = 0.0
+        try:
+            self._check(json.loads(json.dumps(settings)))
+        except ValueError:
+            self.close()
+            raise
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        self._run.seek(0)
+        text = self._run.read()
+        if not self.parts:  # nothing that could contradict
+            self._run.truncate(0)
+            self._run.write(json.dumps(settings, indent=1).encode() + b"\n")
+            self._run.flush()
+            return
+        earlier = json.loads(text) if text else None
+        if earlier != settings:
+            raise ValueError(
+                f"{self.folder} holds answers of a run with {earlier}; this one has {settings}. Answers of two "
+                "runs do not mix: name another folder."
+            )
+
+    def finished(self) -> dict[str, tuple[str, str, bool]]:
+        """By id: video, question, and whether the answer is an error."""
+        found = {}
+        for part in self.parts:
+            table = self.pyarrow.parquet.read_table(part, columns=["id", "video", "question", "error"])
+            for row in table.to_pylist():
+                found[row["id"]] = (row["video"], row["question"], row["error"] is not None)
+        return found
+
+    def add(self, row: dict[str, str | None]) -> None:
+        if not self._waiting:
+            self._since = time.monotonic()
+        self._waiting.append(row)
+        if len(self._waiting) >= ROWS_PER_PART or time.monotonic() - self._since >= SECONDS_PER_PART:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits: under another name first, so that no file is ever half there."""
+        if not self._waiting:
+            return
+        number = max((int(part.stem.removeprefix("part-")) for part in self.parts), default=-1) + 1
+        part = self.folder / f"part-{number:05d}.parquet"
+        unfinished = self.folder / f".{part.name}"
+        schema = self.pyarrow.schema([(name, self.pyarrow.string()) for name in COLUMNS])
+        with open(unfinished, "wb") as file:
+            self.pyarrow.parquet.write_table(self.pyarrow.Table.from_pylist(self._waiting, schema=schema), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, part)
+        self.parts.append(part)
+        self._waiting = []
+
+    def close(self) -> None:
+        self._run.close()
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------
+
+
+def answer_corpus(
+    questions: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    root: str | os.PathLike | None = None,
+    model: str | os.PathLike = TINY_CHECKPOINT,
+    engine: Engine = "ray",
+    workers: int | None = None,
+    cpus_per_worker: int = 1,
+    device: str | None = None,
+    max_new_tokens: int = 256,
+    on_progress: Callable[[int, int], None] | None = None,
+    **sampling: Any,
+) -> CorpusReport:
+    """Answers every question of a file that `out` has no answer to yet.
+
+    questions, root: see `read_corpus`. out: a folder of Parquet files with `COLUMNS`.
+    engine: "ray" runs on the cluster that RAY_ADDRESS names, or on this machine; every machine must see videos, `out`
+        and a local `model` under the same names. "local" is this process.
+    workers: with Ray, how many; one per GPU of the cluster if it has any, else one per `cpus_per_worker` CPUs.
+    device: with the local engine; Ray's workers take the GPU they are given, or the CPU.
+    on_progress: called with the questions answered and all questions.
+    sampling: as for `read_video`. These, `max_new_tokens` and the model's name must be those that `out` began with.
+
+    Decoding is isolated. A video that cannot be answered (missing, hostile, too long) becomes rows with its error.
+    Raises ValueError for a bad file of questions, or an `out` of another run, before anything is loaded.
+    """
+    if engine not in ("ray", "local"):
+        raise ValueError(f'`engine` must be "ray" or "local"; got {engine!r}.')
+    corpus = read_corpus(questions, root=root)
+    name = os.fspath(model)
+    name = os.path.abspath(name) if os.path.isdir(name) else name
+    files = AnswerFiles(out, {"model": name, "max_new_tokens": max_new_tokens, "sampling": sampling})
+    try:
+        return _run(
+            corpus,
+            files,
+            engine=engine,
+            on_progress=on_progress,
+            workers=workers,
+            cpus_per_worker=cpus_per_worker,
+            answerer={
+                "model": name,
+                "attempts": str(files.attempts.absolute()),
+                "device": device,
+                "max_new_tokens": max_new_tokens,
+                "sampling": sampling,
+            },
+        )
+    finally:
+        files.close()
+
+
+def _run(
+    corpus: Corpus,
+    files: AnswerFiles,
+    *,
+    engine: Engine,
+    on_progress: Callable[[int, int], None] | None,
+    answerer: dict[str, Any],
+    workers: int | None,
+    cpus_per_worker: int,
+) -> CorpusReport:
+    finished = files.finished()
+    failed = 0
+    asked: set[str] = set()
+    for question in corpus:
+        if question.id not in finished:
+            asked.add(question.id)
+            continue
+        video, text, is_failed = finished[question.id]
+        is_same_video = video == question.video or _locate(video, corpus.root) == _locate(question.video, corpus.root)
+        if text != question.question or not is_same_video:
+            raise ValueError(
+                f"{files.folder} answers another question under the id {question.id!r}: {text!r} about {video!r}; the "
+                f"file asks {question.question!r} about {question.video!r}. Name another folder, or give the question "
+                "another id."
+            )
+        failed += is_failed
+    left = [
+        VideoGroup(group.path, group.error, [q for q in group.questions if q.id in asked]) for group in corpus.groups
+    ]
+    left = [group for group in left if group.questions]
+    total = sum(1 for _ in corpus)
+    done = total - len(asked)
+    report = {"questions": total, "videos": len(corpus.groups), "answered_before": done}
+    if on_progress is not None:
+        on_progress(done, total)
+    if left:
+        answers = (
+            _local(left, answerer)
+            if engine == "local"
+            else _ray(left, answerer, workers=workers, cpus_per_worker=cpus_per_worker)
+        )
+        try:
+            with closing(answers):
+                for row in answers:
+                    if row["id"] not in asked:  # a worker was killed between its answer and the news of it
+                        continue
+                    asked.remove(row["id"])
+                    files.add(row)
+                    failed += row["error"] is not None
+                    done += 1
+                    if on_progress is not None:
+                        on_progress(done, total)
+        finally:
+            files.flush()
+    if asked:
+        raise RuntimeError(f"{len(asked)} questions were lost on the way, {min(asked)!r} among them. Start again.")
+    return CorpusReport(**report, failed=failed, duplicates=corpus.duplicates)
+
+
+def _local(groups: list[VideoGroup], answerer: dict[str, Any]) -> Generator[dict[str, str | None], None, None]:
+    answer = VideoAnswerer(**answerer)
+    for group in groups:
+        yield from answer(asdict(group))
+
+
+def _ray(
+    groups: list[VideoGroup], answerer: dict[str, Any], *, workers: int | None, cpus_per_worker: int
+) -> Generator[dict[str, str | None], None, None]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    is_cluster = "RAY_ADDRESS" in os.environ
+    if not is_cluster:
+        # Ray's way, read at its import, to have its servers listen on 127.0.0.1 alone.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ImportError(
+            'The engine "ray" needs Ray: pip install "transformers_crosslmm[ray]", or take the engine "local".'
+        ) from error
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        if is_cluster:
+            ray.init(log_to_driver=False, logging_level="ERROR")
+        else:
+            ray.init(
+                "local",
+                include_dashboard=False,
+                object_store_memory=256 * 2**20,  # names, questions and answers; videos do not pass through
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+    try:
+        size, resources = _pool(ray.cluster_resources(), workers=workers, cpus_per_worker=cpus_per_worker)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        rows = ray.data.from_items(
+            [asdict(group) for group in groups], override_num_blocks=min(len(groups), MAX_TASKS)
+        )
+        answers = rows.flat_map(
+            VideoAnswerer,
+            fn_constructor_kwargs=answerer | {"num_threads": cpus_per_worker, "device": None},
+            # One task at a time: a killed worker takes nothing else with it, and no worker hoards the last videos.
+            compute=ray.data.ActorPoolStrategy(size=min(size, len(groups)), max_tasks_in_flight_per_actor=1),
+            **resources,
+        )
+        yield from answers.iter_rows()
+    finally:
+        if is_ours:
+            ray.shutdown()
+
+
+def _pool(available: Mapping[str, float], *, workers: int | None, cpus_per_worker: int) -> tuple[int, dict[str, int]]:
+    """How many workers, and what each of them needs."""
+    need = {"CPU": cpus_per_worker}
+    if available.get("GPU", 0) >= 1:
+        need["GPU"] = 1
+    room = min(int(available.get(name, 0) // count) for name, count in need.items())
+    if room < (workers or 1):
+        raise ValueError(
+            f"{workers or 1} workers of {dict(need)} each do not fit the cluster, which has "
+            f"{ ({name: int(available.get(name, 0)) for name in need}) }. Ask for fewer, or for less CPUs for each."
+        )
+    return workers or room, {f"num_{name.lower()}s": count for name, count in need.items()}
+
+
+__all__ = ["Corpus", "CorpusQuestion", "CorpusReport", "VideoAnswerer", "answer_corpus", "read_corpus"]
