@@ -113,7 +113,7 @@ def make(folder: Path) -> None:
                 for turn in range(copies):
                     with av.open(str(minute)) as source:
                         stream = source.streams.video[0]
-                        copied = copied or output.add_stream_from_template(stream)
+                        copied = copied or output.add_stream_from_template(stream, opaque=True)
                         shift = round(60 * turn / stream.time_base)
                         for packet in source.demux(stream):
                             if packet.dts is not None:

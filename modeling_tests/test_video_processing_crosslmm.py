@@ -1,9 +1,13 @@
 """Which frames of a video are taken and what pixels come out of them, for every form a video comes in."""
 
 import base64
+import http.server
 import io
 import json
+import threading
 import weakref
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +20,13 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.video_utils import VideoMetadata
 
 from factories import mp4_of, random_frames
-from transformers_crosslmm import CrossLMMVideoProcessor, VideoError
+from transformers_crosslmm import (
+    CrossLMMVideoProcessor,
+    VideoError,
+    VideoLimits,
+    decode_video,
+    video_processing_crosslmm,
+)
 
 SIZE = {"height": 33, "width": 33}
 FPS, NUM_FRAMES = 4, 10  # 2.5 seconds
@@ -287,6 +297,79 @@ def test_a_file_is_read_from_every_kind_of_source(form, mp4, tmp_path):
     path.write_bytes(mp4)
     expected = processor()(mp4, num_frames=3)["pixel_values_videos"]
     assert torch.equal(processor()(form(path), num_frames=3)["pixel_values_videos"], expected)
+
+
+@pytest.fixture(scope="module")
+def decoded(mp4) -> np.ndarray:
+    """The frames of the file as somebody else has decoded them, (T, H, W, 3)."""
+    return decode_video(mp4).frames.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda frames: frames,
+        lambda frames: frames.transpose(0, 3, 1, 2),
+        lambda frames: torch.from_numpy(frames),
+        lambda frames: torch.from_numpy(frames).permute(0, 3, 1, 2),
+        lambda frames: [Image.fromarray(frame) for frame in frames],
+        lambda frames: list(frames),
+        lambda frames: FakeDecoder(frames),
+    ],
+    ids=["array", "array, channels first", "tensor", "tensor, channels first", "PIL", "list of arrays", "decoder"],
+)
+@pytest.mark.parametrize("options", [{"fps": 2}, {"num_frames": 3}, {"times": [0.3, 2.4]}], ids=str)
+def test_decoded_frames_give_the_pixels_of_their_file(form, options, mp4, decoded):
+    video = form(decoded)
+    clock = {} if isinstance(video, FakeDecoder) else {"video_metadata": {"fps": FPS}}
+    expected = processor()(mp4, **options)["pixel_values_videos"]
+    assert torch.equal(processor()(video, **clock, **options)["pixel_values_videos"], expected)
+
+
+def test_image_files_give_the_pixels_of_their_video(mp4, decoded, tmp_path):
+    files = [tmp_path / f"{number}.png" for number in range(len(decoded))]
+    for file, frame in zip(files, decoded, strict=True):
+        Image.fromarray(frame).save(file)
+    expected = processor()(mp4, fps=2)["pixel_values_videos"]
+    for names in (files, [str(file) for file in files]):
+        got = processor()([[names]], fps=2, video_metadata={"fps": FPS})["pixel_values_videos"]
+        assert torch.equal(got, expected)
+
+
+@pytest.fixture
+def url(mp4) -> Iterator[str]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(mp4)))
+            self.end_headers()
+            self.wfile.write(mp4)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/clip.mp4"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_url_gives_the_pixels_of_its_file(url, mp4, monkeypatch):
+    with pytest.raises(VideoError, match="not a public address"):
+        processor()(url, fps=2)
+    here = VideoLimits(allow_private_addresses=True)
+    monkeypatch.setattr(video_processing_crosslmm, "decode_video", partial(decode_video, limits=here))
+    assert torch.equal(processor()(url, fps=2)["pixel_values_videos"], processor()(mp4, fps=2)["pixel_values_videos"])
+
+
+def test_a_torchcodec_decoder_gives_the_pixels_of_its_file(mp4):
+    decoders = pytest.importorskip("torchcodec.decoders")
+    expected = processor()(mp4, fps=2, return_metadata=True)
+    got = processor()(decoders.VideoDecoder(mp4), fps=2, return_metadata=True)
+    assert taken(got) == taken(expected)
+    # Its conversion to RGB may round otherwise.
+    assert (got["pixel_values_videos"] - expected["pixel_values_videos"]).abs().max() <= 2 * GREY_LEVEL
 
 
 def test_full_size_frames_do_not_pile_up():
