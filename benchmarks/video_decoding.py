@@ -288,6 +288,8 @@ def chart() -> None:
                 axis.plot(*zip(*points, strict=True), "o", label=reader)
         axis.axvline(1, color="grey", linewidth=1)
         axis.set(xscale="log", xlabel=f"{title}, this decoder = 1 (right is worse)")
+        for one in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            one(lambda ratio, _: f"{ratio:g}" if ratio in (0.5, 1, 2, 4, 6, 10) else "")
     axes[0].set_yticks(range(len(cases)), [f"{codec}, {length}, {count} frames" for codec, length, count in cases])
     axes[0].invert_yaxis()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=len(READERS), fontsize=8)
