@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
@@ -76,6 +77,10 @@ class VisualContext:
 
 class CrossLMMVisionTower(SiglipVisionModel):
     """SigLIP up to the hidden state that CrossLMM reads; what lies behind it is not built."""
+
+    _no_split_modules = [
+        "SiglipEncoderLayer"
+    ]  # SigLIP's own names parts that are not built, which FSDP would look for
 
     def __init__(self, config: SiglipVisionConfig, num_blocks: int):
         super().__init__(config)
@@ -444,6 +449,8 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
+        if past_key_values is None and self._is_sharded():
+            inputs_embeds = self._keep_in_step(inputs_embeds, pixel_values, pixel_values_videos)
         if pixel_values is not None:
             media["image"] = self.get_image_features(pixel_values, return_dict=True)
         if pixel_values_videos is not None:
@@ -573,13 +580,35 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
 
     def _ranks_must_agree(self) -> bool:
         """Whether a batch without media must still run every module: gradients and sharded weights are collective."""
-        is_sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self) or isinstance(self, FSDPModule)
-        return self.training or is_sharded
+        return self.training or self._is_sharded()
+
+    def _is_sharded(self) -> bool:
+        """Whether ranks gather weights from each other as they go; `fully_shard` may have wrapped parts alone."""
+        is_fsdp = is_fsdp_managed_module(self) or any(isinstance(module, FSDPModule) for module in self.modules())
+        return is_fsdp or is_deepspeed_zero3_enabled()
+
+    @torch.compiler.disable
+    def _keep_in_step(self, inputs_embeds: torch.Tensor, *pixels: torch.Tensor | None) -> torch.Tensor:
+        """Encodes black frames, with weight zero, until this rank has used the encoder as often as the one with most
+        frames: weights that are sharded are gathered by all ranks at once, at every use."""
+        if not dist.is_initialized():
+            return inputs_embeds
+        chunk_size = self.config.vision_chunk_size
+        own = max(1, sum(-(-len(frames) // chunk_size) for frames in pixels if frames is not None))
+        most = torch.tensor(own, device=inputs_embeds.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        for _ in range(int(most) - own):
+            idle = self.vision_tower(self._black_frame(inputs_embeds.device)).last_hidden_state
+            inputs_embeds = inputs_embeds + 0.0 * idle.sum().to(inputs_embeds.dtype)
+        return inputs_embeds
+
+    def _black_frame(self, device: torch.device) -> torch.Tensor:
+        size, channels = self.config.vision_config.image_size, self.config.vision_config.num_channels
+        return torch.zeros(1, channels, size, size, dtype=self.vision_tower.dtype, device=device)
 
     def _dummy_pass(self, inputs_embeds: torch.Tensor):
         """One black frame through encoder, projector and cross-attention, with weight zero."""
-        size, channels = self.config.vision_config.image_size, self.config.vision_config.num_channels
-        frame = torch.zeros(1, channels, size, size, dtype=self.vision_tower.dtype, device=inputs_embeds.device)
+        frame = self._black_frame(inputs_embeds.device)
         output = self._encode(frame, [1])
         inputs_embeds = inputs_embeds + 0.0 * output.pooler_output[0].sum().to(inputs_embeds.dtype)
         states = self._visual_states(output.last_hidden_state, torch.zeros(1)).flatten(0, 1)
