@@ -9,7 +9,9 @@ from typing import Any
 import griffe
 
 NEW_LIST_OR_TABLE = re.compile(r"^(?!\s*[-|]|\s*\d+\.)(.*\S.*)\n(?=- |1\. |\|)", re.MULTILINE)
-FIELD = re.compile(r"^([a-z_]\w*(?:, [a-z_]\w*)*): ", re.MULTILINE)
+# "name: …", "name, name: …", "name (shape or type), name: …", "name (type)"
+FIELD = re.compile(r"((?:[a-z_]\w*(?: \([^)]*\))?(?:, )?)+)(?:: |(?<=\))$)")
+NAME = re.compile(r"(?<![\w`.(])[a-z_]\w*(?= \(|,|$|:)(?![^(]*\))")
 FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 
 
@@ -26,20 +28,17 @@ class FieldLists(griffe.Extension):
         if obj.docstring is None:
             return
         names = set(obj.members)
-        if isinstance(obj, griffe.Function):
-            names = {parameter.name for parameter in obj.parameters}
-        elif isinstance(obj, griffe.Class) and "__init__" in obj.members:
+        if isinstance(obj, griffe.Function | griffe.Class):
             names |= {parameter.name for parameter in obj.parameters}
-
-        def as_item(match: re.Match[str]) -> str:
-            if not names.intersection(match[1].split(", ")):
-                return match[0]
-            return f"- {', '.join(f'`{name}`' for name in match[1].split(', '))}: "
-
-        paragraphs = []
-        for paragraph in obj.docstring.value.split("\n\n"):
-            listed = FIELD.sub(as_item, paragraph)
-            if listed != paragraph and not listed.startswith("- "):  # the list begins below a sentence
-                listed = listed.replace("\n- ", "\n\n- ", 1)
-            paragraphs.append(listed)
-        obj.docstring.value = "\n\n".join(paragraphs)
+        lines: list[str] = []
+        in_list = False
+        for line in obj.docstring.value.splitlines():
+            match = FIELD.match(line)
+            is_field = match is not None and not names.isdisjoint(NAME.findall(match[1]))
+            if is_field:
+                line = f"- {NAME.sub(lambda name: f'`{name[0]}`', match[1])}{line[match.end(1) :]}"
+            if is_field != in_list and not line.startswith(" "):
+                lines.append("")
+                in_list = is_field
+            lines.append(line)
+        obj.docstring.value = "\n".join(lines)

@@ -27,7 +27,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -125,6 +125,8 @@ def check_command(words: Sequence[str]) -> None:
             return check_script(words[2], words[3:])
         if words[1].endswith(".py"):
             return check_script(words[1], words[2:])
+    if "-m" in words[:-1] and words[words.index("-m") + 1].startswith("transformers_crosslmm"):  # behind a launcher
+        return check_script(words[words.index("-m") + 1], words[words.index("-m") + 2 :])
     if words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         unknown = [word for word in words[1:] if word not in targets]
@@ -137,7 +139,13 @@ def check_crosslmm(words: list[str]) -> None:
     try:
         context = group.make_context("crosslmm", list(words))
         name, command, rest = group.resolve_command(context, [*context._protected_args, *context.args])
-        command.make_context(name, rest, parent=context)
+        inner = command.make_context(name, rest, parent=context)
+        if name == "train":  # its options are those of a dataclass
+            from transformers_crosslmm.training_crosslmm import CrossLMMTrainingArguments
+
+            known = {field.name for field in fields(CrossLMMTrainingArguments)}
+            unknown = [word for word in inner.args if word.startswith("--") and word[2:] not in known]
+            assert not unknown, f"crosslmm train does not know {unknown}"
     except typer.Exit:  # --help
         pass
     except typer.TyperException as error:
