@@ -155,19 +155,21 @@ def video_decoding() -> str:
     def ratio(case: dict[str, Any], reader: str) -> str:
         if reader not in case:
             return "–"
+        if "cpu_seconds" not in case[reader]:
+            return "failed"
         time, memory = (case[reader][key] / case["ours"][key] for key in ("cpu_seconds", "extra_memory_mb"))
         return f"{time:.1f} / {memory:.1f}"
 
     rows = [
         [f"{codec}, {length}, {num_frames} frames", *(ratio(case, reader) for reader in readers)]
         for (codec, length, num_frames), case in measured.items()
-        if "ours" in case
+        if "cpu_seconds" in case.get("ours", {})
     ]
     about = results["about"]
     head = ["CPU time / memory, ours = 1", *(reader.replace("_", ", ", 1) for reader in readers)]
     return (
         f"{markdown(head, rows)}\n`python benchmarks/video_decoding.py run FOLDER --rounds 3`, commit "
-        f"{about['commit'][:7]}, {about['cpu']}, one core; PyAV {about['pyav']}, FFmpeg {about['ffmpeg']}; "
+        f"{about['commit'][:7]}, {about['cpu']}, one core; PyAV {about['versions']['av']}; "
         f"{about['pictures']}.\n"
     )
 
