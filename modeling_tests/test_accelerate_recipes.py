@@ -2,6 +2,8 @@
 
 import pytest
 
+from factories import random_model, tiny_config
+from test_modeling_crosslmm import make_sample, model_inputs
 from transformers_crosslmm.training_crosslmm import RECIPES
 
 config_args = pytest.importorskip("accelerate.commands.config.config_args")
@@ -19,3 +21,14 @@ def test_accelerate_reads_the_config(name):
         assert "fsdp_transformer_layer_cls_to_wrap" not in config.fsdp_config  # the model's `_no_split_modules`
     if name.startswith("zero"):
         assert config.deepspeed_config["zero_stage"] == int(name[-1])
+
+
+@pytest.mark.parametrize("name", ["cp_size", "sp_size"])
+def test_spreading_a_sequence_over_processes_is_refused(name, monkeypatch):
+    from accelerate import ParallelismConfig
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", ParallelismConfig(**{name: 2}))
+    model = random_model(tiny_config())
+    with pytest.raises(ValueError, match=rf"{name}=2.*Set it to 1"):
+        model(**model_inputs(make_sample(model.config, 3, ("video", 2), 4)))

@@ -10,7 +10,7 @@ import torch
 from transformers import SiglipVisionConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, torch_compilable_check
+from transformers.utils import ModelOutput, is_accelerate_available, torch_compilable_check
 
 from .cache_crosslmm import VisualMemory, cache_capacity, visual_memory
 from .configuration_crosslmm import CROSS_ATTENTION_CACHES, CrossLMMConfig, CrossLMMTextConfig
@@ -67,6 +67,8 @@ def check_inputs(
     has_begun = not isinstance(past_length, int) or past_length > 0
     if not has_new_media and (has_begun or tokens.device.type == "meta"):
         return media, {}, form
+    if has_new_media and not torch.compiler.is_compiling():
+        check_whole_sequences()
     if has_new_media and position_ids is not None and not torch.compiler.is_compiling():
         check_unpacked(position_ids, attention_mask)
     masks = find_placeholders(input_ids, inputs_embeds)
@@ -133,6 +135,21 @@ def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
             f"`input_ids` must lie between 0 and {vocab_size - 1} (`vocab_size` is {vocab_size}); "
             f"got {low if low < 0 else high}. Use the tokenizer of this checkpoint."
         )
+
+
+def check_whole_sequences() -> None:
+    """Raises ValueError where accelerate, or a Trainer through it, spreads each sequence over several processes."""
+    if not is_accelerate_available():
+        return
+    from accelerate.state import AcceleratorState
+
+    parallelism = AcceleratorState._shared_state.get("parallelism_config")
+    for name in ("cp_size", "sp_size"):
+        if (size := getattr(parallelism, name, None) or 1) > 1:
+            raise ValueError(
+                f"Media need whole sequences: context and sequence parallelism part placeholders from pixels; got "
+                f"`parallelism_config.{name}={size}`. Set it to 1 and shard the weights instead (FSDP2)."
+            )
 
 
 def check_unpacked(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
