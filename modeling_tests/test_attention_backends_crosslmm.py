@@ -19,7 +19,7 @@ import flash_attn_stand_in
 from factories import random_model, tiny_config
 from numerics import assert_close_to_scale, assert_no_worse_than, distance
 from test_modeling_crosslmm import FLOAT32, INTERLEAVED, in_dtype, make_sample, model_inputs, reference
-from transformers_crosslmm import CrossLMMForConditionalGeneration
+from transformers_crosslmm import CrossLMMForConditionalGeneration, attention_crosslmm, modeling_crosslmm
 from transformers_crosslmm.modeling_crosslmm import CrossLMMCrossAttentionBranch
 
 MORE = (7, ("video", 4), 3)
@@ -295,3 +295,94 @@ def test_flash_keys_are_used_in_place(scope, monkeypatch):
     with LargestTensor() as largest:
         model(**inputs, mm_encoder_outputs=features, use_cache=False)
     assert largest.numel <= max(tokens * 131, patches * 20), f"{largest.made_by} made {largest.shape}"
+
+
+# -- piece by piece ---------------------------------------------------------------------------------------------------
+
+SMALL = 2 * 25 * 16 * 8 * 2 + 1  # bytes: two frames' keys and values in float64, and a bit
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["kv", "features"])
+@pytest.mark.parametrize("scope", ["video", "frame", "causal"])
+def test_keys_made_piece_by_piece_give_the_same_answer(scope, form, monkeypatch):
+    """Two frames at a time, over rows with several media, in float64: equal to rounding, prefill and decoding."""
+    model = random_model(tiny_config(text_config={"v2v_scope": scope})).double()
+    samples, inputs = two_rows(model.config)
+    inputs = in_dtype(inputs, torch.float64)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
+
+    def prefilled_and_decoded():
+        outputs = model(**inputs, use_cache=True, cross_attention_cache=form)
+        past = outputs.past_key_values
+        step = model(input_ids=torch.tensor([[5], [6]]), attention_mask=mask, past_key_values=past, use_cache=True)
+        return outputs.logits, step.logits
+
+    expected = prefilled_and_decoded()
+    pieces = []
+    kernel = attention_crosslmm._attention_with_weight
+    monkeypatch.setattr(
+        attention_crosslmm, "_attention_with_weight", lambda q, k, *rest: pieces.append(k.shape) or kernel(q, k, *rest)
+    )
+    for module in (attention_crosslmm, modeling_crosslmm):
+        monkeypatch.setattr(module, "CHUNK_BYTES", SMALL)
+    actual = prefilled_and_decoded()
+    assert pieces
+    assert {shape[0] * shape[2] for shape in pieces} <= {25, 50}
+    for ours, whole in zip(actual, expected, strict=True):
+        assert_close_to_scale(ours, whole, relative=1e-13)
+    for sample, logits in zip(samples, rows_without_padding(actual[0], inputs), strict=True):
+        assert_close_to_scale(logits, reference(model, sample).logits, relative=FLOAT32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_plain_kernel_with_its_weight_equals_the_fast_one(dtype, monkeypatch):
+    """What other devices run; rows of queries split so that their scores stay within the limit."""
+    query, key, value = (torch.randn(3, 2, rows, 8, dtype=dtype) for rows in (14, 11, 11))
+    fast = attention_crosslmm._attention_with_weight(query, key, value, 0.3)
+    monkeypatch.setattr(attention_crosslmm, "CHUNK_BYTES", 4 * 3 * 2 * 11 * 4)
+    plain = attention_crosslmm._attention_with_weight(*(t.to("meta") for t in (query, key, value)), 0.3)
+    assert [t.shape for t in plain] == [t.shape for t in fast]
+    plain = attention_crosslmm._plain_attention(query, key, value, 0.3)
+    exact = torch.softmax(query.double() @ key.double().mT * 0.3, dim=-1) @ value.double()
+    for output, weight in (fast, plain):
+        assert_close_to_scale(output, exact, relative=torch.finfo(dtype).eps * 4)
+        assert_close_to_scale(
+            weight[..., 0], (query.double() @ key.double().mT * 0.3).logsumexp(-1), relative=torch.finfo(dtype).eps * 4
+        )
+
+
+def test_training_makes_all_keys_at_once_and_its_gradients_do_not_change(monkeypatch):
+    gradients = []
+    for limit in (2**26, SMALL):
+        for module in (attention_crosslmm, modeling_crosslmm):
+            monkeypatch.setattr(module, "CHUNK_BYTES", limit)
+        model = random_model(tiny_config()).train()
+        inputs = model_inputs(make_sample(model.config, *MORE))
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+@torch.no_grad()
+def test_the_encoder_keeps_patch_behind_patch():
+    """A norm over channels that lie apart copies its input, in every block; a copy of X per decode step is worse."""
+    model = random_model(tiny_config())
+    frames = torch.randn(3, 3, 33, 33)
+    assert model.model.vision_tower.embeddings(frames).is_contiguous()
+    assert model.get_video_features(frames).last_hidden_state.is_contiguous()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_no_key_is_repeated_for_the_heads_that_share_it(attn_implementation):
+    """Three query heads share a key head here; decoding over 64 frames must not hold keys three times."""
+    config = tiny_config(pooled_grid_size=1)
+    model = random_model(config, attn_implementation=attn_implementation)
+    inputs = model_inputs(make_sample(config, 3, ("video", FRAMES), 4))
+    cache = model(**inputs, use_cache=True).past_key_values
+    with LargestTensor() as largest:
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache, use_cache=True)
+    keys = FRAMES * 25 * 2 * 8
+    assert largest.numel <= keys, f"{largest.made_by} made {largest.shape}"

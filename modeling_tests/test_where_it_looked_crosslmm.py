@@ -69,7 +69,9 @@ def eager_weights(model, inputs, sequences: torch.Tensor, monkeypatch) -> torch.
     def eager(module, *args, **kwargs):
         output, weights = eager_attention_forward(module, *args, **kwargs)
         if isinstance(module, CrossLMMCrossAttentionBranch) and module is layers[module.layer_idx].cross_attention.t2v:
-            maps[module.layer_idx] = weights  # the last segment: what stands behind the last video
+            # The last segment: what stands behind the last video. Heads that share keys came one below the other.
+            shared = module.config.num_attention_heads // module.config.num_key_value_heads
+            maps[module.layer_idx] = weights[0].unflatten(1, (shared, -1)).flatten(0, 1)
         return output, weights
 
     layers = model.model.language_model.layers
@@ -81,7 +83,7 @@ def eager_weights(model, inputs, sequences: torch.Tensor, monkeypatch) -> torch.
         media = {name: inputs[name] for name in ("pixel_values_videos", "video_num_frames")}
         with torch.no_grad():
             model(input_ids=written, **media, use_cache=False)
-    return torch.stack([weights[0, :, -new:] for _, weights in sorted(maps.items())])
+    return torch.stack([weights[:, -new:] for _, weights in sorted(maps.items())])
 
 
 @pytest.mark.parametrize("form", ["kv", "features"])

@@ -3,10 +3,13 @@
 Everything is packed: queries are rows of the flattened hidden states, keys are the patches of all media one after the
 other, and a segment says which queries see which stretch of keys. No (queries x keys) mask is ever built.
 
+Nothing here is causal, so the query heads that share a key head are more rows that look at the same keys: they are
+laid one below the other, and no key or value is repeated for them.
+
 Shapes: Q packed queries, P packed patches, H query heads, G key/value heads, E head width, D vision width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +18,9 @@ from transformers.utils.generic import is_flash_attention_requested
 
 # Stretches [start, end) of the packed patches, ascending and not adjacent.
 Span = tuple[tuple[int, int], ...]
+
+CHUNK_BYTES = 2**26
+"""Most bytes of keys and values, or of scores, that inference makes at once; longer videos go piece by piece."""
 
 
 def merge_span(pieces: list[tuple[int, int]]) -> Span:
@@ -69,13 +75,19 @@ class Segments:
         stretches = [stretch for span in self.spans for stretch in span]
         return min(start for start, _ in stretches), max(end for _, end in stretches)
 
-    def shifted(self, offset: int) -> "Segments":
-        """The same for patches that are counted from another one."""
-        if not offset:
-            return self
-        return replace(
-            self, spans=tuple(tuple((start + offset, end + offset) for start, end in span) for span in self.spans)
-        )
+    def between(self, first: int, last: int) -> "Segments":
+        """The same for the patches [first, last) alone, counted from `first`; who sees none of them has an empty span.
+        Neighbours that see the same are one segment."""
+        lengths: list[int] = []
+        spans: list[Span] = []
+        for length, span in zip(self.lengths, self.spans, strict=True):
+            seen = tuple((max(a, first) - first, min(b, last) - first) for a, b in span if a < last and first < b)
+            if spans and spans[-1] == seen:
+                lengths[-1] += length
+            else:
+                lengths.append(length)
+                spans.append(seen)
+        return replace(self, lengths=tuple(lengths), spans=tuple(spans))
 
 
 def take_span(patches: torch.Tensor, span: Span) -> torch.Tensor:
@@ -103,37 +115,128 @@ def packed_attention(
     Never causal (Eq. 2, 3).
     """
     is_varlen = is_flash_attention_requested(module.config)
-    outputs, row = [], 0
-    for lengths, spans in _runs(segments, may_differ=is_varlen):
-        queries = query[row : row + sum(lengths)]
-        row += sum(lengths)
-        keys, values = (take_span(tokens, merge_span([s for span in spans for s in span])) for tokens in (key, value))
-        key_lengths = [span_length(span) for span in spans]
+    outputs = []
+    for rows, lengths, spans in _runs(segments, may_differ=is_varlen):
+        queries = query[rows]
+        keys, values = _keys_of_run(key, value, spans)
         extra = {}
         count = len(lengths)
         if is_varlen:
             count = 1
+            key_lengths = [span_length(span) for span in spans]
             extra = {
                 "cu_seq_lens_q": _cumulative(lengths, query.device),
                 "cu_seq_lens_k": _cumulative(key_lengths, query.device),
                 "max_length_q": max(lengths),
                 "max_length_k": max(key_lengths),
             }
+            queries = queries[None].transpose(1, 2)  # such kernels share keys among heads themselves
+        else:
+            queries = _heads_as_rows(queries, count, key.shape[1])
         output, _ = attention(
             module,
-            *(tokens.unflatten(0, (count, -1)).transpose(1, 2) for tokens in (queries, keys, values)),
+            queries,
+            *(tokens.unflatten(0, (count, -1)).transpose(1, 2) for tokens in (keys, values)),
             None,
             dropout=module.attention_dropout if module.training else 0.0,
             scaling=module.scaling,
             is_causal=False,
             **extra,
         )
-        outputs.append(output.flatten(0, 1))
+        outputs.append(output[0] if is_varlen else _rows_as_heads(output.transpose(1, 2), query.shape[1]))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _runs(segments: Segments, *, may_differ: bool) -> list[tuple[list[int], list[Span]]]:
-    """Runs of segments whose keys lie side by side, so that one call serves them without a copy.
+def attention_piece_by_piece(
+    keys_values: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    query: torch.Tensor,
+    features: torch.Tensor,
+    scaling: float,
+    segments: Segments,
+    *,
+    patches_at_once: int,
+) -> torch.Tensor:
+    """The same attention when the keys and values of all patches would be too many to hold: they are made for some
+    patches at a time, and what the pieces give is merged by their log-sum-exp. For inference.
+
+    keys_values: features (p, D) to two of (p, G, E). query (Q, H, E), features (P, D); returns (Q, H, E).
+    """
+    precise = torch.promote_types(query.dtype, torch.float32)
+    merged = query.new_zeros(query.shape, dtype=precise)
+    total = query.new_full((*query.shape[:2], 1), -torch.inf, dtype=precise)
+    for start in range(0, len(features), patches_at_once):
+        piece = features[start : start + patches_at_once]
+        key, value = keys_values(piece)
+        for rows, lengths, spans in _runs(segments.between(start, start + len(piece)), may_differ=False):
+            if not spans[0]:
+                continue
+            keys, values = _keys_of_run(key, value, spans)
+            count = len(lengths)
+            output, weight = _attention_with_weight(
+                _heads_as_rows(query[rows], count, key.shape[1]),
+                *(tokens.unflatten(0, (count, -1)).transpose(1, 2) for tokens in (keys, values)),
+                scaling,
+            )
+            output, weight = (_rows_as_heads(tokens, query.shape[1]) for tokens in (output, weight))
+            merged[rows], total[rows] = _merge(merged[rows], total[rows], output, weight)
+    return merged.to(query.dtype)
+
+
+def _attention_with_weight(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention (B, G, R, E) of R rows, and the log-sum-exp of their scores (B, G, R, 1)."""
+    device, half = query.device.type, query.dtype in (torch.float16, torch.bfloat16)
+    if device == "cpu":
+        output, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scaling)
+    elif device == "cuda" and half and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256:
+        output, weight, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scaling)
+    else:
+        rows = max(1, CHUNK_BYTES // (4 * key.shape[:3].numel()))
+        parts = [_plain_attention(some, key, value, scaling) for some in query.split(rows, dim=2)]
+        outputs, weights = zip(*parts, strict=True)
+        return torch.cat(outputs, dim=2), torch.cat(weights, dim=2)
+    return output, weight[..., None]
+
+
+def _plain_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in plain operations, in float32 or better: attention (…, R, E) and log-sum-exp (…, R, 1)."""
+    scores = (query @ key.mT).to(torch.promote_types(query.dtype, torch.float32)).mul_(scaling)
+    highest = scores.detach().amax(-1, keepdim=True)
+    shares = scores.sub_(highest).exp_()
+    mass = shares.sum(-1, keepdim=True)
+    return (shares.to(value.dtype) @ value) / mass, highest + mass.log()
+
+
+def _merge(
+    one: torch.Tensor, one_weight: torch.Tensor, other: torch.Tensor, other_weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What attention over both sets of keys gives, from what it gives over each, and the log-sum-exps (…, 1)."""
+    weight = torch.logaddexp(one_weight, other_weight)
+    return one * (one_weight - weight).exp() + other * (other_weight - weight).exp(), weight
+
+
+def _heads_as_rows(query: torch.Tensor, count: int, groups: int) -> torch.Tensor:
+    """(count x q, H, E) to (count, G, H/G x q, E)."""
+    return query.view(count, -1, groups, query.shape[1] // groups, query.shape[2]).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+
+def _rows_as_heads(attended: torch.Tensor, heads: int) -> torch.Tensor:
+    """(count, G, H/G x q, …) back to (count x q, H, …)."""
+    count, groups, _, width = attended.shape
+    return attended.reshape(count, groups, heads // groups, -1, width).permute(0, 3, 1, 2, 4).reshape(-1, heads, width)
+
+
+def _keys_of_run(key: torch.Tensor, value: torch.Tensor, spans: list[Span]) -> tuple[torch.Tensor, torch.Tensor]:
+    span = merge_span([stretch for span in spans for stretch in span])
+    return take_span(key, span), take_span(value, span)
+
+
+def _runs(segments: Segments, *, may_differ: bool) -> Iterator[tuple[slice, list[int], list[Span]]]:
+    """Runs of segments whose keys lie side by side, so that one call serves them without a copy: which packed queries
+    they are, how many each has, and what each sees.
 
     may_differ: whether segments of different lengths share a call; otherwise a run is a batch.
     """
@@ -148,7 +251,10 @@ def _runs(segments: Segments, *, may_differ: bool) -> list[tuple[list[int], list
                 spans.append(span)
                 continue
         runs.append(([length], [span]))
-    return runs
+    row = 0
+    for lengths, spans in runs:
+        yield slice(row, row + sum(lengths)), lengths, spans
+        row += sum(lengths)
 
 
 def _cumulative(lengths, device: torch.device) -> torch.Tensor:
@@ -169,7 +275,8 @@ def folded_attention(
     """The same attention without keys or values: the key projection moves to the query, the value projection behind.
 
     query (Q, H, E), features (P, D), key_weight and value_weight (D, G, E); returns (Q, H, E). With k = x W_k and
-    v = x W_v: q . k = (W_k q) . x and sum p v = (sum p x) W_v, so one copy of the features serves every layer.
+    v = x W_v: q . k = (W_k q) . x and sum p v = (sum p x) W_v, so one copy of the features serves every layer, read
+    twice.
     """
     groups = key_weight.shape[1]
     grouped = query.unflatten(1, (groups, -1))  # (Q, G, H/G, E)
@@ -177,12 +284,12 @@ def folded_attention(
     outputs, row = [], 0
     for length, span in zip(segments.lengths, segments.spans, strict=True):
         queries = folded[row : row + length].flatten(0, 1)  # (length x H, D)
-        stretches = [features[start:end] for start, end in span]
-        scores = torch.cat([queries @ stretch.T for stretch in stretches], dim=-1) * scaling
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-        parts = weights.split([len(stretch) for stretch in stretches], dim=-1)
-        context = torch.stack([part @ stretch for part, stretch in zip(parts, stretches, strict=True)]).sum(0)
-        outputs.append(context.unflatten(0, (length, groups, -1)))
+        patches_at_once = max(1, CHUNK_BYTES // (4 * len(queries)))
+        pieces = [piece for start, end in span for piece in features[start:end].split(patches_at_once)]
+        context, weight = _plain_attention(queries, pieces[0], pieces[0], scaling)
+        for piece in pieces[1:]:
+            context, weight = _merge(context, weight, *_plain_attention(queries, piece, piece, scaling))
+        outputs.append(context.to(query.dtype).unflatten(0, (length, groups, -1)))
         row += length
     context = torch.cat(outputs) if len(outputs) > 1 else outputs[0]  # (Q, G, H/G, D)
     return torch.einsum("qgrd,dge->qgre", context, value_weight).flatten(1, 2)

@@ -799,7 +799,8 @@ def _keep_entropy(
     output: Tensor,
 ) -> None:
     query = branch.split_heads(seen["query"]).transpose(0, 1)  # (H, Q, E)
-    key = branch.split_heads(seen["key"]).transpose(0, 1).repeat_interleave(branch.num_key_value_groups, 0)
+    key = branch.split_heads(seen["key"]).transpose(0, 1)
+    key = key.repeat_interleave(len(query) // len(key), 0)
     log_weights = (query @ key.mT * branch.scaling).log_softmax(-1)
     entropy = -(log_weights.exp() * log_weights).sum(-1).mean()
     entropies[name] = round(float(entropy) / math.log(key.shape[1]), 4)

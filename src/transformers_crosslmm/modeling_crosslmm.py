@@ -6,8 +6,9 @@ Shapes: B rows, L language tokens (pooled visual + text), F frames of all media,
 """
 
 import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -27,10 +28,18 @@ from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2RotaryEmbedding,
     eager_attention_forward,
 )
+from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 
-from .attention_crosslmm import Segments, folded_attention, packed_attention, span_length
+from .attention_crosslmm import (
+    CHUNK_BYTES,
+    Segments,
+    attention_piece_by_piece,
+    folded_attention,
+    packed_attention,
+    span_length,
+)
 from .cache_crosslmm import (
     VisualCacheLayer,
     VisualMemory,
@@ -75,6 +84,14 @@ class VisualContext:
     t2v: Segments | None
 
 
+class CrossLMMVisionEmbeddings(SiglipVisionEmbeddings):
+    """SigLIP's, a patch behind the other in memory. The convolution leaves channel behind channel, which every block
+    would inherit: each of its norms copied its input, and so did whoever reads the original tokens."""
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
+        return super().forward(pixel_values, **kwargs).contiguous()
+
+
 class CrossLMMVisionTower(SiglipVisionModel):
     """SigLIP up to the hidden state that CrossLMM reads; what lies behind it is not built."""
 
@@ -84,6 +101,7 @@ class CrossLMMVisionTower(SiglipVisionModel):
 
     def __init__(self, config: SiglipVisionConfig, num_blocks: int):
         super().__init__(config)
+        self.embeddings = CrossLMMVisionEmbeddings(config)
         left_out = "|".join(str(block) for block in range(num_blocks, len(self.encoder.layers)))
         del self.encoder.layers[num_blocks:]
         self.post_layernorm = nn.Identity()
@@ -122,13 +140,13 @@ class CrossLMMCrossAttentionBranch(nn.Module):
     """V2V or T2V: queries from the language stream, keys and values from the original visual tokens (Eq. 5-10)."""
 
     is_causal = False  # SDPA takes a missing mask for a causal one otherwise
+    num_key_value_groups = 1  # `packed_attention` has laid the heads that share a key head one below the other
 
     def __init__(self, config: CrossLMMTextConfig, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         key_width = config.num_key_value_heads * self.head_dim
@@ -158,18 +176,33 @@ class CrossLMMCrossAttentionBranch(nn.Module):
         normed (B x L, C), states (patches from `memory.first_patch` on, D). `cache_layer` is given to T2V when
         generation keeps what it sees; `keep` has filled it.
         """
-        name = self.config._attn_implementation
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         query = self.split_heads(self.q_proj(normed[segments.queries]))  # (Q, H, E)
         if cache_layer is None or (memory.form == "features" and self.projecting_is_cheaper(segments)):
-            first, last = segments.reach()
-            key, value = self.keys_values(states[first - memory.first_patch : last - memory.first_patch])
-            attended = packed_attention(attention, self, query, key, value, segments.shifted(-first))
+            attended = self.attend(query, states, segments, memory.first_patch, memory.patches_per_frame)
         elif memory.form == "kv":
-            attended = packed_attention(attention, self, query, *cache_layer.read_cross(query.device), segments)
+            attended = packed_attention(self.attention(), self, query, *cache_layer.read_cross(query.device), segments)
         else:
             attended = folded_attention(query, states, *memory.folding[self.layer_idx], self.scaling, segments)
         return self.gate(self.o_proj(attended.flatten(1)))
+
+    def attention(self) -> Callable:
+        """The implementation that the config names."""
+        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+
+    def attend(
+        self, query: torch.Tensor, states: torch.Tensor, segments: Segments, first_patch: int, patches_per_frame: int
+    ) -> torch.Tensor:
+        """Attention over patches whose keys and values are made for the purpose: all at once, or, when these would be
+        many and no gradient needs them, for some frames at a time."""
+        first, last = segments.reach()
+        states, segments = states[first - first_patch : last - first_patch], segments.between(first, last)
+        frame_bytes = 2 * patches_per_frame * self.k_proj.out_features * query.element_size()
+        patches_at_once = max(1, CHUNK_BYTES // frame_bytes) * patches_per_frame
+        if torch.is_grad_enabled() or patches_at_once >= len(states):
+            return packed_attention(self.attention(), self, query, *self.keys_values(states), segments)
+        return attention_piece_by_piece(
+            self.keys_values, query, states, self.scaling, segments, patches_at_once=patches_at_once
+        )
 
     def projecting_is_cheaper(self, segments: Segments) -> bool:
         """Whether projecting the patches costs less than folding: folded scores run over D instead of E."""
@@ -262,7 +295,7 @@ class CrossLMMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CrossLMMDecoderLayer", "SiglipEncoderLayer", "SiglipVisionEmbeddings"]
+    _no_split_modules = ["CrossLMMDecoderLayer", "SiglipEncoderLayer", "CrossLMMVisionEmbeddings"]
     _skip_keys_device_placement = ["past_key_values", "visual_states", "visual_context"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -314,6 +347,21 @@ class CrossLMMTextModel(CrossLMMPreTrainedModel, Qwen2Model):
         self.post_init()
 
 
+def joined(parts: Iterator[torch.Tensor], length: int) -> torch.Tensor:
+    """Parts one after the other, `length` along dim 0; without a gradient, no part is kept until the last has come."""
+    if torch.is_grad_enabled():
+        return torch.cat(list(parts))
+    first = next(parts)
+    if len(first) == length:
+        return first
+    whole = first.new_empty(length, *first.shape[1:])
+    done = 0
+    for part in chain([first], parts):
+        whole[done : done + len(part)] = part
+        done += len(part)
+    return whole
+
+
 class CrossLMMModel(CrossLMMPreTrainedModel):
     """Encoder, token merge, projector and language model, without a head."""
 
@@ -361,31 +409,33 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         return self._encode(pixel_values, [1] * len(pixel_values), **kwargs)
 
     def _encode(self, pixels: torch.Tensor, frames: list[int], **kwargs) -> BaseModelOutputWithPooling:
-        """Chunk by chunk, so that the encoder's activations do not grow with the video."""
-        chunks = [
-            self.vision_tower(chunk.to(self.vision_tower.dtype), **kwargs)
-            for chunk in pixels.split(self.config.vision_chunk_size)
-        ]
+        """Chunk by chunk, so that neither activations nor the pixels on the encoder's device grow with the video."""
+        tower, recorded = self.vision_tower, []
 
-        def joined(name: str) -> Any:
-            parts = [chunk.get(name) for chunk in chunks]
-            if parts[0] is None:
-                return None
-            if isinstance(parts[0], tuple):
-                return tuple(torch.cat(layer) for layer in zip(*parts, strict=True))
-            return torch.cat(parts) if len(parts) > 1 else parts[0]
+        def encoded() -> Iterator[torch.Tensor]:
+            for chunk in pixels.split(self.config.vision_chunk_size):
+                if tower.device.type != "meta":  # offloaded weights fetch their input themselves
+                    chunk = chunk.to(tower.device)
+                output = tower(chunk.to(tower.dtype), **kwargs)
+                recorded.append((output.hidden_states, output.attentions))
+                yield output.last_hidden_state
 
-        original = joined("last_hidden_state")
+        original = joined(encoded(), len(pixels))
+        hidden_states, attentions = (
+            tuple(torch.cat(layer) for layer in zip(*chunks, strict=True)) if chunks[0] is not None else None
+            for chunks in zip(*recorded, strict=True)
+        )
         return BaseModelOutputWithPooling(
             last_hidden_state=original,
             pooler_output=self._project(original, frames),
-            hidden_states=joined("hidden_states"),
-            attentions=joined("attentions"),
+            hidden_states=hidden_states,
+            attentions=attentions,
         )
 
     def _project(self, original: torch.Tensor, frames: list[int]) -> tuple[torch.Tensor, ...]:
-        tokens = self.multi_modal_projector(self.pool(original)).flatten(0, 1)
-        return tokens.split([count * self.config.tokens_per_frame for count in frames])
+        chunks = original.split(self.config.vision_chunk_size)
+        tokens = joined((self.multi_modal_projector(self.pool(chunk)) for chunk in chunks), len(original))
+        return tokens.flatten(0, 1).split([count * self.config.tokens_per_frame for count in frames])
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor
@@ -542,18 +592,23 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
 
     def _visual_states(self, original: torch.Tensor, frame_numbers: torch.Tensor) -> torch.Tensor:
         """What K and V are made of: the original tokens (F, N, D), normalised and dated if the config says so."""
-        config = self.config.text_config
-        states = original
-        if config.visual_norm == "layernorm":
-            precise = states if states.dtype == torch.float64 else states.float()
-            states = F.layer_norm(precise, precise.shape[-1:], eps=1e-6)
-        if config.visual_time == "sinusoidal":
+        dtype, size = self.language_model.dtype, self.config.vision_chunk_size
+        if self.config.text_config.visual_norm == "none":
+            return original.to(dtype)
+        chunks = zip(original.split(size), frame_numbers.split(size), strict=True)
+        return joined((self._normalised(chunk, numbers).to(dtype) for chunk, numbers in chunks), len(original))
+
+    def _normalised(self, original: torch.Tensor, frame_numbers: torch.Tensor) -> torch.Tensor:
+        """LayerNorm of the original tokens (f, N, D) without parameters, and the date if the config says so."""
+        precise = original if original.dtype == torch.float64 else original.float()
+        states = F.layer_norm(precise, precise.shape[-1:], eps=1e-6)
+        if self.config.text_config.visual_time == "sinusoidal":
             half = states.shape[-1] // 2
             steps = torch.arange(half, dtype=torch.float64) * (2.0 / states.shape[-1])
             angles = frame_numbers.double()[:, None] * 10_000.0**-steps
-            code = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (F, D)
-            states = states + code[:, None].to(states.device, states.dtype)
-        return states.to(self.language_model.dtype)
+            code = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (f, D)
+            states += code[:, None].to(states.device, states.dtype)
+        return states
 
     def _visual_context(
         self,
