@@ -322,7 +322,9 @@ def test_keys_made_piece_by_piece_give_the_same_answer(scope, form, monkeypatch)
     pieces = []
     kernel = attention_crosslmm._attention_with_weight
     monkeypatch.setattr(
-        attention_crosslmm, "_attention_with_weight", lambda q, k, *rest: pieces.append(k.shape) or kernel(q, k, *rest)
+        attention_crosslmm,
+        "_attention_with_weight",
+        lambda q, k, v, scaling: pieces.append(k.shape) or kernel(q, k, v, scaling),
     )
     for module in (attention_crosslmm, modeling_crosslmm):
         monkeypatch.setattr(module, "CHUNK_BYTES", SMALL)

@@ -175,7 +175,7 @@ def attention_piece_by_piece(
             output, weight = _attention_with_weight(
                 _heads_as_rows(query[rows], count, key.shape[1]),
                 *(tokens.unflatten(0, (count, -1)).transpose(1, 2) for tokens in (keys, values)),
-                scaling,
+                scaling=scaling,
             )
             output, weight = (_rows_as_heads(tokens, query.shape[1]) for tokens in (output, weight))
             merged[rows], total[rows] = _merge(merged[rows], total[rows], output, weight)
