@@ -172,11 +172,9 @@ def attention_piece_by_piece(
                 continue
             keys, values = _keys_of_run(key, value, spans)
             count = len(lengths)
-            output, weight = _attention_with_weight(
-                _heads_as_rows(query[rows], count, key.shape[1]),
-                *(tokens.unflatten(0, (count, -1)).transpose(1, 2) for tokens in (keys, values)),
-                scaling=scaling,
-            )
+            keys, values = (tokens.unflatten(0, (count, -1)).transpose(1, 2) for tokens in (keys, values))
+            queries = _heads_as_rows(query[rows], count, key.shape[1])
+            output, weight = _attention_with_weight(queries, keys, values, scaling)
             output, weight = (_rows_as_heads(tokens, query.shape[1]) for tokens in (output, weight))
             merged[rows], total[rows] = _merge(merged[rows], total[rows], output, weight)
     return merged.to(query.dtype)
