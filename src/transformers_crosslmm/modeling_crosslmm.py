@@ -8,14 +8,13 @@ Shapes: B rows, L language tokens (pooled visual + text), F frames of all media,
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
-from transformers import PreTrainedModel, Qwen2Model, SiglipVisionConfig, SiglipVisionModel
+from transformers import PreTrainedModel, Qwen2Model
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
@@ -28,7 +27,6 @@ from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2RotaryEmbedding,
     eager_attention_forward,
 )
-from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 
@@ -53,6 +51,7 @@ from .configuration_crosslmm import CrossLMMConfig, CrossLMMTextConfig
 from .generation_crosslmm import CrossLMMGenerationMixin
 from .inputs_crosslmm import check_inputs, check_pixels, frames_per_video
 from .media_crosslmm import locate_media, media_index
+from .vision_crosslmm import CrossLMMMultiModalProjector, CrossLMMVisionTower, joined
 
 
 @dataclass
@@ -82,47 +81,6 @@ class VisualContext:
     memory: VisualMemory
     v2v: Segments | None
     t2v: Segments | None
-
-
-class CrossLMMVisionEmbeddings(SiglipVisionEmbeddings):
-    """SigLIP's, a patch behind the other in memory. The convolution leaves channel behind channel, which every block
-    would inherit: each of its norms copied its input, and so did whoever reads the original tokens."""
-
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
-        return super().forward(pixel_values, **kwargs).contiguous()
-
-
-class CrossLMMVisionTower(SiglipVisionModel):
-    """SigLIP up to the hidden state that CrossLMM reads; what lies behind it is not built."""
-
-    _no_split_modules = [
-        "SiglipEncoderLayer"
-    ]  # SigLIP's own names parts that are not built, which FSDP would look for
-
-    def __init__(self, config: SiglipVisionConfig, num_blocks: int):
-        super().__init__(config)
-        self.embeddings = CrossLMMVisionEmbeddings(config)
-        left_out = "|".join(str(block) for block in range(num_blocks, len(self.encoder.layers)))
-        del self.encoder.layers[num_blocks:]
-        self.post_layernorm = nn.Identity()
-        # A whole SigLIP may be loaded without a word about what is not built.
-        self._keys_to_ignore_on_load_unexpected.add(r"vision_tower\.(post_layernorm|head)\.")
-        if left_out:
-            self._keys_to_ignore_on_load_unexpected.add(rf"vision_tower\.encoder\.layers\.({left_out})\.")
-
-
-class CrossLMMMultiModalProjector(nn.Module):
-    """Two linear layers with GELU between them, on pooled tokens only: D -> hidden -> C."""
-
-    def __init__(self, config: CrossLMMConfig):
-        super().__init__()
-        width = config.text_config.hidden_size
-        hidden_size = config.projector_hidden_size or width
-        self.linear_1 = nn.Linear(config.vision_config.hidden_size, hidden_size)
-        self.linear_2 = nn.Linear(hidden_size, width)
-
-    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(F.gelu(self.linear_1(pooled)))
 
 
 class CrossLMMGate(nn.Module):
@@ -345,21 +303,6 @@ class CrossLMMTextModel(CrossLMMPreTrainedModel, Qwen2Model):
         self.gradient_checkpointing = False
         self.has_sliding_layers = "sliding_attention" in config.layer_types
         self.post_init()
-
-
-def joined(parts: Iterator[torch.Tensor], length: int) -> torch.Tensor:
-    """Parts one after the other, `length` along dim 0; without a gradient, no part is kept until the last has come."""
-    if torch.is_grad_enabled():
-        return torch.cat(list(parts))
-    first = next(parts)
-    if len(first) == length:
-        return first
-    whole = first.new_empty(length, *first.shape[1:])
-    done = 0
-    for part in chain([first], parts):
-        whole[done : done + len(part)] = part
-        done += len(part)
-    return whole
 
 
 class CrossLMMModel(CrossLMMPreTrainedModel):
