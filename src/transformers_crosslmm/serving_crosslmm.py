@@ -25,7 +25,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import torch
 from transformers import DynamicCache
@@ -874,7 +874,8 @@ class ChatHandler(ChatCompletionHandler):
         self, manager: OneModel, state: GenerationState, settings: ServerSettings, metrics: "Metrics"
     ) -> None:
         super().__init__(manager, state)
-        model, self.processor = manager.load_model_and_processor(manager.process_model_name(settings.model_name))
+        loaded: Any = manager.load_model_and_processor(manager.process_model_name(settings.model_name))
+        model, self.processor = loaded
         self.settings = settings
         self.cache = BoundedCache(max_bytes=settings.cache_bytes, max_entries=settings.cache_entries)
         self.model = RememberingModel(model, self.processor, self.cache, metrics)
@@ -905,7 +906,7 @@ class ChatHandler(ChatCompletionHandler):
         if not request.stream:
             return await self._non_streaming(*arguments)
         response = self._streaming(*arguments)
-        response.body_iterator = self._events(response.body_iterator, visit)
+        response.body_iterator = self._events(cast(AsyncIterator[Any], response.body_iterator), visit)
         return response
 
     def _ids(self, messages: list[dict[str, Any]], videos: list[SampledVideo]) -> torch.Tensor:
