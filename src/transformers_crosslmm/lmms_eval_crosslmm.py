@@ -10,10 +10,6 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
-from lmms_eval.api.model import lmms
-from lmms_eval.models.registry_v2 import ModelManifest
-from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 from transformers import GenerationConfig, logging
 from transformers.image_utils import load_image
@@ -21,6 +17,17 @@ from transformers.image_utils import load_image
 from .conversation_crosslmm import load_model, load_processor, read_video
 from .media_crosslmm import CrossLMMEncodedMedia, encode_video
 from .video_processing_crosslmm import CrossLMMVideoMetadata
+
+try:
+    from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+    from lmms_eval.api.model import lmms
+    from lmms_eval.models.registry_v2 import ModelManifest
+    from lmms_eval.protocol import ChatMessages
+except ImportError as error:
+    raise ImportError(
+        f"`lmms_eval --model crosslmm` needs packages that are missing ({error}): "
+        '`pip install "transformers_crosslmm[eval]"`, in an environment of its own because lmms-eval needs av < 16.'
+    ) from error
 
 logger = logging.get_logger(__name__)
 
