@@ -319,7 +319,7 @@ def draw(rounds: list[dict], samples: list[tuple[float, float]]) -> None:
     for number, one in enumerate(rounds, 1):
         axes.axvspan(one["began_seconds"], one["ended_seconds"], alpha=0.1)
         axes.text(one["began_seconds"], 10, f" round {number}")
-    axes.set(xlabel="seconds", ylabel="memory of the server, MB", ylim=(0, None))
+    axes.set(xlabel="seconds", ylabel="memory of the server, MB", ylim=(0, 1.2 * max(mb for _, mb in samples)))
     figure.savefig(CHART, dpi=100)
 
 
