@@ -344,3 +344,48 @@ def test_the_command_names_the_extra_where_ray_is_missing(folder, tmp_path, monk
     result = CliRunner().invoke(crosslmm_cli.app, [os.fspath(part) for part in command])
     assert result.exit_code == 1
     assert "transformers_crosslmm[ray]" in " ".join(result.output.split())
+
+
+# --- many workers ---------------------------------------------------------------------------------------------------
+
+
+def workers_below(pid: int) -> list[int]:
+    """The processes of Ray's workers that this process, or one that it started, started."""
+    parents, titles = {}, {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            number = int(process.name)
+            parents[number] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            titles[number] = (process / "cmdline").read_bytes()
+        except OSError:  # it has ended
+            continue
+
+    def is_below(number: int) -> bool:
+        return number == pid or (number in parents and is_below(parents[number]))
+
+    return [number for number, title in titles.items() if b"VideoAnswerer" in title and is_below(number)]
+
+
+@pytest.mark.slow
+def test_with_ray_the_rows_are_those_of_one_process_though_a_worker_is_killed(folder, tmp_path, ask):
+    pytest.importorskip("ray", reason='pip install "transformers_crosslmm[ray]"')
+    clips = [f"ray-{number}.mp4" for number in range(8)]
+    for number, clip in enumerate(clips):
+        (folder / clip).write_bytes((folder / CLIPS[number % VIDEOS]).read_bytes())
+    records = about(*clips, "notes.mp4", "../secret.mp4")
+    ask(records)
+    expected = rows_of(tmp_path / "answers")
+    (tmp_path / "answers").rename(tmp_path / "local")
+
+    killed: list[int] = []
+
+    def kill(done: int, total: int) -> None:
+        if done and not killed:
+            killed.append(workers_below(os.getpid())[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    report = ask(records, engine="ray", workers=2, on_progress=kill)
+    rows = rows_of(tmp_path / "answers")
+    assert killed
+    assert report.failed == 2 * len(QUESTIONS)
+    assert sorted(rows, key=lambda row: row["id"]) == sorted(expected, key=lambda row: row["id"])
