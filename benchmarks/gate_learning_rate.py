@@ -1,0 +1,146 @@
+"""At which learning rate the gates of a composed model open: one question about a picture, asked of a tiny SigLIP and
+a tiny Qwen2 put together by `compose` (gates 0), all of which learn. Writes gate_learning_rate.json beside this file.
+
+    python benchmarks/gate_learning_rate.py
+
+A picture is noise with one patch in one of eight colours, never the middle one, which the pooled token is made of; the
+answer is the colour. So the shortest way from the patch to the answer is T2V. The loss is that of the answer and its
+end mark on pictures held out: ln 8 / 2 = 1.04 for who does not look.
+"""
+
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+from transformers_crosslmm import CrossLMMForConditionalGeneration, CrossLMMProcessor
+from transformers_crosslmm.conversion_crosslmm import compose, write_checkpoint
+from transformers_crosslmm.data_crosslmm import CrossLMMDataCollator
+from transformers_crosslmm.training_crosslmm import parameter_groups
+from transformers_crosslmm.training_tiny_crosslmm import build_tokenizer
+
+STEPS, BATCH_SIZE, HELD_OUT = 200, 16, 256
+SIZE, PATCH = 30, 6
+COLOURS = np.array([[r, g, b] for r in (30, 225) for g in (30, 225) for b in (30, 225)], dtype=np.uint8)
+
+
+def write_composition(folder: Path, *, seed: int = 0) -> Path:
+    """A composed checkpoint of random backbones; returns where it lies."""
+    torch.manual_seed(seed)
+    vision = SiglipVisionConfig(
+        hidden_size=20,
+        intermediate_size=28,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=SIZE,
+        patch_size=PATCH,
+    )
+    tokenizer = build_tokenizer()
+    text = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=56,
+        num_hidden_layers=5,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    SiglipVisionModel(vision).save_pretrained(folder / "vision")
+    Qwen2ForCausalLM(text).save_pretrained(folder / "text")
+    tokenizer.save_pretrained(folder / "text")
+    plan = compose(folder / "vision", folder / "text", cross_attention_interval=2, pooled_grid_size=1, seed=seed)
+    write_checkpoint(plan, folder / "composed")
+    return folder / "composed"
+
+
+def draw_records(rng: np.random.Generator, count: int) -> list[dict]:
+    """Chats about pictures, each with one coloured patch."""
+    records = []
+    grid = SIZE // PATCH
+    places = [place for place in range(grid * grid) if place != grid * grid // 2]
+    for _ in range(count):
+        picture = rng.integers(100, 156, (SIZE, SIZE, 3), dtype=np.uint8)
+        row, column = divmod(int(rng.choice(places)), grid)
+        answer = int(rng.integers(len(COLOURS)))
+        picture[PATCH * row : PATCH * (row + 1), PATCH * column : PATCH * (column + 1)] = COLOURS[answer]
+        question = [{"type": "image", "image": picture}, {"type": "text", "text": "Colour?"}]
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "abcdefgh"[answer]}]
+        records.append({"messages": turns})
+    return records
+
+
+@contextmanager
+def switched_off(model: torch.nn.Module, branch: str) -> Iterator[None]:
+    """The model with all gates of "v2v" or "t2v" at 0."""
+    gates = [p for name, p in model.named_parameters() if name.endswith(f"{branch}.gate.weight")]
+    values = [gate.data.clone() for gate in gates]
+    for gate in gates:
+        gate.data.zero_()
+    yield
+    for gate, value in zip(gates, values, strict=True):
+        gate.data.copy_(value)
+
+
+@torch.no_grad()
+def held_out_loss(model: torch.nn.Module, collator: CrossLMMDataCollator) -> float:
+    """The loss on pictures that are the same for every run."""
+    return float(model.eval()(**collator(draw_records(np.random.default_rng(10**6), HELD_OUT))).loss)
+
+
+def train(checkpoint: Path, *, learning_rate: float, gate_learning_rate: float, seed: int) -> dict:
+    """One run, and what it came to."""
+    collator = CrossLMMDataCollator(CrossLMMProcessor.from_pretrained(checkpoint))
+    model = CrossLMMForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).train()
+    groups = parameter_groups(model, learning_rate=learning_rate, gate_learning_rate=gate_learning_rate)
+    optimizer = torch.optim.AdamW(groups)
+    rng = np.random.default_rng(seed)
+    for _ in range(STEPS):
+        model(**collator(draw_records(rng, BATCH_SIZE))).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    result = {"learning_rate": learning_rate, "gate_learning_rate": gate_learning_rate, "seed": seed}
+    result["loss"] = held_out_loss(model, collator)
+    for branch in ("t2v", "v2v"):
+        with switched_off(model, branch):
+            result[f"loss_without_{branch}"] = held_out_loss(model, collator)
+    for branch in ("t2v", "v2v"):
+        gates = [p for name, p in model.named_parameters() if name.endswith(f"{branch}.gate.weight")]
+        result[f"largest_{branch}_gate"] = max(abs(torch.tanh(gate).item()) for gate in gates)
+    return result
+
+
+def main() -> None:
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = write_composition(Path(folder))
+        for learning_rate in (3e-4, 1e-3, 3e-3):
+            for gate_learning_rate in (1e-5, 1e-3, 1e-2):
+                for seed in range(3):
+                    runs.append(
+                        train(
+                            checkpoint, learning_rate=learning_rate, gate_learning_rate=gate_learning_rate, seed=seed
+                        )
+                    )
+                    print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    result = {
+        "what": f"a composed tiny model after {STEPS} steps of {BATCH_SIZE}, gates at three learning rates",
+        "command": "python benchmarks/gate_learning_rate.py",
+        "commit": commit,
+        "machine": f"{platform.machine()} CPU, 1 core, torch {torch.__version__}",
+        "runs": runs,
+    }
+    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Stages: which parameters learn and at which rate, recipes, and which checkpoints are resumed from."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from factories import mp4_of, random_frames, random_model, tiny_config, tiny_processor
+from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration
+from transformers_crosslmm.training_crosslmm import (
+    COMPLETE,
+    PARTS,
+    RECIPES,
+    count_parts,
+    last_complete_checkpoint,
+    mark_complete,
+    parameter_groups,
+    parse_recipe,
+    train,
+    train_only,
+)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """`model`, `media` and `data.jsonl`: six short clips and a question about each."""
+    folder = tmp_path_factory.mktemp("run")
+    processor = tiny_processor()
+    ids = {"image_token_id": processor.image_token_id, "video_token_id": processor.video_token_id}
+    config = tiny_config(text_config={"vocab_size": len(processor.tokenizer)}, untrained=True, **ids)
+    random_model(config).save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    (folder / "media").mkdir()
+    lines = []
+    for i in range(6):
+        (folder / "media" / f"{i}.mp4").write_bytes(mp4_of(random_frames(2 + i % 3, seed=i), fps=1))
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"Answer {i}."}]
+        lines.append(json.dumps({"video": f"{i}.mp4", "conversations": turns}))
+    (folder / "data.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def arguments_of(run_folder, out, **options):
+    recipe = {
+        "model": f"{run_folder}/model",
+        "train_data": f"{run_folder}/data.jsonl",
+        "media_root": f"{run_folder}/media",
+        "output_dir": str(out),
+        "max_steps": 4,
+        "save_steps": 2,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_total_limit": 3,
+    }
+    path = run_folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | options))
+    return parse_recipe([str(path)])
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+# --- what learns ----------------------------------------------------------------------------------------------------
+
+
+def test_stage_1_of_the_2b_trains_41_million_parameters():
+    """By hand: 1152·1536 + 1536·1536 + biases, and 7 times V2V's q, k, v and o, a norm and a gate."""
+    with torch.device("meta"):
+        model = CrossLMMForConditionalGeneration(CrossLMMConfig())
+    train_only(model, ["projector", "v2v"])
+    projector = 1152 * 1536 + 1536 + 1536 * 1536 + 1536
+    v2v = 7 * (2 * 1536 * 1536 + 2 * 1152 * 256 + 1536 + 1)
+    counts = count_parts(model)
+    assert counts["projector"] == (projector, projector)
+    assert counts["v2v"] == (v2v, v2v)
+    assert {part for part, (learning, _) in counts.items() if learning} == {"projector", "v2v"}
+    assert round((projector + v2v) / 1e6, 1) == 41.3
+
+
+@pytest.mark.parametrize("parts", [["projector", "v2v"], ["projector", "v2v", "t2v"], list(PARTS)])
+def test_the_optimiser_gets_all_that_learns_once_and_nothing_frozen(parts):
+    model = random_model(tiny_config())
+    train_only(model, parts)
+    groups = parameter_groups(
+        model, learning_rate=1.0, gate_learning_rate=2.0, vision_learning_rate=3.0, weight_decay=4
+    )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert sum(len(g["params"]) for g in groups) == len(rates)
+    assert rates.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, (rate, decay) in rates.items():
+        assert rate == (2.0 if "gate.weight" in name else 3.0 if "vision_tower" in name else 1.0), name
+        if "gate.weight" in name:
+            assert decay == 0, name
+
+
+@pytest.mark.parametrize(("parts", "reason"), [([], "got nothing"), (["head"], "got head"), (["t2v"], "no t2v")])
+def test_a_stage_that_trains_nothing_is_refused(parts, reason):
+    with pytest.raises(ValueError, match=reason):
+        train_only(random_model(tiny_config(text_config={"use_t2v": False})), parts)
+
+
+def test_recipes_hold_the_papers_numbers():
+    recipes = {path.stem: yaml.safe_load(path.read_text()) for path in RECIPES.glob("*.yaml")}
+    first, second = recipes["stage1_pretrain"], recipes["stage2_instruct"]
+    assert (first["trained_parts"], float(first["learning_rate"])) == (["projector", "v2v"], 1e-3)
+    assert (first["global_batch_size"], first["num_frames"], first["num_train_epochs"]) == (512, 32, 1)
+    assert sorted(second["trained_parts"]) == sorted(PARTS)
+    assert (float(second["learning_rate"]), float(second["vision_learning_rate"])) == (1e-5, 2e-6)
+    assert (second["global_batch_size"], second["max_frames"], second["num_train_epochs"]) == (128, 512, 1)
+    assert sorted(recipes["adapt"]["trained_parts"]) == ["projector", "t2v", "v2v"]
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_changes_what_learns_only_and_saves_a_model_for_use(run_folder, tmp_path):
+    parts = ["projector", "v2v", "t2v"]
+    arguments = arguments_of(run_folder, tmp_path, trained_parts=parts, weight_decay=0.5, fps=2, max_frames=3)
+    train(arguments)
+    before = CrossLMMForConditionalGeneration.from_pretrained(run_folder / "model").state_dict()
+    model = CrossLMMForConditionalGeneration.from_pretrained(tmp_path)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all("cross_attention" in name or "projector" in name for name in changed)
+    assert {name for name in changed if name.endswith("gate.weight")}
+    assert not model.config.untrained
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved.get("use_cache", True)
+    assert saved["text_config"]["use_cache"]
+    assert json.loads((tmp_path / "processor_config.json").read_text())["video_processor"]["max_frames"] == 3
+
+
+def test_a_stopped_run_goes_on_with_the_same_losses_and_passes_over_what_was_cut_off(run_folder, tmp_path):
+    whole = losses(train(arguments_of(run_folder, tmp_path)))
+    assert len(whole) == 4
+    newest = tmp_path / "checkpoint-4"
+    (newest / COMPLETE).unlink()  # as after a kill while it was saved
+    (newest / "optimizer.pt").write_bytes(b"")
+    again = train(arguments_of(run_folder, tmp_path))
+    assert losses(again) == whole
+    assert last_complete_checkpoint(tmp_path) == str(newest)
+
+
+def test_only_checkpoints_with_all_that_was_saved_are_complete(tmp_path):
+    for step in (5, 20, 100):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(bytes(step))
+        mark_complete(folder)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
+    (tmp_path / "checkpoint-100" / "model.safetensors").write_bytes(bytes(99))
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
+    (tmp_path / "checkpoint-20" / COMPLETE).unlink()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+    (tmp_path / "checkpoint-5" / "model.safetensors").unlink()
+    assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_broken_data_ends_a_run_before_it_begins(run_folder, tmp_path):
+    (tmp_path / "data.jsonl").write_text("not json\n")
+    with pytest.raises(ValueError, match="broken records"):
+        train(arguments_of(run_folder, tmp_path / "out", train_data=str(tmp_path / "data.jsonl")))
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
