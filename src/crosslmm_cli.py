@@ -473,6 +473,33 @@ def serve(
     )
 
 
+@app.command()
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A checkpoint folder, or its name on the Hub.", show_default="the tiny one of the package"
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; at others than this machine's, whoever reaches it may upload.")
+    ] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, show_default="a free one from 7860 on")] = None,
+    device: Device = None,
+) -> None:
+    """Open a web page that answers questions about uploaded videos and shows where the model looked.
+
+    Example: crosslmm demo runs/mine
+    """
+    with Steps() as steps:
+        _import_package(steps)
+        from transformers_crosslmm.demo_crosslmm import build_page, serve_page
+
+        steps.begin("Loading the model")
+        page = build_page(_checkpoint(model), device=device)
+    serve_page(page, host=host, port=port)
+
+
 def _import_package(steps: Steps) -> None:
     """The seconds that importing takes, and what libraries would say on the way."""
     import warnings

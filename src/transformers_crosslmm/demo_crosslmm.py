@@ -1,0 +1,194 @@
+"""`crosslmm demo`: a web page that answers questions about an uploaded video and shows where the model looked.
+
+This file alone knows Gradio. A visitor's video is decoded in a process of its own under limits, encoded and prefilled
+once, and then belongs to that visitor's session until it is replaced or forgotten.
+"""
+
+import os
+import queue
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from . import TINY_CHECKPOINT
+from .batch_crosslmm import VIDEO_FAILURES, IsolatedStream, PrefilledVideo
+from .conversation_crosslmm import Answer, load_model, load_processor
+from .pictures_crosslmm import draw_contact_sheet, draw_timeline, frame_labels
+from .procedural_videos import random_generator, random_video, write_mp4
+
+MAX_UPLOAD_BYTES = 64 * 2**20
+MAX_SESSIONS = 16
+"""Visitors whose videos may be in memory at once; the one who has been idle longest is forgotten for the next."""
+IDLE_SECONDS = 1800
+"""An unused video is forgotten after this, and files that were uploaded or drawn are deleted."""
+MAX_NEW_TOKENS = 256
+MAX_QUESTION_CHARACTERS = 2000
+THUMBNAIL = 160
+"""Pixels along a side of the frames that are kept for the pictures."""
+
+
+@dataclass
+class Visit:
+    """A visitor's video, what was said about it, and its frames for the pictures.
+
+    thread: the only one that asks, so that two questions at once wait for each other, and the second knows the first.
+    """
+
+    conversation: PrefilledVideo
+    frames: list[Image.Image]
+    labels: list[str]
+    chat: list[dict[str, str]] = field(default_factory=list)
+    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
+
+    def ask(self, question: str) -> Iterator[str | Answer]:
+        """The pieces of the answer as they come, and the whole of it last. Raises as `VideoConversation.ask`."""
+        pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        answer = self.thread.submit(
+            self.conversation.ask,
+            question,
+            max_new_tokens=MAX_NEW_TOKENS,
+            on_text=pieces.put,
+            with_frame_weights=True,
+        )
+        answer.add_done_callback(lambda _: pieces.put(None))
+        yield from iter(pieces.get, None)
+        yield answer.result()
+
+    def close(self) -> None:
+        """Lets the thread end after what was asked already; memory goes with the last reference."""
+        self.thread.shutdown(wait=False)
+
+
+def build_page(model: str | os.PathLike = TINY_CHECKPOINT, *, device: str | None = None) -> Any:
+    """The page as `gradio.Blocks`, the model loaded; `serve_page` opens it to visitors.
+
+    model: folder or name of a checkpoint. device: as for `load_model`.
+    Raises ImportError without Gradio.
+    """
+    gradio = _import_gradio()
+    processor = load_processor(model)
+    network = load_model(model, device=device)
+    folder = tempfile.TemporaryDirectory(prefix="crosslmm-demo-")
+    sample = Path(folder.name) / "sample.mp4"
+    write_mp4(random_video(random_generator(seed=0, split="heldout", index=0), split="heldout"), sample)
+
+    def look(path: str, earlier: Visit | None) -> tuple[Visit, Image.Image, list, None]:
+        name = os.path.basename(path)
+        try:
+            conversation = PrefilledVideo(network, processor, IsolatedStream(processor, path))
+            frames = conversation.pictures()
+        except VIDEO_FAILURES as error:
+            reason = f"{name}: {str(error).replace(path, name)}"
+            raise gradio.Error(reason, title="No video", print_exception=False) from error  # the earlier one stays
+        for frame in frames:
+            frame.thumbnail((THUMBNAIL, THUMBNAIL))
+        if earlier is not None:
+            earlier.close()
+        visit = Visit(conversation, frames, frame_labels(len(frames), conversation.video.times))
+        return visit, draw_contact_sheet(frames, visit.labels), [], None
+
+    def look_at_sample(earlier: Visit | None) -> tuple[Visit, Image.Image, list, None]:
+        return look(str(sample), earlier)
+
+    def ask(question: str, visit: Visit | None) -> Iterator[tuple[list[dict[str, str]], Any, str]]:
+        if visit is None:
+            raise gradio.Error("Upload a video or take the sample; then ask.", title="No video", print_exception=False)
+        turn = {"role": "user", "content": question}
+        text, answer = "", None
+        try:
+            for piece in visit.ask(question):
+                if isinstance(piece, Answer):
+                    answer = piece
+                else:
+                    text += piece
+                    yield [*visit.chat, turn, {"role": "assistant", "content": text}], None, ""
+        except VIDEO_FAILURES as error:
+            raise gradio.Error(str(error), title="No answer", print_exception=False) from error
+        assert answer is not None
+        visit.chat += [turn, {"role": "assistant", "content": answer.text}]
+        timeline = None
+        if answer.tokens:
+            timeline = draw_timeline(visit.frames, visit.labels, answer.tokens, answer.frame_weights)  # type: ignore[arg-type]
+        yield list(visit.chat), timeline, ""
+
+    with gradio.Blocks(title="CrossLMM", analytics_enabled=False, delete_cache=(IDLE_SECONDS, IDLE_SECONDS)) as page:
+        page.sample_folder = folder  # lives as long as the page
+        state = gradio.State(time_to_live=IDLE_SECONDS, delete_callback=lambda visit: visit and visit.close())
+        gradio.Markdown(
+            "# CrossLMM\nA video is looked at once; then ask as often as you like. "
+            f"At most {MAX_UPLOAD_BYTES // 2**20} MiB. Model: `{Path(model).name}`."
+        )
+        picture: dict[str, Any] = {
+            "show_label": False,
+            "format": "png",
+            "interactive": False,
+            "buttons": ["fullscreen", "download"],
+        }
+        with gradio.Row():
+            with gradio.Column():
+                # Not `gradio.Video`: that would open the upload with FFmpeg outside of our limits.
+                upload = gradio.File(label="Video", file_types=["video"], elem_id="upload")
+                upload.async_move_resource_to_block_cache = _uploaded_only(upload.async_move_resource_to_block_cache)
+                take_sample = gradio.Button("Take the sample video", elem_id="sample")
+                gradio.Markdown("What the model sees")
+                sheet = gradio.Image(elem_id="sheet", **picture)
+            with gradio.Column():
+                chat = gradio.Chatbot(label="Answers", render_markdown=False, buttons=["copy"], elem_id="chat")
+                question = gradio.Textbox(
+                    label="Question", max_length=MAX_QUESTION_CHARACTERS, submit_btn=True, elem_id="question"
+                )
+        gradio.Markdown("Where it looked: the weight of each frame for each token of the last answer")
+        timeline = gradio.Image(elem_id="timeline", **picture)
+        # One after the other, whoever asks: a queue is kinder than a machine out of memory.
+        queued: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
+        seen = [state, sheet, chat, timeline]
+        upload.upload(look, [upload, state], seen, api_name="look", **queued)
+        take_sample.click(look_at_sample, [state], seen, api_name="look_at_sample", **queued)
+        question.submit(ask, [question, state], [chat, timeline, question], api_name="ask", **queued)
+    return page
+
+
+def serve_page(page: Any, *, host: str = "127.0.0.1", port: int | None = None, wait: bool = True) -> str:
+    """Opens the page to visitors and returns its address, at once unless `wait`. No port: a free one from 7860 on."""
+    gradio = _import_gradio()
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=not wait,
+        share=False,
+        max_file_size=MAX_UPLOAD_BYTES,
+        state_session_capacity=MAX_SESSIONS,
+        ssr_mode=False,
+        footer_links=[],
+        quiet=not wait,
+        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # none from elsewhere
+    )
+    return address
+
+
+def _uploaded_only(move: Callable[[str], Awaitable[str]]) -> Callable[[str], Awaitable[str]]:
+    """Gradio would fetch a URL that a request names in place of an upload, of any size."""
+
+    async def moved(path: str) -> str:
+        if "://" in path:
+            raise ValueError("A video must be uploaded; a URL is not fetched.")
+        return await move(path)
+
+    return moved
+
+
+def _import_gradio() -> Any:
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
+    try:
+        import gradio
+    except ImportError as error:
+        raise ImportError('The page needs Gradio: pip install "transformers_crosslmm[demo]".') from error
+    return gradio
+
+
+__all__ = ["build_page", "serve_page"]
