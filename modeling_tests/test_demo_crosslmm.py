@@ -144,8 +144,12 @@ def test_a_question_needs_words_and_a_video(visitor, folder):
 @pytest.mark.parametrize("kind", ["path", "file uri", "url"])
 def test_what_was_not_uploaded_is_neither_opened_nor_fetched(address, folder, kind, monkeypatch):
     opened = []
-    monkeypatch.setattr(demo_crosslmm, "IsolatedStream", lambda *arguments: opened.append(arguments))
-    monkeypatch.setattr(processing_utils, "async_ssrf_protected_download", lambda *arguments: opened.append(arguments))
+
+    def note(*arguments, **_) -> None:
+        opened.append(arguments)
+
+    monkeypatch.setattr(demo_crosslmm, "IsolatedStream", note)
+    monkeypatch.setattr(processing_utils, "async_ssrf_protected_download", note)
     file = folder / "five.mp4"
     path = {"path": str(file), "file uri": file.as_uri(), "url": "http://192.0.2.1/five.mp4"}[kind]
     call = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]}
