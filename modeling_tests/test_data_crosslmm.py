@@ -1,5 +1,6 @@
 """Training data: records of every form, which tokens are learned, batches, and what becomes of bad records."""
 
+import gc
 import json
 import logging
 
@@ -358,6 +359,7 @@ def test_samples_skipped_in_worker_processes_are_counted(media):
     records = [video_record(), video_record("broken.mp4")] * 3
     dataset = CrossLMMDataset(records, tiny_processor(), media_root=media, unusable="skip")
     collator = CrossLMMDataCollator(tiny_processor())
+    gc.collect()  # pictures that other tests left behind hold FFmpeg threads, which a forked worker cannot end
     loader = torch.utils.data.DataLoader(dataset, batch_size=2, num_workers=2, collate_fn=collator)
     assert [len(batch["video_num_frames"]) for batch in loader] == [2, 2, 2]
     assert dataset.num_skipped == 3

@@ -305,4 +305,5 @@ def test_worker_processes_of_the_pipeline_decode_only(processor, model, mp4, tmp
     alone = pipe([chat_of(str(path))] * 2, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of processes that fork
+        gc.collect()  # pictures that other tests left behind hold FFmpeg threads, which a forked worker cannot end
         assert pipe([chat_of(str(path))] * 2, num_workers=1, **options) == alone

@@ -680,6 +680,11 @@ class _Untimed(Exception):
     """A packet carries no presentation time, so that pictures can only be counted."""
 
 
+# Threads of a colour conversion do not survive a fork: a data loader's worker that frees one made by its parent waits
+# for them for ever. Older PyAV has no such setting.
+_ONE_THREAD = {"threads": 1} if "threads" in (av.VideoFrame.reformat.__doc__ or "") else {}
+
+
 class _File:
     """One video stream of one file: packets, a decoder, and the way back and forth."""
 
@@ -864,7 +869,7 @@ class _File:
 
     def picture(self, seconds: float, frame) -> _Picture:
         with _translated_errors("FFmpeg cannot convert the picture to RGB.", VideoDecodeError):
-            rgb = frame.reformat(format="rgb24")
+            rgb = frame.reformat(format="rgb24", **_ONE_THREAD)
         plane = rgb.planes[0]
         # One frame per angle is asked for its matrix: asking ties a frame to its side data in a cycle, and it would
         # stay in memory until the garbage collector comes by.
