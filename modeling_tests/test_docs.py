@@ -189,7 +189,7 @@ def check_script(script: str, arguments: list[str]) -> None:
             if script.endswith(".py"):
                 runpy.run_path(str(path), run_name="__main__")
             else:
-                sys.modules.pop(script, None)
+                patch.delitem(sys.modules, script, raising=False)  # until the block is read
                 runpy.run_module(script, run_name="__main__")
         except Parsed:
             return
