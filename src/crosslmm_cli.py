@@ -36,6 +36,10 @@ Model = Annotated[
     str | None,
     typer.Option(help="A checkpoint folder, or its name on the Hub.", show_default="the tiny one of the package"),
 ]
+ServedModel = Annotated[
+    str | None,
+    typer.Argument(help="A checkpoint folder, or its name on the Hub.", show_default="the tiny one of the package"),
+]
 Frames = Annotated[int | None, typer.Option(min=1, help="Look at this many frames, in equal steps.")]
 Fps = Annotated[
     float | None, typer.Option(min=0.001, help="Look at this many frames per second, up to the checkpoint's limit.")
@@ -411,12 +415,7 @@ def check(
 
 @app.command()
 def serve(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A checkpoint folder, or its name on the Hub.", show_default="the tiny one of the package"
-        ),
-    ] = None,
+    model: ServedModel = None,
     host: Annotated[
         str, typer.Option(help="Address to listen at; others than this machine's are not safe.")
     ] = "127.0.0.1",
@@ -475,12 +474,7 @@ def serve(
 
 @app.command()
 def demo(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A checkpoint folder, or its name on the Hub.", show_default="the tiny one of the package"
-        ),
-    ] = None,
+    model: ServedModel = None,
     host: Annotated[
         str, typer.Option(help="Address to listen at; at others than this machine's, whoever reaches it may upload.")
     ] = "127.0.0.1",

@@ -31,7 +31,7 @@ from .inputs_crosslmm import check_length
 from .modeling_crosslmm import CrossLMMForConditionalGeneration
 from .processing_crosslmm import CrossLMMProcessor
 from .video_decoding import DecodedVideo, VideoDecodeWarning, VideoLimits, iter_video
-from .video_processing_crosslmm import SAMPLING_KWARGS, CrossLMMVideoMetadata, FrameChunk, VideoStream, _resize
+from .video_processing_crosslmm import SAMPLING_KWARGS, FrameChunk, VideoStream, _resize, frame_chunk
 
 Engine = Literal["ray", "local"]
 
@@ -207,19 +207,7 @@ class IsolatedStream(VideoStream):
         yield from map(self._chunk, decoded)
 
     def _chunk(self, decoded: DecodedVideo) -> FrameChunk:
-        metadata = CrossLMMVideoMetadata(
-            total_num_frames=decoded.total_num_frames,
-            fps=decoded.fps,
-            duration=decoded.duration_seconds,
-            height=decoded.height,
-            width=decoded.width,
-            video_backend="pyav",
-            frames_indices=list(decoded.frame_indices),
-            frame_times=list(decoded.times),
-            frames_valid=decoded.valid.tolist(),
-        )
-        expected = min(decoded.total_num_frames, len(self._moments(decoded.duration_seconds)))
-        return FrameChunk(decoded.frames, metadata, expected)
+        return frame_chunk(decoded, self._moments(decoded.duration_seconds))
 
 
 class PrefilledVideo(VideoConversation):

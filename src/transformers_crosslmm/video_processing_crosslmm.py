@@ -330,6 +330,23 @@ class DecoderVideo:
             yield self.decoder.get_frame_played_at(min(begin + moment, latest))
 
 
+def frame_chunk(decoded: DecodedVideo, moments: Sequence[float] | None) -> FrameChunk:
+    """Frames as they came from the decoder, with their metadata. `moments`: those sampled; None for all frames."""
+    expected = decoded.total_num_frames if moments is None else min(decoded.total_num_frames, len(moments))
+    metadata = CrossLMMVideoMetadata(
+        total_num_frames=decoded.total_num_frames,
+        fps=decoded.fps,
+        duration=decoded.duration_seconds,
+        height=decoded.height,
+        width=decoded.width,
+        video_backend="pyav",
+        frames_indices=list(decoded.frame_indices),
+        frame_times=list(decoded.times),
+        frames_valid=decoded.valid.tolist(),
+    )
+    return FrameChunk(decoded.frames, metadata, expected)
+
+
 class VideoFile:
     """Anything `decode_video` opens: a path, URI, URL, bytes or file object."""
 
@@ -346,21 +363,7 @@ class VideoFile:
             options |= {name: getattr(sampling, name) for name in SAMPLING_KWARGS}
 
         def chunk(decoded: DecodedVideo) -> FrameChunk:
-            expected = decoded.total_num_frames
-            if sampling is not None:
-                expected = min(expected, len(sampling.moments(decoded.duration_seconds)))
-            metadata = CrossLMMVideoMetadata(
-                total_num_frames=decoded.total_num_frames,
-                fps=decoded.fps,
-                duration=decoded.duration_seconds,
-                height=decoded.height,
-                width=decoded.width,
-                video_backend="pyav",
-                frames_indices=list(decoded.frame_indices),
-                frame_times=list(decoded.times),
-                frames_valid=decoded.valid.tolist(),
-            )
-            return FrameChunk(decoded.frames, metadata, expected)
+            return frame_chunk(decoded, None if sampling is None else sampling.moments(decoded.duration_seconds))
 
         if chunk_size is None:
             yield chunk(decode_video(self.source, **options))
