@@ -1,6 +1,7 @@
 """Small things that many tests build: each call builds a new one, so that no test can spoil another's."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 import av
@@ -121,3 +122,15 @@ def mp4_of(frames: np.ndarray, *, fps: int) -> bytes:
             output.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         output.mux(stream.encode())
     return file.getvalue()
+
+
+def save_checkpoint(folder: Path) -> None:
+    """A random model and the processor it fits, as a user would have them on disk."""
+    processor = tiny_processor()
+    config = tiny_config(
+        text_config={"vocab_size": len(processor.tokenizer)},
+        image_token_id=processor.image_token_id,
+        video_token_id=processor.video_token_id,
+    )
+    random_model(config).save_pretrained(folder)
+    processor.save_pretrained(folder)

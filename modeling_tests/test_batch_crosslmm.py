@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import crosslmm_cli
-from factories import mp4_of, random_frames, random_model, tiny_config, tiny_processor
+from factories import mp4_of, random_frames, save_checkpoint
 from transformers_crosslmm import batch_crosslmm
 from transformers_crosslmm.batch_crosslmm import COLUMNS, answer_corpus, read_corpus
 from transformers_crosslmm.conversation_crosslmm import load_model, load_processor
@@ -29,14 +29,7 @@ OPTIONS = {"max_new_tokens": NEW_TOKENS, "num_frames": FRAMES}
 def folder(tmp_path_factory) -> Path:
     """A checkpoint and some clips, with a text that is no video and, beside the folder, a clip that is out of it."""
     folder = tmp_path_factory.mktemp("corpus") / "inside"
-    processor = tiny_processor()
-    config = tiny_config(
-        text_config={"vocab_size": len(processor.tokenizer)},
-        image_token_id=processor.image_token_id,
-        video_token_id=processor.video_token_id,
-    )
-    random_model(config).save_pretrained(folder / "checkpoint")
-    processor.save_pretrained(folder / "checkpoint")
+    save_checkpoint(folder / "checkpoint")
     for number in range(VIDEOS):
         (folder / f"{number}.mp4").write_bytes(mp4_of(random_frames(5, seed=number).repeat(4, axis=0), fps=4))
     (folder / "notes.mp4").write_text("not a video")

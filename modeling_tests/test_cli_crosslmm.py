@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import crosslmm_cli
-from factories import mp4_of, random_frames, random_model, tiny_config, tiny_processor
+from factories import mp4_of, random_frames, save_checkpoint
 from transformers_crosslmm import CrossLMMConfig, conversation_crosslmm
 from transformers_crosslmm.conversation_crosslmm import VideoConversation, encode_video, load_processor, read_video
 from transformers_crosslmm.inspection_crosslmm import count_costs
@@ -34,14 +34,7 @@ COMMANDS = ("ask", "chat", "look", "info", "push", "serve")
 def folder(tmp_path_factory) -> Path:
     """A checkpoint, `clip.mp4` of five seconds, one picture each, and a text that is no video."""
     folder = tmp_path_factory.mktemp("cli")
-    processor = tiny_processor()
-    config = tiny_config(
-        text_config={"vocab_size": len(processor.tokenizer)},
-        image_token_id=processor.image_token_id,
-        video_token_id=processor.video_token_id,
-    )
-    random_model(config).save_pretrained(folder / "checkpoint")
-    processor.save_pretrained(folder / "checkpoint")
+    save_checkpoint(folder / "checkpoint")
     (folder / "clip.mp4").write_bytes(mp4_of(random_frames(SECONDS).repeat(FPS, axis=0), fps=FPS))
     (folder / "notes.mp4").write_text("not a video")
     return folder

@@ -11,7 +11,7 @@ import httpx  # noqa: E402
 from gradio import processing_utils  # noqa: E402
 from gradio_client import Client, handle_file  # noqa: E402
 
-from factories import mp4_of, random_frames, random_model, tiny_config, tiny_processor  # noqa: E402
+from factories import mp4_of, random_frames, save_checkpoint  # noqa: E402
 from transformers_crosslmm import demo_crosslmm  # noqa: E402
 from transformers_crosslmm.conversation_crosslmm import (  # noqa: E402
     VideoConversation,
@@ -27,14 +27,7 @@ LIMIT = 2**20
 def folder(tmp_path_factory) -> Path:
     """A checkpoint, two videos of different lengths, a text that is no video, and a file that is too large."""
     folder = tmp_path_factory.mktemp("demo")
-    processor = tiny_processor()
-    config = tiny_config(
-        text_config={"vocab_size": len(processor.tokenizer)},
-        image_token_id=processor.image_token_id,
-        video_token_id=processor.video_token_id,
-    )
-    random_model(config).save_pretrained(folder / "checkpoint")
-    processor.save_pretrained(folder / "checkpoint")
+    save_checkpoint(folder / "checkpoint")
     for name, seconds in (("five.mp4", 5), ("three.mp4", 3)):
         (folder / name).write_bytes(mp4_of(random_frames(seconds, seed=seconds).repeat(4, axis=0), fps=4))
     (folder / "notes.mp4").write_text("not a video")
