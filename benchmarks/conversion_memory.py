@@ -21,7 +21,6 @@ from transformers_crosslmm.configuration_crosslmm import PRESETS, CrossLMMTextCo
 from transformers_crosslmm.conversion_crosslmm import network_fields
 
 HERE = Path(__file__).parent
-SCRIPT = HERE.parent / "conversion" / "compose_crosslmm_from_backbones.py"
 TOGETHER = 10**12  # bytes: in one file, as both are published
 
 
@@ -62,15 +61,14 @@ def main(where: str | None = None) -> None:
         text_bytes = write_backbone(folder / "text", Qwen2ForCausalLM, text_config, torch.bfloat16)
         imports, _ = peak_and_seconds("import transformers_crosslmm.conversion_commands")
         peak, seconds = peak_and_seconds(
-            f"import runpy, sys\n"
-            f"sys.argv = ['compose', '--preset', '2B', '--out', {str(folder / 'out')!r},\n"
-            f"    '--vision', {str(folder / 'vision')!r}, '--text', {str(folder / 'text')!r}]\n"
-            f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+            f"from crosslmm_cli import app\n"
+            f"app(['compose', '--preset', '2B', '--out', {str(folder / 'out')!r}, '--vision', "
+            f"{str(folder / 'vision')!r}, '--text', {str(folder / 'text')!r}], standalone_mode=False)"
         )
         report = json.loads((folder / "out" / "conversion_report.json").read_text())
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     result = {
-        "what": "compose_crosslmm_from_backbones.py --preset 2B, random weights of the real sizes",
+        "what": "crosslmm compose --preset 2B, random weights of the real sizes",
         "command": "python benchmarks/conversion_memory.py",
         "commit": commit.stdout.strip(),
         "machine": f"{platform.machine()} CPU, 1 core shared with other work, torch {torch.__version__}",

@@ -27,11 +27,14 @@ from transformers import (
     SiglipVisionModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from typer.testing import CliRunner
 
+import crosslmm_cli
 from factories import random_model, tiny_config, tiny_tokenizer
 from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration, checkpoint_crosslmm
 from transformers_crosslmm.checkpoint_crosslmm import (
     SHARD_BYTES,
+    UNUSED_WEIGHTS,
     StoredTensor,
     new_folder,
     split_into_shards,
@@ -184,8 +187,11 @@ def weights(folder):
     return {name: tensor.read() for name, tensor in stored_tensors(folder).items()}
 
 
-def script(name):
-    return runpy.run_path(str(CONVERSION / f"{name}.py"))["main"]
+def run(*words: str) -> str:
+    """What the command prints."""
+    result = CliRunner().invoke(crosslmm_cli.app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 # Composing
@@ -285,12 +291,11 @@ def test_new_weights_depend_on_the_seed_and_on_nothing_else(vision_folder, text_
     assert not torch.equal(drawn(seed=5), drawn(seed=6))
 
 
-def test_the_command_takes_config_fields_by_name(tmp_path, vision_folder, text_folder, capsys):
-    script("compose_crosslmm_from_backbones")(
-        f"--vision {vision_folder} --text {text_folder} --out {tmp_path / 'out'} --pooled-grid-size 2 --gate-init 0.5 "
-        "--cross-attention-layers [1,3] --use-t2v false --v2v-scope frame --projector-hidden-size 37 "
-        "--dtype bfloat16".split()
-    )
+def test_the_command_takes_config_fields_by_name(tmp_path, vision_folder, text_folder):
+    parts = ("--vision", vision_folder, "--text", text_folder, "--dtype", "bfloat16")
+    sizes = ("--pooled-grid-size", "2", "--projector-hidden-size", "37", "--gate-init", "0.5")
+    layers = ("--cross-attention-layers", "[1,3]", "--use-t2v", "false", "--v2v-scope=frame")
+    printed = run("compose", *parts, *sizes, *layers, "--out", tmp_path / "out")
     model = CrossLMMForConditionalGeneration.from_pretrained(tmp_path / "out")
     config = model.config
     assert (config.pooled_grid_size, config.projector_hidden_size, config.text_config.v2v_scope) == (2, 37, "frame")
@@ -304,7 +309,6 @@ def test_the_command_takes_config_fields_by_name(tmp_path, vision_folder, text_f
     }
     assert block.v2v.gate.weight.dtype == torch.float32
     assert block.v2v.gate.weight.item() == 0.5
-    printed = capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "conversion_report.json").read_text())
     assert f"{report['tensors_initialised']} initialised" in printed
     assert all(name in printed for name in report["left_out"])
@@ -380,17 +384,17 @@ def test_mistakes_are_told_before_anything_is_written(tmp_path, vision_folder, t
 
 
 def test_nothing_is_overwritten_without_force_and_only_checkpoints_with_it(tmp_path, vision_folder, text_folder):
-    main = script("compose_crosslmm_from_backbones")
-    arguments = ["--vision", str(vision_folder), "--text", str(text_folder), "--out", str(tmp_path / "out")]
+    arguments = ["compose", "--vision", str(vision_folder), "--text", str(text_folder), "--out", str(tmp_path / "out")]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "diary.txt").write_text("dear")
     for force, message in (([], "exists and is not overwritten"), (["--force"], "holds no config.json and stays")):
-        with pytest.raises(SystemExit, match=message):
-            main(arguments + force)
+        result = CliRunner().invoke(crosslmm_cli.app, arguments + force)
+        assert result.exit_code == 1
+        assert message in result.stderr
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "diary.txt"]
 
     (tmp_path / "out" / "config.json").write_text("{}")
-    main([*arguments, "--force"])
+    run(*arguments, "--force")
     assert CrossLMMConfig.from_pretrained(tmp_path / "out").untrained
     assert not (tmp_path / "out" / "diary.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -717,10 +721,9 @@ def their_checkpoint(tmp_path):
     return folder, tmp_path / "names.json", model
 
 
-def test_a_foreign_crosslmm_converts_and_goes_back_bit_for_bit(tmp_path, their_checkpoint, capsys):
+def test_a_foreign_crosslmm_converts_and_goes_back_bit_for_bit(tmp_path, their_checkpoint):
     folder, names, trained = their_checkpoint
-    main = script("convert_crosslmm_weights_to_hf")
-    main([str(folder), "--name-table", str(names), "--out", str(tmp_path / "ours")])
+    run("convert", folder, "--name-table", names, "--out", tmp_path / "ours")
     model, info = CrossLMMForConditionalGeneration.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values()), info
     assert model.config.text_config.cross_attention_layers == [1, 3]
@@ -730,15 +733,69 @@ def test_a_foreign_crosslmm_converts_and_goes_back_bit_for_bit(tmp_path, their_c
         kept = tensor if "gate.weight" in name else tensor.bfloat16()
         assert torch.equal(model.state_dict()[name], kept), name
 
-    main([str(tmp_path / "ours"), "--reverse", "--name-table", str(names), "--out", str(tmp_path / "back")])
+    run("convert", tmp_path / "ours", "--reverse", "--name-table", names, "--out", tmp_path / "back")
     theirs, back = weights(folder), weights(tmp_path / "back")
     assert theirs.keys() == back.keys()
     for name, tensor in theirs.items():
         assert tensor.dtype == back[name].dtype, name
         assert torch.equal(tensor, back[name]), name
-    main([str(tmp_path / "back"), "--name-table", str(names), "--out", str(tmp_path / "again")])
+    printed = run("convert", tmp_path / "back", "--name-table", names, "--out", tmp_path / "again")
     assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "ours" / "config.json").read_text()
-    assert "model.momentum" in capsys.readouterr().out
+    assert "model.momentum" in printed
+
+
+def test_convert_begins_from_a_llava_and_says_that_it_is_untrained(tmp_path, llava_folder):
+    run("convert", llava_folder, "--pooled-grid-size", "2", "--dtype", "bfloat16", "--out", tmp_path / "ours")
+    config = CrossLMMConfig.from_pretrained(tmp_path / "ours")
+    assert (config.untrained, config.pooled_grid_size, config.dtype) == (True, 2, torch.bfloat16)
+
+
+def test_convert_never_takes_a_trained_crosslmm_for_a_llava(tmp_path, their_checkpoint):
+    folder, names, _ = their_checkpoint
+    out = tmp_path / "ours"
+    nameless = CliRunner().invoke(crosslmm_cli.app, ["convert", str(folder), "--out", str(out)])
+    assert nameless.exit_code == 1
+    listed = nameless.stderr.splitlines()  # its blocks have names that no table knows
+    assert sum(line.startswith("  ") and "xattn" in line for line in listed) == 2 * (1 + 2 * 5)
+    other_type = ["convert", str(folder), "--name-table", str(names), "--dtype", "float16", "--out", str(out)]
+    refused = CliRunner().invoke(crosslmm_cli.app, other_type)
+    assert refused.exit_code == 1
+    assert "a trained CrossLMM keeps its own" in refused.stderr
+    assert not out.exists()
+
+    run("convert", folder, "--name-table", names, "--out", out)
+    (out / UNUSED_WEIGHTS).unlink()
+    run("convert", out, "--reverse", "--out", tmp_path / "our_names")
+    run("convert", tmp_path / "our_names", "--out", tmp_path / "again")  # without a table: the weights tell
+    again = weights(tmp_path / "again")
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights(out).items())
+    assert not CrossLMMConfig.from_pretrained(tmp_path / "again").untrained
+
+
+WRONG_USAGE = {
+    "compose --out new --pooled 3": "No such option: --pooled. Config fields are --cross-attention-cache,",
+    "compose --out new --gate-init": "--gate-init needs a value",
+    "compose --out new more": "No such option: more.",
+    "compose --out new --preset 3B": "'3B' is not one of '2B', '7B', '7B-16'",
+    "convert old --out new --reverse --gate-init 1": "--reverse writes LLaVA-NeXT's layout as it is",
+    "convert old": "Missing option '--out'",
+}
+
+
+@pytest.mark.parametrize(("words", "message"), WRONG_USAGE.items(), ids=WRONG_USAGE)
+def test_wrong_words_are_wrong_usage(words, message):
+    result = CliRunner(env={"COLUMNS": "1000"}).invoke(crosslmm_cli.app, words.split())
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize("script", sorted(CONVERSION.glob("*.py")), ids=lambda script: script.stem)
+def test_a_script_is_the_command(script, monkeypatch, capsys):
+    command = "compose" if "compose" in script.stem else "convert"
+    monkeypatch.setattr("sys.argv", [str(script), "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(script), run_name="__main__")
+    assert f"Usage: crosslmm {command} " in capsys.readouterr().out
 
 
 def test_names_without_a_match_are_all_listed(tmp_path, their_checkpoint):

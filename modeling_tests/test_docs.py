@@ -37,6 +37,7 @@ import yaml
 from typer.testing import CliRunner
 
 import crosslmm_cli
+from transformers_crosslmm.conversion_commands import config_fields
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -146,6 +147,8 @@ def check_crosslmm(words: list[str]) -> None:
             known = {field.name for field in fields(CrossLMMTrainingArguments)}
             unknown = [word for word in inner.args if word.startswith("--") and word[2:] not in known]
             assert not unknown, f"crosslmm train does not know {unknown}"
+        elif inner.args:  # config fields by their names
+            config_fields(inner.args)
     except typer.Exit:  # --help
         pass
     except typer.TyperException as error:

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import runpy
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,6 @@ from transformers_crosslmm import CrossLMMForConditionalGeneration, CrossLMMProc
 from transformers_crosslmm.publishing_crosslmm import PublishingError, files_to_publish, push
 
 REPO = "me/crosslmm-test"
-CONVERSION = Path(__file__).parent.parent / "conversion"
 
 
 @pytest.fixture
@@ -235,22 +233,24 @@ def test_a_composition_whose_gates_have_moved_is_trained(hub, untrained_checkpoi
     assert json.loads(published(hub)["config.json"])["untrained"] is False
 
 
-def test_a_conversion_can_publish_what_it_wrote(hub, tmp_path, capsys):
+def test_a_conversion_can_publish_what_it_wrote(hub, tmp_path):
     SiglipVisionModel(tiny_config().vision_config).save_pretrained(tmp_path / "vision")
     text = tiny_config(text_config={"vocab_size": 271}).text_config
     fields = {name: getattr(text, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
     heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 56}
     Qwen2ForCausalLM(Qwen2Config(**fields, **heads)).save_pretrained(tmp_path / "text")
     tiny_tokenizer().save_pretrained(tmp_path / "text")
-    main = runpy.run_path(str(CONVERSION / "compose_crosslmm_from_backbones.py"))["main"]
-    arguments = ["--vision", str(tmp_path / "vision"), "--text", str(tmp_path / "text"), "--push-to-hub", REPO]
-    with pytest.raises(SystemExit, match=r"never trained as a CrossLMM.*--untrained"):
-        main([*arguments, "--out", str(tmp_path / "out")])
+    parts = ["--vision", str(tmp_path / "vision"), "--text", str(tmp_path / "text")]
+    arguments = ["compose", *parts, "--out", str(tmp_path / "out"), "--push-to-hub", REPO]
+    refused = CliRunner().invoke(crosslmm_cli.app, arguments)
+    assert refused.exit_code == 1
+    assert "never trained as a CrossLMM" in refused.stderr
+    assert "--untrained" in refused.stderr
     assert not (tmp_path / "out").exists()
     assert hub.requests == []
 
-    main([*arguments, "--out", str(tmp_path / "out"), "--untrained", "--private"])
-    assert f"{hub.url}/{REPO}/commit/" in capsys.readouterr().out
+    done = CliRunner().invoke(crosslmm_cli.app, [*arguments, "--untrained", "--private"])
+    assert f"{hub.url}/{REPO}/commit/" in done.stdout
     assert hub.repositories[REPO].private
     card = published(hub)["README.md"].decode()
     assert "| vision | a local checkpoint |" in card

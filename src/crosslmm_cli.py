@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -23,9 +23,10 @@ class Commands(typer.core.TyperGroup):
         except Exception as error:
             if ctx.params["debug"]:
                 raise
-            kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-            reason = " ".join(str(error).split()) or type(error).__name__
-            typer.echo(f"error: {kind}{reason} (`crosslmm --debug …` shows where.)", err=True)
+            is_ours = type(error).__module__.startswith("transformers_crosslmm.")
+            kind = "" if is_ours or isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+            reason = str(error) if is_ours else " ".join(str(error).split())  # ours have lines where they list names
+            typer.echo(f"error: {kind}{reason or type(error).__name__} (`crosslmm --debug …` shows where.)", err=True)
             raise typer.Exit(1) from error
 
 
@@ -331,41 +332,171 @@ def info(
     typer.echo(f"Memory: {memory:g} GiB less the weights, while the video is prefilled; activations come on top.")
 
 
+FIELDS_BY_NAME = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Lets config fields through, which the package knows and this file does not."""
+
+Out = Annotated[Path, typer.Option(help="Folder for the new checkpoint.", show_default=False)]
+Vision = Annotated[str | None, typer.Option(help="Vision encoder, a folder or a name on the Hub.", show_default=False)]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(help="Type of the weights.", show_default="the language model's"),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace the checkpoint that the folder holds.")]
+PushToHub = Annotated[
+    str | None, typer.Option(help="Then publish it as YOU/NAME, as `crosslmm push` does.", show_default=False)
+]
+Private = Annotated[bool, typer.Option("--private", help="On the Hub, for you alone.")]
+Untrained = Annotated[bool, typer.Option("--untrained", help="Publish what was never trained, and say so.")]
+
+
+@app.command(context_settings=FIELDS_BY_NAME)
+def compose(
+    context: typer.Context,
+    out: Out,
+    preset: Annotated[
+        Literal["2B", "7B", "7B-16"] | None,
+        typer.Option(help="A size of the paper: its backbones and pooled grid.", show_default=False),
+    ] = None,
+    vision: Vision = None,
+    text: Annotated[
+        str | None, typer.Option(help="Language model, a folder or a name on the Hub.", show_default=False)
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Its tokenizer.", show_default="with the language model")
+    ] = None,
+    flavour: Annotated[
+        Literal["paper", "recommended"], typer.Option(help="The paper's options, or those we recommend.")
+    ] = "paper",
+    long_context: Annotated[
+        bool, typer.Option("--long-context", help="131,072 positions by YaRN instead of 32,768.")
+    ] = False,
+    dtype: Dtype = None,
+    seed: Annotated[int, typer.Option(help="Of the new weights.")] = 0,
+    force: Force = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
+    untrained: Untrained = False,
+) -> None:
+    """Put a CrossLMM to train together, from a SigLIP or SigLIP2 and a Qwen2 or Qwen2.5.
+
+    Its gates are 0: until it is trained it answers as its language model does, and says nothing about the video.
+    Config fields go by their names, such as --pooled-grid-size 1 or --v2v-scope frame.
+
+    Example: crosslmm compose --preset 2B --flavour recommended --out crosslmm-2b
+    """
+    with Steps() as steps:
+        _import_package(steps, with_bars=True)
+        from transformers_crosslmm import conversion_commands, conversion_crosslmm
+    fields = _config_fields(context)
+
+    def plan() -> Any:
+        return conversion_crosslmm.compose(
+            vision,
+            text,
+            preset=preset,
+            flavour=flavour,
+            long_context=long_context,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            seed=seed,
+            **fields,
+        )
+
+    for line in conversion_commands.write(
+        plan, out, force=force, push_to_hub=push_to_hub, private=private, untrained=untrained
+    ):
+        typer.echo(line)
+
+
+@app.command(context_settings=FIELDS_BY_NAME)
+def convert(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(help="The checkpoint, a folder or a name on the Hub.", show_default=False)],
+    out: Out,
+    name_table: Annotated[
+        Path | None,
+        typer.Option(help="JSON: names of the cross-attention, {theirs: ours or null}.", show_default=False),
+    ] = None,
+    reverse: Annotated[
+        bool, typer.Option("--reverse", help="From ours to LLaVA-NeXT's layout, as it was before.")
+    ] = False,
+    vision: Vision = None,
+    dtype: Dtype = None,
+    seed: Annotated[int | None, typer.Option(help="Of new weights.", show_default="0")] = None,
+    force: Force = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
+    untrained: Untrained = False,
+) -> None:
+    """Take over a CrossLMM trained in LLaVA-NeXT's code base, bit for bit, or begin one from a LLaVA.
+
+    A LLaVA-OneVision or LLaVA-Video, in Transformers' form or LLaVA-NeXT's, gives its encoder, projector and language
+    model to a CrossLMM to train. Config fields go by their names, such as --pooled-grid-size 3.
+
+    Example: crosslmm convert lmms-lab/LLaVA-Video-7B-Qwen2 --pooled-grid-size 3 --out crosslmm-7b
+    """
+    with Steps() as steps:
+        _import_package(steps, with_bars=True)
+        from transformers_crosslmm import conversion_commands, conversion_crosslmm
+    fields = _config_fields(context)
+    if reverse and (push_to_hub or fields or vision or dtype or seed is not None):
+        raise typer.BadParameter(
+            "--reverse writes LLaVA-NeXT's layout as it is. Of the options only --name-table and --force go with it."
+        )
+    table = conversion_crosslmm.read_name_table(name_table) if name_table else None
+    if reverse:
+        report = conversion_crosslmm.crosslmm_to_llava_next(source, out, name_table=table, force=force)
+        lines = conversion_commands.report_lines(report, out)
+    else:
+
+        def plan() -> Any:
+            return conversion_commands.plan_conversion(
+                source, name_table=table, vision=vision, dtype=dtype, seed=seed, **fields
+            )
+
+        lines = conversion_commands.write(
+            plan, out, force=force, push_to_hub=push_to_hub, private=private, untrained=untrained
+        )
+    for line in lines:
+        typer.echo(line)
+
+
+def _config_fields(context: typer.Context) -> dict[str, Any]:
+    """The config fields among a command's words; anything else there is wrong usage."""
+    from transformers_crosslmm.conversion_commands import config_fields
+
+    try:
+        return config_fields(context.args)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 @app.command()
 def push(
     folder: Annotated[str, typer.Argument(help="A checkpoint folder: model and processor.")],
     repo: Annotated[str, typer.Argument(help="Name of the repository on the Hub, YOU/NAME.")],
-    private: Annotated[bool, typer.Option("--private", help="For you alone.")] = False,
+    private: Private = False,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to, in a repository that may exist.")] = None,
     with_code: Annotated[bool, typer.Option("--with-code", help="Loads without the package as well.")] = False,
-    untrained: Annotated[
-        bool, typer.Option("--untrained", help="Publish what was never trained, and say so.")
-    ] = False,
+    untrained: Untrained = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the files and their sizes.")] = False,
 ) -> None:
     """Publish a checkpoint on the Hub: everything in one commit, or nothing.
 
     Example: crosslmm push runs/mine YOU/NAME --private
     """
-    from huggingface_hub.errors import StrictDataclassError
-
-    from transformers_crosslmm.publishing_crosslmm import PublishingError, files_to_publish
+    with Steps() as steps:
+        _import_package(steps, with_bars=True)
+    from transformers_crosslmm.publishing_crosslmm import files_to_publish
     from transformers_crosslmm.publishing_crosslmm import push as push_folder
 
-    try:
-        if dry_run:
-            files = files_to_publish(folder, repo, with_code=with_code, untrained=untrained)
-            for file in files:
-                typer.echo(f"{file.size:>16,} B  {file.path}")
-            typer.echo(
-                f"{sum(file.size for file in files):>16,} B  in {len(files)} files, for {repo}; nothing was sent"
-            )
-            return
-        url = push_folder(folder, repo, private=private, revision=revision, with_code=with_code, untrained=untrained)
-        typer.echo(url)
-    except (PublishingError, StrictDataclassError, ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+    if dry_run:
+        files = files_to_publish(folder, repo, with_code=with_code, untrained=untrained)
+        for file in files:
+            typer.echo(f"{file.size:>16,} B  {file.path}")
+        typer.echo(f"{sum(file.size for file in files):>16,} B  in {len(files)} files, for {repo}; nothing was sent")
+        return
+    typer.echo(push_folder(folder, repo, private=private, revision=revision, with_code=with_code, untrained=untrained))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -494,8 +625,11 @@ def demo(
     serve_page(page, host=host, port=port)
 
 
-def _import_package(steps: Steps) -> None:
-    """The seconds that importing takes, and what libraries would say on the way."""
+def _import_package(steps: Steps, *, with_bars: bool = False) -> None:
+    """The seconds that importing takes, and what libraries would say on the way.
+
+    with_bars: leave the libraries their progress bars, on a terminal; the command then draws none itself.
+    """
     import warnings
 
     steps.begin("Importing")
@@ -504,7 +638,8 @@ def _import_package(steps: Steps) -> None:
 
     import transformers_crosslmm  # noqa: F401
 
-    logging.disable_progress_bar()
+    if not (with_bars and sys.stderr.isatty()):
+        logging.disable_progress_bar()
     hub_logging.set_verbosity_error()  # it counts its retries aloud
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 

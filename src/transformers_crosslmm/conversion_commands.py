@@ -1,88 +1,113 @@
-"""What the commands in conversion/ share: their options, what they print, and publishing when they are done."""
+"""What `crosslmm compose` and `crosslmm convert` do: plan a checkpoint, write it, say what it is, and publish it."""
 
-import argparse
 import json
-import sys
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-
-from .checkpoint_crosslmm import check_free
-from .conversion_crosslmm import CONFIG_FIELDS, Conversion, write_checkpoint
+from .checkpoint_crosslmm import check_free, find_folder, stored_tensors
+from .conversion_crosslmm import (
+    CONFIG_FIELDS,
+    Conversion,
+    NameTable,
+    convert_crosslmm_weights,
+    convert_llava,
+    fields_in_weights,
+    write_checkpoint,
+)
+from .conversion_mapping import LLAVA_NEXT
 from .publishing_crosslmm import push
 
 
-def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """An option for every config field that a conversion leaves open, by its name."""
-    group = parser.add_argument_group("config fields", "as in CrossLMMConfig and CrossLMMTextConfig, in JSON or words")
-    for name in CONFIG_FIELDS:
-        option = f"--{name.replace('_', '-')}"
-        group.add_argument(option, type=_json_or_word, default=argparse.SUPPRESS, metavar="VALUE")
+def config_fields(words: Sequence[str]) -> dict[str, Any]:
+    """The config fields among a command's words, `--pooled-grid-size 1` or `--v2v-scope=frame`: JSON, or else text.
+
+    Raises ValueError for anything that is not a field and its value.
+    """
+    fields: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        option, has_value, value = rest.pop(0).partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if not option.startswith("--") or name not in CONFIG_FIELDS:
+            raise ValueError(f"No such option: {option}. Config fields are {', '.join(map(_option, CONFIG_FIELDS))}.")
+        if not has_value:
+            if not rest:
+                raise ValueError(f"{option} needs a value.")
+            value = rest.pop(0)
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[name] = value
+    return fields
 
 
-def config_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The config fields among the parsed options."""
-    return {name: value for name, value in vars(options).items() if name in CONFIG_FIELDS}
+def _option(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
 
 
-def _json_or_word(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+def plan_conversion(
+    source: str | os.PathLike,
+    *,
+    name_table: NameTable | None,
+    vision: str | os.PathLike | None,
+    dtype: str | None,
+    seed: int | None,
+    **overrides: Any,
+) -> Conversion:
+    """`convert_crosslmm_weights` where the source holds a cross-attention that was trained, else `convert_llava`.
+
+    Nothing trained can be lost that way: `convert_llava` refuses tensors that it does not know. dtype, seed: of
+    `convert_llava`; raises ValueError where they are given for weights that keep theirs.
+    """
+    table = {**(name_table or {}), **LLAVA_NEXT}
+    if name_table is None and "cross_attention_layers" not in fields_in_weights(
+        stored_tensors(find_folder(source)), table
+    ):
+        return convert_llava(source, vision=vision, dtype=dtype, seed=seed or 0, **overrides)
+    if dtype is not None or seed is not None:
+        raise ValueError("--dtype and --seed are for the new weights of a LLaVA; a trained CrossLMM keeps its own.")
+    return convert_crosslmm_weights(source, name_table=name_table, vision=vision, **overrides)
 
 
-def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """Where the result goes: a folder, and the Hub if asked."""
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="the new checkpoint")
-    parser.add_argument("--force", action="store_true", help="replace the checkpoint that FOLDER holds")
-    parser.add_argument("--push-to-hub", metavar="REPO", help="then publish it, as `crosslmm push` does")
-    parser.add_argument("--private", action="store_true", help="with --push-to-hub: in a private repository")
-    parser.add_argument(
-        "--untrained", action="store_true", help="with --push-to-hub: publish weights that were never trained together"
-    )
-
-
-def run(
-    plan: Callable[[], Conversion], options: argparse.Namespace, *, keep_left_out: bool, measure_entropy: bool
-) -> None:
-    """Plans, writes, prints the report and publishes; what goes wrong is printed and ends the process with 1."""
-    try:
-        check_free(options.out, force=options.force)
-        conversion = plan()
-        if options.push_to_hub and conversion.config.untrained and not options.untrained:
-            raise ValueError(
-                "What this writes was never trained as a CrossLMM. Train it before you publish it, or say "
-                "--untrained; its card and config then say so too."
-            )
-        report = write_checkpoint(
-            conversion,
-            options.out,
-            force=options.force,
-            keep_left_out=keep_left_out,
-            measure_entropy=measure_entropy,
+def write(
+    plan: Callable[[], Conversion],
+    out: str | os.PathLike,
+    *,
+    force: bool,
+    push_to_hub: str | None,
+    private: bool,
+    untrained: bool,
+) -> Iterator[str]:
+    """Plans, writes and publishes; yields the lines that tell of it. Raises before work that would be in vain."""
+    check_free(out, force=force)
+    conversion = plan()
+    if push_to_hub and conversion.config.untrained and not untrained:
+        raise ValueError(
+            "What this writes was never trained as a CrossLMM. Train it before you publish it, or say --untrained; "
+            "its card and config then say so too."
         )
-        print_report(report, options.out)
-        if options.push_to_hub:
-            print(push(options.out, options.push_to_hub, private=options.private, untrained=options.untrained))
-    except (ValueError, OSError, RuntimeError, StrictDataclassError) as error:
-        sys.exit(f"error: {error}")
+    is_new = bool(conversion.initialised)
+    yield from report_lines(
+        write_checkpoint(conversion, out, force=force, keep_left_out=not is_new, measure_entropy=is_new), out
+    )
+    if push_to_hub:
+        yield push(out, push_to_hub, private=private, untrained=untrained)
 
 
-def print_report(report: dict[str, Any], out: str) -> None:
-    """The report as lines; the whole of it is in conversion_report.json."""
-    print(f"{out}: {report['parameters'] / 1e6:,.1f} M parameters, {report['bytes'] / 1e9:.2f} GB")
+def report_lines(report: dict[str, Any], out: str | os.PathLike) -> Iterator[str]:
+    """The report for people; the whole of it is in conversion_report.json."""
+    yield f"{out}: {report['parameters'] / 1e6:,.1f} M parameters, {report['bytes'] / 1e9:.2f} GB"
     for part, source in report["sources"].items():
-        print(f"  from {part}: {source}")
-    print(f"  all {report['tensors_taken_over'] + report['tensors_initialised']} names and shapes as in the model;")
-    print(f"  {report['tensors_taken_over']} tensors taken over, {report['tensors_initialised']} initialised")
+        yield f"  from {part}: {source}"
+    yield f"  all {report['tensors_taken_over'] + report['tensors_initialised']} names and shapes as in the model;"
+    yield f"  {report['tensors_taken_over']} tensors taken over, {report['tensors_initialised']} initialised"
     if report["left_out"]:
-        print(f"  {len(report['left_out'])} tensors have no place in CrossLMM:")
+        yield f"  {len(report['left_out'])} tensors have no place in CrossLMM:"
         for name in report["left_out"]:
-            print(f"    {name}")
+            yield f"    {name}"
     for layer, branches in report.get("attention_entropy", {}).items():
         shares = ", ".join(f"{name} {share:.4f}" for name, share in branches.items())
-        print(f"  entropy of the attention at layer {layer}, 1 being uniform: {shares}")
+        yield f"  entropy of the attention at layer {layer}, 1 being uniform: {shares}"
     for note in report["notes"]:
-        print(f"  note: {note}")
+        yield f"  note: {note}"

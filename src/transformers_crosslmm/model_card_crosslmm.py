@@ -238,8 +238,7 @@ def preset_card(preset: str) -> ModelCard:
         datasets=list(PAPER_DATA.values()),
         first_line=(
             "**No weights of this size are public, the authors' or ours.** This card describes the size, and is where "
-            "the card of trained weights begins: `conversion/compose_crosslmm_from_backbones.py --preset "
-            f"{preset}`, then training."
+            f"the card of trained weights begins: `crosslmm compose --preset {preset}`, then training."
         ),
     )
 
