@@ -498,10 +498,15 @@ def _open_named(name: str, limits: VideoLimits) -> BinaryIO:
         # Without O_NONBLOCK a named pipe would wait here for a writer; Windows has neither.
         descriptor = os.open(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except (OSError, ValueError) as error:
-        raise VideoOpenError(f"Cannot open {name!r}: {error}.") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        reason = getattr(error, "strerror", None) or error
+        raise VideoOpenError(
+            f"Cannot open {name!r}: {reason}. Check the path; a relative one begins in the current folder."
+        ) from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise VideoOpenError(f"{name!r} is not a regular file. Pass a file object to read from a pipe or device.")
+        remedy = "Name a file in it" if stat.S_ISDIR(mode) else "Pass a file object to read from a pipe or device"
+        raise VideoOpenError(f"{name!r} is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}. {remedy}.")
     return open(descriptor, "rb", buffering=0)
 
 
@@ -532,7 +537,7 @@ def _check_size(size: int, limits: VideoLimits) -> None:
     if size > limits.max_bytes:
         raise VideoLimitError(f"The video has more than max_bytes={limits.max_bytes} bytes. {_RAISE_LIMITS}")
     if size == 0:
-        raise VideoOpenError("The video file is empty.")
+        raise VideoOpenError("The video file is empty. Copy or download it again.")
 
 
 class _Input:
@@ -735,7 +740,8 @@ class _File:
         options = {"format_whitelist": _FORMATS, "protocol_whitelist": "none"}
         if not probe:
             options["codec_whitelist"] = "none"
-        with _translated_errors(f"FFmpeg cannot open this as a video. Accepted formats: {_FORMATS}.", VideoOpenError):
+        message = f"FFmpeg cannot open this as a video: it is cut off, or none of {_FORMATS.replace(',', ', ')}."
+        with _translated_errors(message, VideoOpenError):
             container = av.open(
                 _Input(self._file, self.clock),
                 mode="r",
@@ -897,7 +903,7 @@ def _translated_errors(message: str, kind: type[VideoError]):
     except av.error.MemoryError as error:
         raise VideoLimitError(f"{message} ({error}: it asks for more memory than there is)") from error
     except (av.error.FFmpegError, UnicodeError, OverflowError) as error:
-        raise kind(f"{message} ({error})") from error
+        raise kind(f"{message} ({getattr(error, 'strerror', None) or error})") from error
 
 
 def _orientation(frame) -> tuple[bool, bool, bool]:
