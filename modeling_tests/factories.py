@@ -1,6 +1,7 @@
 """Small things that many tests build: each call builds a new one, so that no test can spoil another's."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,23 @@ def save_checkpoint(folder: Path) -> None:
     )
     random_model(config).save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+def save_training_data(folder: Path) -> None:
+    """Under `media` and `data.jsonl`: five questions about clips of 2 to 4 frames, two that have no video, one about
+    a picture. No two have answers of one length, so that a mean over samples is not one over tokens."""
+    (folder / "media").mkdir(parents=True)
+    lines = []
+    for i in range(8):
+        record: dict[str, Any] = {"id": f"record {i}"}
+        if i in (0, 2, 3, 5, 6):
+            record["video"] = f"{i}.mp4"
+            (folder / "media" / f"{i}.mp4").write_bytes(mp4_of(random_frames(2 + i % 3, seed=i), fps=1))
+        elif i == 7:
+            record["image"] = f"{i}.png"
+            Image.fromarray(random_frames(1, seed=i)[0]).save(folder / "media" / f"{i}.png")
+        mark = "<image>\n" if len(record) > 1 else ""
+        answer = " and ".join(["This"] * (i + 1))
+        turns = [{"from": "human", "value": f"{mark}What?"}, {"from": "gpt", "value": f"{answer}."}]
+        lines.append(json.dumps(record | {"conversations": turns}))
+    (folder / "data.jsonl").write_text("\n".join(lines))

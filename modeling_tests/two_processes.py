@@ -1,4 +1,4 @@
-"""Runs a function as two processes that talk through gloo, on the CPU."""
+"""Runs functions in processes of their own, alone or two that talk through gloo, on the CPU."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -9,17 +9,34 @@ import torch
 import torch.distributed as dist
 
 
-def run_on_two_ranks(function: Callable[..., None], folder: Path, *args) -> None:
-    """Calls `function(rank, *args)`, which lives at the top of a module, in both; an error in one fails the test.
+def run_alone(function: Callable[..., None], *args) -> int:
+    """Calls `function(*args)`, which lives at the top of a module; returns the exit code, -9 after a SIGKILL."""
+    preload()
+    process = multiprocessing.get_context("forkserver").Process(target=enter_alone, args=(function, args))
+    process.start()
+    process.join()
+    return process.exitcode
 
-    The server that both are forked from imports everything slow, once for all tests.
-    """
+
+def run_on_two_ranks(function: Callable[..., None], folder: Path, *args) -> None:
+    """Calls `function(rank, *args)`, which lives at the top of a module, in both; an error in one fails the test."""
     if not dist.is_gloo_available():
         pytest.skip("torch is built without gloo")
-    multiprocessing.set_forkserver_preload(["transformers_crosslmm", "torch._dynamo", "accelerate"])
+    preload()
     torch.multiprocessing.start_processes(
         enter, args=(function, str(folder / "rendezvous"), args), nprocs=2, start_method="forkserver"
     )
+
+
+def preload() -> None:
+    """The server that all are forked from imports everything slow, once for all tests."""
+    modules = ["transformers_crosslmm", "transformers_crosslmm.training_crosslmm", "torch._dynamo", "accelerate"]
+    multiprocessing.set_forkserver_preload(modules)
+
+
+def enter_alone(function: Callable[..., None], args: tuple) -> None:
+    torch.set_num_threads(1)
+    function(*args)
 
 
 def enter(rank: int, function: Callable[..., None], rendezvous: str, args: tuple) -> None:

@@ -9,6 +9,7 @@ goes on where the run stopped.
 """
 
 import json
+import math
 import os
 import re
 import sys
@@ -22,7 +23,8 @@ import torch
 import yaml
 from torch import nn
 from transformers import AutoModelForImageTextToText, HfArgumentParser, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer import TRAINER_STATE_NAME, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
 from transformers.utils import logging
 
 from .conversation_crosslmm import load_processor
@@ -294,6 +296,19 @@ class CrossLMMTrainer(Trainer):
             raise ValueError("No step was made: the data holds no sample that can be used.")
         return output
 
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        """How many times the data was read to its end, and the batches taken since. Transformers takes a stream, whose
+        length it does not know, for one that never ends; a run that reads it again would go on at another sample."""
+        passes, batches = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, trial)
+        if checkpoint is None or has_length(self.train_dataset):
+            return passes, batches
+        saved = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        passes = math.ceil(cast(float, saved.epoch)) - 1  # of `max_steps` steps each, most of which were not made
+        steps = round((cast(float, saved.epoch) - passes) * saved.max_steps)
+        return passes, 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in Transformers, with the samples skipped so far by this process, if any were."""
         if num_skipped := getattr(self.train_dataset, "num_skipped", 0):
@@ -329,12 +344,13 @@ class CrossLMMTrainer(Trainer):
 
 def mark_complete(folder: Path) -> None:
     """Writes into a checkpoint that it is complete: which files it has and how long they are, once all are on disk."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (COMPLETE, IN_PROGRESS))
+    unfinished = folder / f"{COMPLETE}.tmp"  # there already where a run was killed
+    others = (COMPLETE, unfinished.name, IN_PROGRESS)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in others)
     for path in files:
         with path.open("rb+") as file:
             os.fsync(file.fileno())
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    unfinished = folder / f"{COMPLETE}.tmp"
     unfinished.write_text(json.dumps(sizes, indent=1))
     unfinished.replace(folder / COMPLETE)
 
