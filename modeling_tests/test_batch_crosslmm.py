@@ -1,10 +1,12 @@
 """A corpus of questions: rows, one look at each video, and runs that were killed and go on."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -153,7 +155,7 @@ def test_a_video_outside_the_root_is_never_opened(folder, tmp_path, ask, monkeyp
     errors = [row["error"] for row in rows_of(tmp_path / "answers") if row["video"] in outside]
     assert errors
     assert all("must lie below" in error for error in errors)
-    assert opened == [os.path.realpath(folder / "0.mp4")]
+    assert set(opened) - {os.devnull} == {os.path.realpath(folder / "0.mp4")}
 
 
 def test_a_fault_of_the_program_ends_the_run_instead_of_becoming_a_row(tmp_path, ask, monkeypatch):
@@ -176,10 +178,124 @@ def test_a_video_that_killed_several_workers_gets_an_error(folder, tmp_path):
     answer._answers = lambda *arguments: (_ for _ in ()).throw(SystemExit)  # the worker dies
     for _ in range(batch_crosslmm.MAX_ATTEMPTS):
         with pytest.raises(SystemExit):
-            answer(group)
+            next(answer(group))
     [row] = answer(group)
     assert row["answer"] is None
     assert "workers died" in row["error"]
+
+
+def test_who_interrupts_a_run_may_do_so_as_often_as_they_like(tmp_path, ask, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_crosslmm, "PrefilledVideo", interrupted)
+        for _ in range(batch_crosslmm.MAX_ATTEMPTS):
+            with pytest.raises(KeyboardInterrupt):
+                ask(about("0.mp4"))
+    assert ask(about("0.mp4")).failed == 0
+
+
+def test_a_machine_that_can_start_no_more_processes_ends_the_run_instead_of_failing_all_videos(
+    tmp_path, ask, monkeypatch
+):
+    def full(*arguments, **options):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", full)
+        with pytest.raises(BlockingIOError):
+            ask(about("0.mp4", "1.mp4"))
+    assert not list((tmp_path / "answers").glob("part-*"))
+    assert ask(about("0.mp4", "1.mp4")).failed == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"engine": "slurm"}, ValueError, '"ray" or "local"'),
+        ({"workers": 2}, ValueError, "`workers` are Ray's"),
+        ({"engine": "ray", "device": "cuda"}, ValueError, "`device` is the local engine's"),
+        ({"engine": "ray", "workers": 0}, ValueError, "`workers` must be at least 1"),
+        ({"engine": "ray", "cpus_per_worker": 0}, ValueError, "`cpus_per_worker` must be at least 1"),
+        ({"max_new_tokens": 0}, ValueError, "`max_new_tokens` must be at least 1"),
+        ({"num_frames": 0}, ValueError, "`num_frames` must be at least 1"),
+        ({"fps": 2.0}, ValueError, "exclude each other"),
+        ({"start_seconds": 3.0, "end_seconds": 2.0}, ValueError, "before `end_seconds`"),
+        ({"model": "no/such/model/here"}, OSError, "no/such/model"),
+        ({"root": "nowhere"}, NotADirectoryError, "none"),
+    ],
+    ids=str,
+)
+def test_options_that_no_video_could_meet_end_the_run_before_it_begins(
+    tmp_path, ask, monkeypatch, options, error, message
+):
+    monkeypatch.setattr(batch_crosslmm, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(error, match=message):
+        ask(about("0.mp4"), **options)
+    assert not (tmp_path / "answers").exists()
+
+
+# --- the folder of answers ------------------------------------------------------------------------------------------
+
+
+def test_a_part_that_is_damaged_is_named_and_asked_again_once_it_is_deleted(tmp_path, ask, monkeypatch):
+    monkeypatch.setattr(batch_crosslmm, "ROWS_PER_PART", 2)
+    ask(about("0.mp4", "1.mp4"))
+    expected = answers_of(tmp_path / "answers")
+    first, second = sorted((tmp_path / "answers").glob("part-*"))
+    first.write_bytes(first.read_bytes()[:100])
+    with pytest.raises(ValueError, match=rf"{first.name} must be a file of answers.*Delete it"):
+        ask(about("0.mp4", "1.mp4"))
+    first.unlink()
+    report = ask(about("0.mp4", "1.mp4"))
+    assert report.answered_before == 2
+    assert len(rows_of(tmp_path / "answers")) == 4
+    assert answers_of(tmp_path / "answers") == expected
+    assert second.exists()
+
+
+def test_a_file_that_is_no_part_of_ours_is_named(tmp_path, ask):
+    ask(about("0.mp4"))
+    table = batch_crosslmm._pyarrow().table({"name": ["x"]})
+    parquet.write_table(table, tmp_path / "answers/part-of-something-else.parquet")
+    with pytest.raises(ValueError, match=r"part-of-something-else\.parquet must be a file of answers"):
+        ask(about("0.mp4", "1.mp4"))
+
+
+def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_room(tmp_path, ask, monkeypatch):
+    monkeypatch.setattr(batch_crosslmm, "ROWS_PER_PART", 2)
+    written = []
+
+    def fsync(descriptor: int) -> None:
+        written.append(descriptor)
+        if len(written) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match="No space left"):
+            ask(about(*CLIPS))
+    assert len(rows_of(tmp_path / "answers")) == 2
+    report = ask(about(*CLIPS))
+    assert report.answered_before == 2
+    assert Counter(row["id"] for row in rows_of(tmp_path / "answers")).most_common(1)[0][1] == 1
+    assert len(rows_of(tmp_path / "answers")) == len(about(*CLIPS))
+    assert not list((tmp_path / "answers").glob(".part-*"))
+
+
+def test_a_folder_of_answers_that_is_a_file_is_left_alone(tmp_path, ask):
+    (tmp_path / "answers").write_text("mine")
+    with pytest.raises(OSError, match="answers"):
+        ask(about("0.mp4"))
+    assert (tmp_path / "answers").read_text() == "mine"
+
+
+def test_answers_are_on_disk_before_the_last_question_about_a_video_is_answered(tmp_path, ask, monkeypatch):
+    monkeypatch.setattr(batch_crosslmm, "ROWS_PER_PART", 1)
+    on_disk = []
+    ask(about("0.mp4"), on_progress=lambda done, total: on_disk.append(len(rows_of(tmp_path / "answers"))))
+    assert on_disk == [0, 1, 2]
 
 
 # --- questions ------------------------------------------------------------------------------------------------------
@@ -201,17 +317,52 @@ def test_ids_are_kept_and_the_same_question_with_another_id_is_another(tmp_path,
     [
         ("{", "Line 2 .* must be a JSON object"),
         ("[1]", "got a list"),
-        ('{"video": "1.mp4"}', '"question" of line 2'),
-        ('{"video": " ", "question": "Why?"}', '"video" of line 2'),
-        ('{"video": "1.mp4", "question": "Why?", "id": true}', '"id" of line 2'),
+        ('{"video": "1.mp4"}', 'Line 2 .*: "question"'),
+        ('{"video": " ", "question": "Why?"}', 'Line 2 .*: "video"'),
+        ('{"video": "1.mp4", "question": "Why?", "id": true}', 'Line 2 .*: "id"'),
         ('{"video": "1.mp4", "question": "Why?", "id": "a"}', "id 'a' of line 1"),
+        ('{"video": "1.mp4", "question": "\\ud800?"}', "Line 2 .* in UTF-8"),
+        (b'{"video": "1.mp4", "question": "\xff"}', "Line 2 .* in UTF-8"),
+        ("[" * 100_000, "Line 2 .* must be a JSON object"),
+        ('{"video": "1.mp4", "question": "Why?", "id": ' + "9" * 5000 + "}", "Line 2 .* must be a JSON object"),
     ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "bytes that are no UTF-8",
 )
 def test_a_line_that_is_no_question_is_named(tmp_path, line, message):
     path = tmp_path / "questions.jsonl"
-    path.write_text('{"video": "0.mp4", "question": "Why?", "id": "a"}\n' + line)
+    line = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(b'{"video": "0.mp4", "question": "Why?", "id": "a"}\n' + line)
     with pytest.raises(ValueError, match=message):
         read_corpus(path)
+
+
+def test_all_scripts_and_a_byte_order_mark_are_read_and_names_that_cannot_be_files_are_errors(tmp_path):
+    records = [
+        {"video": "Vidéo 映像.mp4", "question": "¿Qué pasa? \u2028 何？ 🎬"},
+        {"video": "a\x00b.mp4", "question": "Why?"},
+        {"video": "x" * 5000, "question": "Why?"},
+    ]
+    path = tmp_path / "questions.jsonl"
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\r\n" for record in records)
+    path.write_bytes(lines.encode("utf-8-sig"))
+    corpus = read_corpus(path)
+    assert [(question.video, question.question) for question in corpus] == [
+        (record["video"], record["question"]) for record in records
+    ]
+    assert corpus.groups[0].path == str(tmp_path.resolve() / records[0]["video"])
+    assert "null" in corpus.groups[1].error
+
+
+def test_a_hundred_thousand_questions_are_read_in_seconds(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    with path.open("w") as file:
+        for number in range(100_000):
+            file.write(json.dumps({"video": f"{number % 997}.mp4", "question": f"Why {number}?"}) + "\n")
+    began = time.process_time()
+    corpus = read_corpus(path)
+    assert time.process_time() - began < 20
+    assert len(corpus.groups) == 997
+    assert sum(1 for _ in corpus) == 100_000
 
 
 # --- runs that go on ------------------------------------------------------------------------------------------------

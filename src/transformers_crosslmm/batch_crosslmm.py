@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -52,7 +53,7 @@ SECONDS_PER_PART = 20.0
 MAX_TASKS = 10_000
 """Of Ray; more videos than this share tasks."""
 
-VIDEO_FAILURES = (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
+VIDEO_FAILURES = (ValueError, MemoryError, torch.OutOfMemoryError)
 """What a bad or too long video or question raises. Anything else is a fault of program or machine and ends the run."""
 
 
@@ -119,7 +120,7 @@ def read_corpus(path: str | os.PathLike, *, root: str | os.PathLike | None = Non
     located: dict[str, tuple[str, str | None]] = {}
     seen: dict[str, tuple[tuple[str, str], int]] = {}
     duplicates = 0
-    with open(path, encoding="utf-8-sig") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -147,23 +148,22 @@ def read_corpus(path: str | os.PathLike, *, root: str | os.PathLike | None = Non
     return Corpus(root_path, list(groups.values()), duplicates)
 
 
-def _parsed(line: str, where: str) -> tuple[str | None, str, str]:
+def _parsed(line: bytes, where: str) -> tuple[str | None, str, str]:
     """Id, video and question of a line."""
     try:
-        record = json.loads(line)
-        line.encode()
+        record = json.loads(line.decode("utf-8-sig"))
         json.dumps(record, ensure_ascii=False).encode()  # a lone surrogate could not be written to the answers
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} must be a JSON object: {error}.") from error
+        raise ValueError(f"{where} must be a JSON object in UTF-8: {error}.") from error
     if not isinstance(record, dict):
         raise ValueError(f'{where} must be a JSON object with "video" and "question"; got a {type(record).__name__}.')
     for name in ("video", "question"):
         value = record.get(name)
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f'"{name}" of {where.lower()} must be a string with something in it; got {value!r}.')
+            raise ValueError(f'{where}: "{name}" must be a string with something in it; got {value!r}.')
     given_id = record.get("id")
     if given_id is not None and (isinstance(given_id, bool) or not isinstance(given_id, str | int) or given_id == ""):
-        raise ValueError(f'"id" of {where.lower()} must be a string or an integer; got {given_id!r}.')
+        raise ValueError(f'{where}: "id" must be a string or an integer; got {given_id!r}.')
     return None if given_id is None else str(given_id), record["video"], record["question"]
 
 
@@ -188,7 +188,7 @@ def _hash(content: tuple[str, str]) -> str:
 class IsolatedStream(VideoStream):
     """The stream of `CrossLMMVideoProcessor` of a file from a stranger: decoded in a process of its own, by `LIMITS`.
 
-    sampling: as for `read_video`. Raises ValueError for options that contradict each other.
+    sampling: as for `read_video`. Raises ValueError for options that no video could meet.
     """
 
     def __init__(self, processor: CrossLMMProcessor, path: str, **sampling: Any) -> None:
@@ -199,12 +199,13 @@ class IsolatedStream(VideoStream):
         self._moments = wanted.moments
         self._wanted: dict[str, Any] = {name: getattr(wanted, name) for name in SAMPLING_KWARGS}
         self._resize = partial(_resize, size=video_processor.size, resample=video_processor.resample)
+        self._chunks()  # checks the options; nothing is opened before the first frame is asked for
 
     def _chunks(self) -> Iterator[FrameChunk]:
         decoded = iter_video(
             self.source, chunk_size=16, frame_transform=self._resize, limits=LIMITS, isolated=True, **self._wanted
         )
-        yield from map(self._chunk, decoded)
+        return map(self._chunk, decoded)
 
     def _chunk(self, decoded: DecodedVideo) -> FrameChunk:
         return frame_chunk(decoded, self._moments(decoded.duration_seconds))
@@ -278,21 +279,21 @@ class VideoAnswerer:
         options = self.model.generation_config
         options.do_sample, options.temperature, options.top_p, options.top_k = False, None, None, None
 
-    def __call__(self, group: Mapping[str, Any]) -> list[dict[str, str | None]]:
-        """group: a `VideoGroup` as a dict."""
+    def __call__(self, group: Mapping[str, Any]) -> Iterator[dict[str, str | None]]:
+        """group: a `VideoGroup` as a dict. Rows come out one by one, as they are answered."""
         questions = [CorpusQuestion(**question) for question in group["questions"]]
         if group["error"] is not None:
-            return [_row(question, error=group["error"]) for question in questions]
-        note = self.attempts / hashlib.sha256(group["path"].encode("utf-8", "surrogateescape")).hexdigest()
+            yield from (_row(question, error=group["error"]) for question in questions)
+            return
+        note = self.attempts / hashlib.sha256(os.fsencode(group["path"])).hexdigest()
         if note.exists() and note.stat().st_size >= MAX_ATTEMPTS:
             error = f"RuntimeError: {MAX_ATTEMPTS} workers died, or were killed, while they answered about this video."
-            rows = [_row(question, error=error) for question in questions]
+            yield from (_row(question, error=error) for question in questions)
         else:
             with open(note, "ab") as file:
                 file.write(b".")
-            rows = list(self._answers(group["path"], questions))
+            yield from self._answers(group["path"], questions)
         note.unlink(missing_ok=True)
-        return rows
 
     def _answers(self, path: str, questions: list[CorpusQuestion]) -> Iterator[dict[str, str | None]]:
         with warnings.catch_warnings(record=True) as caught:
@@ -350,13 +351,14 @@ class AnswerFiles:
         import fcntl
 
         self.pyarrow = _pyarrow()
+        self.schema = self.pyarrow.schema([(name, self.pyarrow.string()) for name in COLUMNS])
         self.folder = Path(folder)
         self.attempts = self.folder / "_attempts"
         self.attempts.mkdir(parents=True, exist_ok=True)
         self._run: BinaryIO = open(self.folder / "_run.json", "a+b")  # noqa: SIM115, open as long as it is locked
         try:
             fcntl.flock(self._run, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._run.close()
             raise ValueError(
                 f"Another run is writing to {self.folder}. Wait for it, or name another folder."
@@ -388,13 +390,23 @@ class AnswerFiles:
             )
 
     def finished(self) -> dict[str, tuple[str, str, bool]]:
-        """By id: video, question, and whether the answer is an error."""
+        """By id: video, question, and whether the answer is an error. Raises ValueError for a file that is damaged."""
         found = {}
         for part in self.parts:
-            table = self.pyarrow.parquet.read_table(part, columns=["id", "video", "question", "error"])
+            try:
+                table = self.pyarrow.parquet.read_table(part, columns=list(COLUMNS), partitioning=None)
+            except (ValueError, OSError) as error:
+                raise ValueError(
+                    f"{part} must be a file of answers: {error}. Delete it, and what it answered is asked again."
+                ) from error
             for row in table.to_pylist():
                 found[row["id"]] = (row["video"], row["question"], row["error"] is not None)
         return found
+
+    def forget_attempts(self) -> None:
+        """The videos that are at work are given up by us, not by what they do to their workers."""
+        for note in self.attempts.iterdir():
+            note.unlink()
 
     def add(self, row: dict[str, str | None]) -> None:
         if not self._waiting:
@@ -407,12 +419,11 @@ class AnswerFiles:
         """Write what waits: under another name first, so that no file is ever half there."""
         if not self._waiting:
             return
-        number = max((int(part.stem.removeprefix("part-")) for part in self.parts), default=-1) + 1
-        part = self.folder / f"part-{number:05d}.parquet"
+        names = (f"part-{number:05d}.parquet" for number in count(len(self.parts)))
+        part = next(part for part in map(self.folder.joinpath, names) if not part.exists())
         unfinished = self.folder / f".{part.name}"
-        schema = self.pyarrow.schema([(name, self.pyarrow.string()) for name in COLUMNS])
         with open(unfinished, "wb") as file:
-            self.pyarrow.parquet.write_table(self.pyarrow.Table.from_pylist(self._waiting, schema=schema), file)
+            self.pyarrow.parquet.write_table(self.pyarrow.Table.from_pylist(self._waiting, schema=self.schema), file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, part)
@@ -446,18 +457,29 @@ def answer_corpus(
     engine: "ray" runs on the cluster that RAY_ADDRESS names, or on this machine; every machine must see videos, `out`
         and a local `model` under the same names. "local" is this process.
     workers: with Ray, how many; one per GPU of the cluster if it has any, else one per `cpus_per_worker` CPUs.
+    cpus_per_worker: with Ray, also the threads of a worker.
     device: with the local engine; Ray's workers take the GPU they are given, or the CPU.
     on_progress: called with the questions answered and all questions.
     sampling: as for `read_video`. These, `max_new_tokens` and the model's name must be those that `out` began with.
 
     Decoding is isolated. A video that cannot be answered (missing, hostile, too long) becomes rows with its error.
-    Raises ValueError for a bad file of questions, or an `out` of another run, before anything is loaded.
+    Raises ValueError for a bad file of questions, options that no video could meet, or an `out` of another run,
+    before the model is loaded; OSError for a checkpoint or a folder that is not there or may not be written.
     """
     if engine not in ("ray", "local"):
         raise ValueError(f'`engine` must be "ray" or "local"; got {engine!r}.')
+    if engine == "local" and workers is not None:
+        raise ValueError(f"`workers` are Ray's; the local engine is this process alone. Leave out workers={workers}.")
+    if engine == "ray" and device is not None:
+        raise ValueError(f"`device` is the local engine's; Ray gives workers their GPUs. Leave out device={device!r}.")
+    counts = {"workers": workers, "cpus_per_worker": cpus_per_worker, "max_new_tokens": max_new_tokens}
+    for option, number in counts.items():
+        if number is not None and number < 1:
+            raise ValueError(f"`{option}` must be at least 1; got {number}.")
     corpus = read_corpus(questions, root=root)
     name = os.fspath(model)
     name = os.path.abspath(name) if os.path.isdir(name) else name
+    IsolatedStream(load_processor(name), os.devnull, **sampling)  # checks both; nothing is opened
     files = AnswerFiles(out, {"model": name, "max_new_tokens": max_new_tokens, "sampling": sampling})
     try:
         return _run(
@@ -475,6 +497,9 @@ def answer_corpus(
                 "sampling": sampling,
             },
         )
+    except KeyboardInterrupt:
+        files.forget_attempts()
+        raise
     finally:
         files.close()
 
@@ -510,8 +535,7 @@ def _run(
     ]
     left = [group for group in left if group.questions]
     total = sum(1 for _ in corpus)
-    done = total - len(asked)
-    report = {"questions": total, "videos": len(corpus.groups), "answered_before": done}
+    answered_before = done = total - len(asked)
     if on_progress is not None:
         on_progress(done, total)
     if left:
@@ -535,7 +559,7 @@ def _run(
             files.flush()
     if asked:
         raise RuntimeError(f"{len(asked)} questions were lost on the way, {min(asked)!r} among them. Start again.")
-    return CorpusReport(**report, failed=failed, duplicates=corpus.duplicates)
+    return CorpusReport(total, len(corpus.groups), answered_before, failed, corpus.duplicates)
 
 
 def _local(groups: list[VideoGroup], answerer: dict[str, Any]) -> Generator[dict[str, str | None], None, None]:
@@ -550,7 +574,7 @@ def _ray(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     is_cluster = "RAY_ADDRESS" in os.environ
     if not is_cluster:
-        # Ray's way, read at its import, to have its servers listen on 127.0.0.1 alone.
+        # Ray's way, read at its import, to have all its servers listen on 127.0.0.1 alone; `_node_ip_address` has not.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
@@ -571,6 +595,12 @@ def _ray(
                 log_to_driver=False,
                 logging_level="ERROR",
             )
+            if ray.util.get_node_ip_address() != "127.0.0.1":
+                warnings.warn(
+                    "Ray listens on every network interface of this machine, and runs what anybody sends there: "
+                    "it was imported before the run. Import it later, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0.",
+                    stacklevel=2,
+                )
     try:
         size, resources = _pool(ray.cluster_resources(), workers=workers, cpus_per_worker=cpus_per_worker)
         ray.data.DataContext.get_current().enable_progress_bars = False
@@ -598,9 +628,10 @@ def _pool(available: Mapping[str, float], *, workers: int | None, cpus_per_worke
         need["GPU"] = 1
     room = min(int(available.get(name, 0) // count) for name, count in need.items())
     if room < (workers or 1):
+        has = {name: int(available.get(name, 0)) for name in need}
         raise ValueError(
-            f"{workers or 1} workers of {dict(need)} each do not fit the cluster, which has "
-            f"{ ({name: int(available.get(name, 0)) for name in need}) }. Ask for fewer, or for less CPUs for each."
+            f"{workers or 1} workers of {need} each do not fit the cluster, which has {has}. Ask for fewer workers, "
+            "or for fewer CPUs for each."
         )
     return workers or room, {f"num_{name.lower()}s": count for name, count in need.items()}
 
