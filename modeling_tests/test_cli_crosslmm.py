@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -98,11 +99,23 @@ def test_the_help_documents_the_exit_codes(run):
 MISTAKES = {
     "no such file": (("ask", "nothing.mp4", "Why?"), 1, "nothing.mp4"),
     "no video": (("ask", "notes.mp4", "Why?"), 1, "cannot open this as a video"),
-    "no words": (("ask", "clip.mp4", " "), 1, "needs words"),
-    "a part behind the end": (("look", "clip.mp4", "--start", "9"), 1, "start_seconds=9"),
+    "no words": (("ask", "clip.mp4", " "), 2, "needs words"),
+    "a folder": (("ask", ".", "Why?"), 1, "is a folder. Name a file in it"),
+    "a part behind the end": (("look", "clip.mp4", "--start", "9"), 1, "start_seconds=9.0, end_seconds=None and a"),
+    "a part that ends before it begins": (
+        ("look", "clip.mp4", "--frames", "2", "--start", "3", "--end", "1"),
+        1,
+        "got start_seconds=3.0, end_seconds=1.0. ",
+    ),
     "two rates": (("look", "clip.mp4", "--frames", "3", "--fps", "2"), 2, "exclude each other"),
     "no frames": (("ask", "clip.mp4", "Why?", "--frames", "0"), 2, "--frames"),
-    "a picture nobody can write": (("look", "clip.mp4", "--out", "sheet.what"), 1, ".what"),
+    "a picture nobody can write": (("look", "clip.mp4", "--out", "sheet.what"), 2, ".what"),
+    "a picture in no folder": (
+        ("ask", "clip.mp4", "Why?", "--timeline", "no/where.png"),
+        2,
+        "There is no folder 'no'",
+    ),
+    "no such device": (("ask", "clip.mp4", "Why?", "--device", "cuda:7"), 1, "torch finds no GPU. Use 'cpu'."),
 }
 
 
@@ -127,6 +140,22 @@ def test_another_models_folder_is_refused(run, tmp_path):
         result = run(*arguments)
         assert result.exit_code == 1
         assert "must be a CrossLMM checkpoint" in result.stderr
+
+
+def test_a_model_that_is_nowhere_is_named_with_what_to_check(run, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # so that nothing is tried again
+    for name in ("somebody/nothing", "notes.mp4"):
+        for arguments in (("look", "clip.mp4", "--model", name), ("info", name)):
+            result = run(*arguments)
+            assert result.exit_code == 1
+            assert f"{name!r} is no folder here, and the Hub has no such model" in result.stderr
+            assert "Check the name, the connection" in result.stderr
+
+
+def test_a_folder_without_a_config_is_no_checkpoint(run, tmp_path):
+    result = run("info", str(tmp_path))
+    assert result.exit_code == 1
+    assert "config.json is missing or broken" in result.stderr
 
 
 def test_ctrl_c_ends_cleanly(folder):

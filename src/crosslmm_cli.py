@@ -23,11 +23,19 @@ class Commands(typer.core.TyperGroup):
         except Exception as error:
             if ctx.params["debug"]:
                 raise
-            is_ours = type(error).__module__.startswith("transformers_crosslmm.")
-            kind = "" if is_ours or isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-            reason = str(error) if is_ours else " ".join(str(error).split())  # ours have lines where they list names
-            typer.echo(f"error: {kind}{reason or type(error).__name__} (`crosslmm --debug …` shows where.)", err=True)
+            typer.echo(f"error: {_reason(error)} (`crosslmm --debug …` shows where.)", err=True)
             raise typer.Exit(1) from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error tells a person, in one line; our own errors have more where they list names."""
+    if type(error).__module__.startswith("transformers_crosslmm."):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        remedy = " Check the path; a relative one begins in the current folder." * isinstance(error, FileNotFoundError)
+        return f"{error.strerror}: {error.filename!r}.{remedy}"
+    kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+    return kind + (" ".join(str(error).split()) or type(error).__name__)
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -105,6 +113,10 @@ def ask(
 
     Example: crosslmm ask clip.mp4 "In which frame does the red star appear?" --frames 8 --timeline looked.png
     """
+    if not question.strip():
+        raise typer.BadParameter("A question needs words; got none.")
+    if timeline is not None:
+        _check_picture(timeline)
     with Steps() as steps:
         conversation = _conversation(steps, video, model, device, frames=frames, fps=fps, start=start, end=end)
         steps.begin("Answering")
@@ -254,6 +266,7 @@ def look(
 
     Example: crosslmm look clip.mp4 --frames 16 --out frames.png
     """
+    _check_picture(out)
     with Steps() as steps:
         _import_package(steps)
         from transformers_crosslmm.conversation_crosslmm import load_processor, read_video
@@ -291,11 +304,13 @@ def info(
     """
     with Steps() as steps:
         _import_package(steps)
+        from transformers_crosslmm import CrossLMMConfig
+        from transformers_crosslmm.configuration_crosslmm import PRESETS
         from transformers_crosslmm.inspection_crosslmm import count_costs, load_config
         from transformers_crosslmm.pictures_crosslmm import clock_time
 
         steps.begin("Counting")
-        costs = count_costs(load_config(name))
+        costs = count_costs(CrossLMMConfig.from_preset(name) if name in PRESETS else load_config(name))
     context = context or costs.max_positions
     in_context = costs.frames_in_context(context)
     in_memory = {form: costs.frames_in_memory(form, memory * 2**30) for form in costs.cache_bytes_per_frame}
@@ -652,6 +667,18 @@ def _checkpoint(model: str | None) -> str:
     if not TINY_CHECKPOINT.is_dir():
         raise FileNotFoundError(f"The package comes without its checkpoint {TINY_CHECKPOINT}; name one with --model.")
     return str(TINY_CHECKPOINT)
+
+
+def _check_picture(path: Path) -> None:
+    """Tells before the work what would keep a picture from being written after it."""
+    from PIL import Image
+
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise typer.BadParameter(f"A picture's name ends in .png, .jpg or the like; got {str(path)!r}.")
+    if not path.parent.is_dir():
+        raise typer.BadParameter(
+            f"There is no folder {str(path.parent)!r} to write {path.name!r} into. Make it first."
+        )
 
 
 def _sampling(

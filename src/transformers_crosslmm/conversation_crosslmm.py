@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 from transformers.generation.streamers import TextStreamer
 
-from .configuration_crosslmm import CrossLMMConfig
+from .inspection_crosslmm import load_config
 from .media_crosslmm import CrossLMMEncodedMedia, encode_video
 from .modeling_crosslmm import CrossLMMForConditionalGeneration
 from .pictures_crosslmm import frame_pictures
@@ -49,6 +49,8 @@ def load_model(name: str | os.PathLike, *, device: str | None = None) -> CrossLM
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"`device` must be one of this machine's; got {device!r}, and torch finds no GPU. Use 'cpu'.")
     dtype = torch.float32 if device == "cpu" else "auto"
     model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
     return model.to(device).eval()
@@ -56,9 +58,7 @@ def load_model(name: str | os.PathLike, *, device: str | None = None) -> CrossLM
 
 def load_processor(name: str | os.PathLike) -> CrossLMMProcessor:
     """The processor of a folder or a repository. Raises ValueError for another model's, OSError for none."""
-    config = AutoConfig.from_pretrained(name)  # first: one small file tells whether there is a checkpoint at all
-    if not isinstance(config, CrossLMMConfig):
-        raise ValueError(f"{os.fspath(name)!r} must be a CrossLMM checkpoint; got a {config.model_type!r}.")
+    load_config(name)
     return AutoProcessor.from_pretrained(name)
 
 

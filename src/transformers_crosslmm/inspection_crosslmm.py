@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig
 
-from .configuration_crosslmm import CROSS_ATTENTION_CACHES, PRESETS, CrossLMMConfig
+from .configuration_crosslmm import CROSS_ATTENTION_CACHES, CrossLMMConfig
 from .modeling_crosslmm import CrossLMMForConditionalGeneration
 
 
@@ -53,18 +53,24 @@ class CheckpointCosts:
 
 
 def load_config(name: str | os.PathLike) -> CrossLMMConfig:
-    """The config of a preset ("2B", "7B", "7B-16"), a folder or a repository on the Hub.
+    """The config of a folder or of a repository on the Hub. One small file: whether there is a checkpoint at all.
 
-    Raises ValueError for another model's.
+    Raises OSError where there is none, ValueError for another model's.
     """
-    if name in PRESETS:
-        return CrossLMMConfig.from_preset(str(name))
-    config = AutoConfig.from_pretrained(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        if os.path.isdir(name):
+            raise ValueError(
+                f"{os.fspath(name)!r} must be a CrossLMM checkpoint; this folder's config.json is missing or broken."
+            ) from error
+        raise OSError(
+            f"A model must be a checkpoint folder or a name on the Hub; {os.fspath(name)!r} is no folder here, and "
+            "the Hub has no such model or cannot be reached. Check the name, the connection and, for a private model, "
+            "your token."
+        ) from error
     if not isinstance(config, CrossLMMConfig):
-        raise ValueError(
-            f"{os.fspath(name)!r} must be a CrossLMM checkpoint or one of {', '.join(PRESETS)}; "
-            f"got a {config.model_type!r}."
-        )
+        raise ValueError(f"{os.fspath(name)!r} must be a CrossLMM checkpoint; got a {config.model_type!r}.")
     return config
 
 

@@ -171,13 +171,18 @@ def sample_times(
     return [start_seconds + (i + 0.5) * duration / wanted for i in range(wanted)]
 
 
+_ENDLESS = 1e12
+"""Seconds: stands for a duration that is not known yet, to check everything else."""
+
+
 def _check_part(duration_seconds: float, start_seconds: float, end_seconds: float | None) -> float:
     """The end of the part of the video that is looked at."""
     end = duration_seconds if end_seconds is None else min(end_seconds, duration_seconds)
     if not 0 <= start_seconds < end:
+        length = "" if duration_seconds == _ENDLESS else f" and a video of {duration_seconds:.3f} s"
         raise ValueError(
             f"`start_seconds` must lie in the video and before `end_seconds`; got start_seconds={start_seconds}, "
-            f"end_seconds={end_seconds} and a video of {duration_seconds:.3f} s."
+            f"end_seconds={end_seconds}{length}."
         )
     return end
 
@@ -278,9 +283,8 @@ class _Request:
             if not times or not all(math.isfinite(moment) for moment in times) or times != sorted(times):
                 raise ValueError(f"`times` must be seconds in ascending order, at least one; got {times[:8]}.")
         elif num_frames is not None or fps is not None:
-            # The duration is not known yet; an endless one checks everything else.
             sample_times(
-                1e12,
+                _ENDLESS,
                 num_frames=num_frames and 1,
                 fps=fps,
                 max_frames=1,
@@ -1432,13 +1436,14 @@ def _as_real_file(opened: BinaryIO):
     try:
         opened.fileno()
         opened.seek(0)
-        yield opened
     except (OSError, AttributeError):
         with tempfile.TemporaryFile() as copy:
             opened.seek(0)
             shutil.copyfileobj(opened, copy)
             copy.seek(0)
             yield copy
+    else:
+        yield opened
 
 
 class _Pipe:
