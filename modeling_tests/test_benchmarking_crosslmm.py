@@ -1,0 +1,98 @@
+"""What `crosslmm bench` counts and times."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from factories import random_model, tiny_config
+from transformers_crosslmm import CrossLMMConfig
+from transformers_crosslmm.benchmarking_crosslmm import (
+    FRAMES,
+    PAPER,
+    contenders,
+    count,
+    multiply_accumulates,
+    paper_macs,
+)
+from transformers_crosslmm.cache_crosslmm import VisualCacheLayer
+from transformers_crosslmm.inspection_crosslmm import count_costs
+
+BY_NAME = {contender.name: contender for contender in contenders()}
+OURS = [name for name in BY_NAME if name.startswith("CrossLMM")]
+
+
+# --- counted --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_closed_form_is_what_the_counter_counts_at_full_size(name):
+    row = count(BY_NAME[name], 4)
+    assert sum(row["closed_form"].values()) == pytest.approx(row["macs"]["total"], rel=0.005)
+
+
+@pytest.mark.parametrize("scope", ["video", "frame", "causal"])
+@pytest.mark.parametrize("form", ["kv", "features"])
+def test_the_closed_form_is_what_a_real_prefill_multiplies(scope, form):
+    config = tiny_config(text_config={"v2v_scope": scope, "cross_attention_cache": form}, projector_hidden_size=36)
+    model = random_model(config, attn_implementation="eager")
+    frames, text_tokens = 7, 11
+    ids = torch.tensor([[config.video_token_id] * 9 * frames + [5] * text_tokens])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=ids, pixel_values_videos=torch.randn(frames, 3, 33, 33), use_cache=True, logits_to_keep=1)
+    counted = sum(multiply_accumulates(config, frames, text_tokens=text_tokens).values())
+    assert counted == pytest.approx(counter.get_total_flops() / 2, rel=0.005)
+
+
+@pytest.mark.parametrize("preset", ["2B", "7B"])
+def test_the_papers_eight_figures_come_out(preset):
+    config = CrossLMMConfig.from_preset(preset)
+    counted = [paper_macs(config, frames) / 1e12 for frames in FRAMES]
+    assert counted == pytest.approx(PAPER[f"CrossLMM-{preset}"]["macs"], rel=0.015)
+
+
+@pytest.mark.parametrize("form", ["kv", "features"])
+def test_a_frame_adds_to_a_real_cache_the_bytes_that_are_counted(form):
+    config = tiny_config(text_config={"cross_attention_cache": form})
+    model = random_model(config).to(torch.bfloat16)
+
+    def kept_bytes(frames: int) -> int:
+        ids = torch.tensor([[config.video_token_id] * 9 * frames + [5] * 3])
+        pixels = torch.randn(frames, 3, 33, 33)
+        with torch.no_grad():
+            cache = model(input_ids=ids, pixel_values_videos=pixels, use_cache=True).past_key_values
+        tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        for layer in cache.layers:
+            if isinstance(layer, VisualCacheLayer):
+                tensors += [layer.cross_keys, layer.cross_values, layer.memory.states]
+        storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors if tensor is not None}
+        return sum(tensor.numel() * tensor.element_size() for tensor in storages.values())
+
+    costs = count_costs(tiny_config())
+    per_frame = costs.cache_bytes_per_frame[form] + costs.language_bytes_per_frame
+    assert costs.dtype == torch.bfloat16
+    assert kept_bytes(7) - kept_bytes(2) == 5 * per_frame
+
+
+def test_what_a_frame_keeps_at_full_size():
+    """7 layers x 729 patches x K and V x 512 x 2 bytes, or 729 patches x 1152 x 2 bytes; and 28 layers x 9 tokens x K
+    and V x 512 x 2 bytes of the language model's own."""
+    own = 28 * 9 * 2 * 512 * 2
+    kept = {form: count(BY_NAME[f"CrossLMM-7B, video, {form}"], 2)["cache_bytes"] / 2 for form in ("kv", "features")}
+    assert kept == {"kv": 7 * 729 * 2 * 512 * 2 + own, "features": 729 * 1152 * 2 + own}
+
+
+@pytest.mark.parametrize("name", [name for name in BY_NAME if name not in OURS])
+def test_what_is_counted_of_a_peer_grows_with_its_frames(name):
+    few, many = (count(BY_NAME[name], frames, size="toy") for frames in (2, 6))
+    assert many["macs"]["vision"] == 3 * few["macs"]["vision"] > 0
+    assert many["macs"]["language model"] > 2 * few["macs"]["language model"] > 0
+
+
+def test_peers_see_the_tokens_that_their_processors_would_give_them():
+    tokens = {name: peer.num_tokens(peer.config("full"), 32) for name, peer in BY_NAME.items() if name not in OURS}
+    assert tokens == {
+        "LLaVA-OneVision-0.5B": 32 * 196 + 1,
+        "LLaVA-OneVision-7B": 32 * 196 + 1,
+        "Qwen2.5-VL-7B": 16 * 196,
+        "Qwen3-VL-8B": 16 * 144,
+    }
