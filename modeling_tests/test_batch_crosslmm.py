@@ -1,13 +1,17 @@
 """A corpus of questions: rows, one look at each video, and runs that were killed and go on."""
 
 import errno
+import ipaddress
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -138,6 +142,11 @@ def test_a_video_that_fails_becomes_rows_with_its_error_and_the_others_are_answe
         else:
             assert row["answer"] is not None
             assert row["error"] is None
+
+
+def test_what_the_caller_warns_of_between_two_rows_is_heard(ask):
+    with pytest.warns(UserWarning, match="1 of 2"):
+        ask(about("notes.mp4"), on_progress=lambda done, total: warnings.warn(f"{done} of {total}", stacklevel=1))
 
 
 def test_a_video_outside_the_root_is_never_opened(folder, tmp_path, ask, monkeypatch):
@@ -493,8 +502,21 @@ def test_the_command_names_the_extra_where_ray_is_missing(folder, tmp_path, monk
 # --- many workers ---------------------------------------------------------------------------------------------------
 
 
-def workers_below(pid: int) -> list[int]:
-    """The processes of Ray's workers that this process, or one that it started, started."""
+RAY_DRIVER = """
+import sys
+from transformers_crosslmm import batch_crosslmm
+questions, root, new_tokens, frames = sys.argv[1:]
+batch_crosslmm.ROWS_PER_PART = 2
+batch_crosslmm.answer_corpus(
+    questions, "answers", root=root, model=root + "/checkpoint", engine="ray", workers=2,
+    max_new_tokens=int(new_tokens), num_frames=int(frames),
+    on_progress=lambda done, total: print(done, flush=True),
+)
+"""
+
+
+def below(pid: int) -> dict[int, bytes]:
+    """The processes that this one, or one that it started, started, with their command lines."""
     parents, titles = {}, {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -505,18 +527,56 @@ def workers_below(pid: int) -> list[int]:
             continue
 
     def is_below(number: int) -> bool:
-        return number == pid or (number in parents and is_below(parents[number]))
+        return number in parents and (parents[number] == pid or is_below(parents[number]))
 
-    return [number for number, title in titles.items() if b"VideoAnswerer" in title and is_below(number)]
+    return {number: title for number, title in titles.items() if is_below(number)}
 
 
-@pytest.mark.slow
-def test_with_ray_the_rows_are_those_of_one_process_though_a_worker_is_killed(folder, tmp_path, ask):
-    pytest.importorskip("ray", reason='pip install "transformers_crosslmm[ray]"')
+def workers_below(pid: int) -> list[int]:
+    return [number for number, title in below(pid).items() if b"VideoAnswerer" in title]
+
+
+def listening(pids: Iterable[int]) -> set[str]:
+    """The addresses at which these processes take TCP connections."""
+    sockets = set()
+    for pid in pids:
+        with suppress(OSError):  # it has ended
+            sockets |= {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
+    addresses = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in sockets:
+                words = bytes.fromhex(local.partition(":")[0])
+                turned = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
+                addresses.add(str(ipaddress.ip_address(turned)))
+    return addresses
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def needs_ray() -> None:
+    pytest.importorskip("ray", reason='needs pip install "transformers_crosslmm[ray]"')
+
+
+@pytest.fixture
+def many_clips(folder) -> list[str]:
+    """More videos than two workers have at once."""
     clips = [f"ray-{number}.mp4" for number in range(8)]
     for number, clip in enumerate(clips):
         (folder / clip).write_bytes((folder / CLIPS[number % VIDEOS]).read_bytes())
-    records = about(*clips, "notes.mp4", "../secret.mp4")
+    return clips
+
+
+@pytest.mark.slow
+def test_with_ray_the_rows_are_those_of_one_process_though_a_worker_is_killed(needs_ray, many_clips, tmp_path, ask):
+    records = about(*many_clips, "notes.mp4", "../secret.mp4")
     ask(records)
     expected = rows_of(tmp_path / "answers")
     (tmp_path / "answers").rename(tmp_path / "local")
@@ -533,3 +593,71 @@ def test_with_ray_the_rows_are_those_of_one_process_though_a_worker_is_killed(fo
     assert killed
     assert report.failed == 2 * len(QUESTIONS)
     assert sorted(rows, key=lambda row: row["id"]) == sorted(expected, key=lambda row: row["id"])
+
+
+@pytest.mark.slow
+def test_a_worker_is_killed_then_the_driver_and_the_next_run_answers_each_question_once(
+    needs_ray, many_clips, folder, tmp_path, ask
+):
+    records = about(*many_clips, "notes.mp4")
+    questions = write(tmp_path / "questions.jsonl", records)
+    ask(records)
+    expected = rows_of(tmp_path / "answers")
+    (tmp_path / "answers").rename(tmp_path / "local")
+
+    driver = subprocess.Popen(
+        [sys.executable, "-c", RAY_DRIVER, questions, folder, str(NEW_TOKENS), str(FRAMES)],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+    )
+    started: set[int] = set()
+    workers: list[int] = []
+    for line in driver.stdout:
+        done = int(line)
+        started |= set(below(driver.pid))
+        if done and not workers:
+            workers = workers_below(driver.pid)
+            os.kill(workers[0], signal.SIGKILL)
+        if done >= len(records) // 2:
+            break
+    driver.kill()
+    assert driver.wait() == -signal.SIGKILL
+    driver.stdout.close()
+    kept = rows_of(tmp_path / "answers")
+    assert workers
+    assert 0 < len(kept) < len(records)
+    wait_until(lambda: not any(map(is_running, started)), seconds=120)
+
+    report = ask(records, engine="ray", workers=2)
+    rows = rows_of(tmp_path / "answers")
+    assert report.answered_before == len(kept)
+    assert [row for row in rows if row in kept] == kept
+    assert sorted(rows, key=lambda row: row["id"]) == sorted(expected, key=lambda row: row["id"])
+    assert not list((tmp_path / "answers/_attempts").iterdir())
+
+
+def wait_until(is_so: Callable[[], bool], *, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["", "import ray"], ids=["Ray imported by us", "Ray imported before"])
+def test_ray_takes_connections_from_this_machine_alone_or_a_warning_says_that_it_does_not(
+    needs_ray, folder, tmp_path, first
+):
+    questions = write(tmp_path / "questions.jsonl", about("0.mp4"))
+    command = [sys.executable, "-c", first + RAY_DRIVER, questions, folder, str(NEW_TOKENS), str(FRAMES)]
+    with (tmp_path / "errors").open("w+") as errors:
+        with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=errors) as driver:
+            addresses = set()
+            for _ in driver.stdout:
+                addresses |= listening([driver.pid, *below(driver.pid)])
+        errors.seek(0)
+        warning = "listens on every network interface" in errors.read()
+    assert driver.returncode == 0
+    assert addresses
+    is_local = addresses <= {"127.0.0.1", "::ffff:127.0.0.1", "::ffff:7f00:1", "::1"}
+    assert (is_local, warning) == ((False, True) if first else (True, False))

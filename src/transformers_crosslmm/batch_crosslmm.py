@@ -296,6 +296,7 @@ class VideoAnswerer:
         note.unlink(missing_ok=True)
 
     def _answers(self, path: str, questions: list[CorpusQuestion]) -> Iterator[dict[str, str | None]]:
+        failure = None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
@@ -303,8 +304,10 @@ class VideoAnswerer:
                     self.model, self.processor, IsolatedStream(self.processor, path, **self.sampling)
                 )
             except VIDEO_FAILURES as error:
-                yield from (_row(question, error=_described(error)) for question in questions)
-                return
+                failure = _described(error)
+        if failure is not None:
+            yield from (_row(question, error=failure) for question in questions)
+            return
         warning = " ".join(str(w.message) for w in caught if isinstance(w.message, VideoDecodeWarning)) or None
         for question in questions:
             try:
