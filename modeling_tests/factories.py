@@ -125,13 +125,14 @@ def mp4_of(frames: np.ndarray, *, fps: int) -> bytes:
     return file.getvalue()
 
 
-def save_checkpoint(folder: Path) -> None:
-    """A random model and the processor it fits, as a user would have them on disk."""
+def save_checkpoint(folder: Path, *, text_config: dict[str, Any] | None = None, **overrides: Any) -> None:
+    """A random model and the processor it fits, as a user would have them on disk; for the rest see `tiny_config`."""
     processor = tiny_processor()
     config = tiny_config(
-        text_config={"vocab_size": len(processor.tokenizer)},
+        text_config={"vocab_size": len(processor.tokenizer)} | (text_config or {}),
         image_token_id=processor.image_token_id,
         video_token_id=processor.video_token_id,
+        **overrides,
     )
     random_model(config).save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -1,20 +1,40 @@
-"""FSDP2 on two ranks whose batches differ: neither hangs, and gradients are those of one process."""
+"""Two processes train as one does on the same samples, though their batches differ: DDP and FSDP2."""
 
 import copy
+import os
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from torch.distributed.fsdp import fully_shard
 
-from factories import random_model, tiny_config
+from factories import random_model, save_checkpoint, save_training_data, tiny_config
 from test_training_crosslmm import TEXT_ONLY, gradients, labelled
+from transformers_crosslmm import CrossLMMForConditionalGeneration
+from transformers_crosslmm.data_crosslmm import CrossLMMDataCollator
+from transformers_crosslmm.training_crosslmm import (
+    RECIPES,
+    last_complete_checkpoint,
+    mark_complete,
+    parse_recipe,
+    train,
+)
 from two_processes import run_on_two_ranks
 
 LONG = (6, ("video", 9), 5)  # three chunks of the encoder
 SHORT = (4, ("video", 2), 7)
 IMAGE = (5, ("image", 1), 3, ("video", 2), 4)
 BATCHES = {"text": (LONG, TEXT_ONLY), "unequal chunks": (SHORT, LONG), "an image more": (IMAGE, SHORT)}
+
+
+def give_up_after(seconds: int) -> None:
+    """Ranks that wait for each other in different places do so for half an hour otherwise."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+
+
+# --- one step -------------------------------------------------------------------------------------------------------
 
 
 def sharded(model):
@@ -28,7 +48,7 @@ def sharded(model):
 
 
 def compare_with_one_process(rank: int) -> None:
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=60), dist.group.WORLD)
+    give_up_after(60)
     model = random_model(tiny_config()).train()
     parallel = sharded(copy.deepcopy(model))
     for name, layouts in BATCHES.items():
@@ -49,3 +69,130 @@ def compare_with_one_process(rank: int) -> None:
 
 def test_ranks_with_different_media_stay_in_step_under_fsdp2(tmp_path):
     run_on_two_ranks(compare_with_one_process, tmp_path)
+
+
+# --- whole runs of the Trainer --------------------------------------------------------------------------------------
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A checkpoint with tied embeddings, as the 2B has them, and data of which three in eight have no video."""
+    folder = tmp_path_factory.mktemp("run")
+    save_checkpoint(folder / "model", text_config={"tie_word_embeddings": True}, tie_word_embeddings=True)
+    save_training_data(folder)
+    (folder / "recipe.yaml").write_text("{report_to: none, use_cpu: true, disable_tqdm: true, logging_steps: 1}")
+    return folder
+
+
+def arguments_of(run_folder, out, **options):
+    """Four samples per step, however many processes there are."""
+    options = {
+        "model": run_folder / "model",
+        "train_data": run_folder / "data.jsonl",
+        "media_root": run_folder / "media",
+        "output_dir": out,
+        "learning_rate": 1e-2,
+        "max_steps": STEPS,
+        "save_steps": 2,
+        "global_batch_size": 4,
+        "per_device_train_batch_size": 1,
+    } | options
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return parse_recipe([str(run_folder / "recipe.yaml"), *words])
+
+
+def losses(trainer) -> torch.Tensor:
+    return torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+
+
+@pytest.fixture(scope="module")
+def alone(run_folder, tmp_path_factory):
+    """The losses of one process, and how far they are from themselves when sums come in another order."""
+    out = tmp_path_factory.mktemp("alone")
+    one_by_one = losses(train(arguments_of(run_folder, out / "1")))
+    at_once = losses(train(arguments_of(run_folder, out / "4", per_device_train_batch_size=4)))
+    return one_by_one, torch.maximum((one_by_one - at_once).abs().max(), one_by_one * torch.finfo().eps)
+
+
+def switch_on(kind: str) -> None:
+    """As `accelerate launch --config_file` does it, and where it does so for GPUs only, on the CPU."""
+    if kind == "fsdp2":
+        from accelerate.state import DistributedType, PartialState
+
+        config = yaml.safe_load((RECIPES / "accelerate" / "fsdp2.yaml").read_text())
+        os.environ |= {name.upper(): str(value) for name, value in config["fsdp_config"].items()}
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def train_on_two_ranks(rank: int, kind: str, run_folder, out, alone) -> None:
+    give_up_after(120)
+    has_video = []
+    collate = CrossLMMDataCollator.__call__
+
+    def note(self, samples):
+        batch = collate(self, samples)
+        has_video.append("pixel_values_videos" in batch)
+        return batch
+
+    CrossLMMDataCollator.__call__ = note
+    arguments = arguments_of(run_folder, out)
+    assert (arguments.world_size, arguments.gradient_accumulation_steps) == (2, 2)
+    switch_on(kind)
+    trainer = train(arguments)
+
+    assert type(trainer.model_wrapped).__name__.startswith({"ddp": "Distributed", "fsdp2": "FSDP"}[kind])
+    on_both = [None, None]
+    dist.all_gather_object(on_both, has_video)
+    assert len(has_video) == 2 * STEPS
+    assert {(True, False), (False, True)} & set(zip(*on_both, strict=True))
+    expected, rounding = alone
+    if rank == 0:
+        assert ((losses(trainer) - expected).abs() <= 4 * rounding).all(), f"{losses(trainer)} is not {expected}"
+
+    # What was saved is what was trained, and is a checkpoint like any other.
+    saved = CrossLMMForConditionalGeneration.from_pretrained(out)
+    learned = trainer.model.state_dict()
+    assert learned.keys() == saved.state_dict().keys()
+    for name, tensor in saved.state_dict().items():
+        whole = learned[name].full_tensor() if kind == "fsdp2" else learned[name]
+        assert torch.equal(whole, tensor), name
+    inputs = labelled(saved.config, LONG)
+    with torch.no_grad():
+        logits = trainer.model.eval()(**inputs).logits
+        torch.testing.assert_close(logits, saved(**inputs).logits)
+
+    # And goes on as before.
+    dist.barrier()
+    if rank == 0:
+        for path in (out / f"checkpoint-{STEPS}").iterdir():
+            path.unlink()
+    dist.barrier()
+    arguments = arguments_of(run_folder, out)
+    switch_on(kind)
+    again = train(arguments)
+    assert torch.equal(losses(again), losses(trainer))
+    for name, tensor in again.model.state_dict().items():
+        assert torch.equal(
+            getattr(tensor, "_local_tensor", tensor), getattr(learned[name], "_local_tensor", learned[name])
+        ), name
+    assert last_complete_checkpoint(out) == str(out / f"checkpoint-{STEPS}")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one_does_on_the_same_samples(kind, run_folder, alone, tmp_path):
+    run_on_two_ranks(train_on_two_ranks, tmp_path, kind, run_folder, tmp_path / "out", alone)
+
+
+def begin_in_folders_of_their_own(rank: int, run_folder, out) -> None:
+    give_up_after(60)
+    (out / "0" / "checkpoint-2").mkdir(parents=True, exist_ok=True)
+    mark_complete(out / "0" / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"process 0 at checkpoint-2, process 1 at the beginning.*machines share"):
+        train(arguments_of(run_folder, out / str(rank)))
+
+
+def test_machines_that_do_not_share_the_output_do_not_begin_at_different_checkpoints(run_folder, tmp_path):
+    run_on_two_ranks(begin_in_folders_of_their_own, tmp_path, run_folder, tmp_path)

@@ -1,6 +1,7 @@
 """Runs functions in processes of their own, alone or two that talk through gloo, on the CPU."""
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def enter_alone(function: Callable[..., None], args: tuple) -> None:
 
 def enter(rank: int, function: Callable[..., None], rendezvous: str, args: tuple) -> None:
     torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     try:
         function(rank, *args)

@@ -280,7 +280,8 @@ class CrossLMMTrainer(Trainer):
     ) -> Any:
         """As in Transformers; True resumes from the newest checkpoint that is complete, a path must be one.
 
-        Raises ValueError where there is none, and where the data held no sample to train on.
+        Raises ValueError where there is none, where processes would begin at different ones, and where the data held
+        no sample to train on.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(cast(str, self.args.output_dir))
@@ -290,11 +291,23 @@ class CrossLMMTrainer(Trainer):
             raise ValueError(
                 f"{resume_from_checkpoint} was not saved to its end (or not by CrossLMMTrainer): it cannot be resumed."
             )
+        self._agree_on(resume_from_checkpoint)
         self.model.config.untrained = False
         output = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
         if self.state.global_step == 0:
             raise ValueError("No step was made: the data holds no sample that can be used.")
         return output
+
+    def _agree_on(self, checkpoint: str | bool | None) -> None:
+        from accelerate.utils import gather_object
+
+        names = gather_object([Path(str(checkpoint)).name if checkpoint else "the beginning"])
+        if len(set(names)) > 1:
+            places = ", ".join(f"process {number} at {name}" for number, name in enumerate(names))
+            raise ValueError(
+                f"All processes must go on at one checkpoint; they would begin so: {places}. `output_dir` must be one "
+                "folder that all machines share."
+            )
 
     def _init_training_state(
         self, max_steps: int, steps_per_epoch: int, epochs: int, checkpoint: str | None, trial: Any
