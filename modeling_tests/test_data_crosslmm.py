@@ -3,12 +3,15 @@
 import gc
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+import crosslmm_cli
 from factories import mp4_of, random_frames, random_model, tiny_config, tiny_processor
 from transformers_crosslmm.data_crosslmm import (
     IGNORED,
@@ -185,6 +188,11 @@ def test_messages_take_media_from_their_parts_or_from_columns_in_order():
         ({"conversations": ["x"]}, "a turn is an object"),
         ({"messages": [{"role": "user", "content": [{"type": "sound"}]}]}, "got 'sound'"),
         (record("<image>", "A.", image="a", images=["b"]), "got both"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "0 images and 0 videos for 1 places"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}, "must be a string; got int"),
+        ({"messages": [{"role": "user", "content": [3]}]}, "a string or an object; got int"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "surrogates not allowed"),
+        ({"messages": [{"role": [], "content": "x"}]}, r"got \[\]"),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )
@@ -212,6 +220,57 @@ def test_a_name_that_leads_out_of_the_media_folder_is_refused(name, tmp_path):
 def test_a_name_is_never_anything_but_a_file(name, tmp_path):
     with pytest.raises(UnusableSample, match=r"no file|no name of a file"):
         encode_chat(tiny_processor(), video_record(name), media_root=tmp_path)
+
+
+ODD_VALUES = (
+    *(None, True, 0, -1.5, "", " ", "\ud800", "<image>", "<|im_end|>", "<|video_pad|>" * 3),
+    *("three.mp4", "../three.mp4", {"bytes": None}, {"path": "three.mp4"}, {"type": "text"}, {"type": "video"}, {}),
+    *(
+        [],
+        [None],
+        [[]],
+        [{}],
+        [{"type": []}],
+        [{"type": "video", "path": 3}],
+        [{"type": "image_url", "image_url": {}}],
+    ),
+)
+
+
+def with_odd_values(written):
+    """The record with one of its values, at any depth, replaced by each of `ODD_VALUES`."""
+    items = written.items() if isinstance(written, dict) else enumerate(written) if isinstance(written, list) else ()
+    for key, value in items:
+        for odd in (*ODD_VALUES, *with_odd_values(value)):
+            changed = written.copy()
+            changed[key] = odd
+            yield changed
+
+
+def test_whatever_json_a_record_is_it_becomes_a_sample_or_is_named_as_unusable(media):
+    picture = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
+    answer = {"role": "assistant", "content": "A cat."}
+    processor = tiny_processor()
+    usable = []
+    for written in (video_record(), {"image": "picture.png", "messages": [picture, answer]}):
+        for odd in with_odd_values(written):
+            is_broken = bool(list(find_broken([odd], media)))
+            try:
+                sample = encode_chat(processor, odd, media_root=media)
+            except UnusableSample:
+                continue
+            assert not is_broken, odd
+            assert (sample["labels"] != IGNORED).any(), odd
+            usable.append(odd)
+    assert len(usable) > 20
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGBA", "CMYK", "YCbCr", "I", "F", "I;16", "LAB"])
+def test_an_image_may_have_any_mode_and_shape(mode, tmp_path):
+    Image.new(mode, (1, 3000)).save(tmp_path / "odd.tiff")
+    sample = encode_chat(tiny_processor(), record("<image>", "A.", image="odd.tiff"), media_root=tmp_path)
+    assert sample["pixel_values"].shape == (1, 3, 33, 33)
+    assert torch.isfinite(sample["pixel_values"]).all()
 
 
 def test_names_without_a_media_folder_are_a_mistake_of_the_caller_and_never_skipped(media):
@@ -319,6 +378,69 @@ def test_broken_records_are_found_with_file_and_line_and_without_decoding(media,
     assert len(problems) == 2
     assert problems[0].startswith(f"{path}:2: not JSON")
     assert problems[1].startswith(f"{path}:5 (id x7): there is no file")
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def check(*arguments):
+    """`crosslmm data check`: its exit code, lines for broken records, and what it says beside them."""
+    result = CliRunner().invoke(crosslmm_cli.app, ["data", "check", *map(str, arguments)])
+    return result.exit_code, result.stdout.splitlines(), result.stderr.splitlines()
+
+
+def test_the_command_says_that_good_data_is_good(media, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [video_record(), record("Only words?", "Yes.")])
+    assert check(path, "--media-root", media) == (0, [], ["2 records, 0 broken"])
+
+
+def test_the_command_lists_broken_records_of_a_mixture_with_file_line_and_name(media, tmp_path):
+    (tmp_path / "parts").mkdir()
+    write_lines(tmp_path / "parts" / "lines.jsonl", [video_record(), record("A question alone.") | {"id": "ä7"}])
+    (tmp_path / "array.json").write_text(json.dumps([video_record(), {}, video_record("lost.mp4")], indent=1))
+    (tmp_path / "mix.yaml").write_text(
+        "datasets: [{json_path: parts/lines.jsonl}, {json_path: array.json, sampling_strategy: 'end:2'}]"
+    )
+    exit_code, broken, said = check(tmp_path / "mix.yaml", "--media-root", media)
+    assert exit_code == 1
+    assert said == ["4 records, 3 broken"]
+    assert broken[0].startswith(f"{tmp_path}/parts/lines.jsonl:2 (id ä7): nothing to learn")
+    assert broken[1].startswith(f"{tmp_path}/array.json:15: a record needs `conversations`")
+    assert broken[2].startswith(f"{tmp_path}/array.json:16: there is no file {media}/lost.mp4")
+    assert len(broken) == 3
+
+
+def test_the_command_decodes_nothing_and_training_names_what_does_not_decode(media, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [video_record("broken.mp4")])
+    assert check(path, "--media-root", media)[0] == 0
+    with pytest.raises(UnusableSample, match=r"a\.jsonl:1: .*broken\.mp4"):
+        CrossLMMDataset(load_records(path), tiny_processor(), media_root=media)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "reason"),
+    [
+        ("a.jsonl", "", "a.jsonl holds no records"),
+        ("a.json", "[]", "a.json holds no records"),
+        ("a.json", '[{},\n{"id": }]', "a.json:2: not JSON"),
+        ("a.json", "[" * 100_000, "a.json: brackets too deep"),
+        ("a.yaml", "datasets:\n- json_path: [", "a.yaml:2: not YAML"),
+        ("a.yaml", "datasets: [{json_path: lost.jsonl}]", "No such file or directory: .*lost.jsonl"),
+        ("a.jsonl", None, "No such file or directory: .*a.jsonl"),
+        ("a", "folder", "doesn't contain any data files"),
+        ("a.jsonl", "folder", "Is a directory: .*a.jsonl"),
+        ("a.jsonl", json.dumps(video_record()), "There is no folder .*nowhere; `media_root`"),
+    ],
+    ids=["empty", "array", "cut", "deep", "yaml", "part", "missing", "folder", "named-folder", "media"],
+)
+def test_what_the_command_cannot_read_is_one_line_and_exit_code_1(name, written, reason, tmp_path):
+    if written == "folder":
+        (tmp_path / name).mkdir()
+    elif written is not None:
+        (tmp_path / name).write_text(written)
+    exit_code, broken, said = check(tmp_path / name, "--media-root", tmp_path / "nowhere")
+    assert (exit_code, broken, len(said)) == (1, [], 1)
+    assert re.search(reason, said[0])
 
 
 # --- bad samples ----------------------------------------------------------------------------------------------------
@@ -481,7 +603,7 @@ def test_a_stream_skips_and_goes_on_and_stops_when_nothing_is_usable(media):
     table = rows(media, "three.mp4", "broken.mp4", "five.mp4").to_iterable_dataset()
     samples = list(stream_samples(table, tiny_processor(), unusable="skip"))
     assert [sample["video_num_frames"].tolist() for sample in samples] == [[3], [5]]
-    with pytest.raises(UnusableSample, match=r"row 1: .*a video in memory"):
+    with pytest.raises(UnusableSample, match=r"row 1: .*video in memory"):
         list(stream_samples(table, tiny_processor()))
     hopeless = rows(media, *["broken.mp4"] * (TRIES + 1)).to_iterable_dataset()
     with pytest.raises(ValueError, match=f"None of {TRIES} samples"):

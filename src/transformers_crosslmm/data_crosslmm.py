@@ -97,33 +97,36 @@ class VideoChatCollator:
 class RecordFile(Sequence):
     """The records of a JSON array or a JSONL file, read one at a time: only where each begins is kept in memory.
 
-    path: the file. lines: the line each record begins on, from 1. Raises ValueError, with the line, for a file that is
-    not JSON; a broken line of JSONL is an error only when its record is read.
+    path: the file. lines: the line each record begins on, from 1. Raises ValueError, with the line, for an array that
+    is not JSON; a broken line of JSONL is an error only when its record is read.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
+        with self.path.open("rb") as file:
+            first = next((line for line in file if _words(line)), b"")
+        places = self._array() if _words(first)[:1] == b"[" else self._lines()
+        table = np.fromiter(places, dtype=np.dtype((np.int64, 3)))
+        self.spans, self.lines = table[:, :2], table[:, 2]
+
+    def _array(self) -> Iterator[tuple[int, int, int]]:
+        """Begin, end and line of each record."""
         # Latin-1: a character per byte, and whatever JSON is made of is the same bytes in UTF-8.
         text = self.path.read_bytes().decode("latin-1")
-        begin = len(codecs.BOM_UTF8) if text.startswith(codecs.BOM_UTF8.decode("latin-1")) else 0
-        spans = self._array(text, begin) if text[begin:].lstrip()[:1] == "[" else self._lines(text, begin)
-        self.spans = np.array(spans, dtype=np.int64).reshape(-1, 2)
-        newlines = np.flatnonzero(np.frombuffer(text.encode("latin-1"), dtype=np.uint8) == ord("\n"))
-        self.lines = np.searchsorted(newlines, self.spans[:, 0]) + 1
-
-    def _array(self, text: str, begin: int) -> list[tuple[int, int]]:
         read = json.JSONDecoder().raw_decode
-        spans: list[tuple[int, int]] = []
         blank = re.compile(r"[ \t\r\n]*")
 
         def skip(position: int) -> int:
             return cast(re.Match, blank.match(text, position)).end()
 
-        position = skip(text.index("[", begin) + 1)
+        position = skip(text.index("[") + 1)
+        line, counted_to = 1, 0
         try:
-            while text[position : position + 1] != "]" or spans:
+            while text[position : position + 1] != "]" or counted_to:
                 end = read(text, position)[1]
-                spans.append((position, end))
+                line += text.count("\n", counted_to, position)
+                counted_to = position
+                yield position, end, line
                 position = skip(end)
                 if text[position : position + 1] == "]":
                     break
@@ -135,11 +138,16 @@ class RecordFile(Sequence):
                 raise json.JSONDecodeError("Extra data", text, after)
         except json.JSONDecodeError as error:
             raise ValueError(f"{self.path}:{error.lineno}: not JSON: {error.msg}.") from error
-        return spans
+        except RecursionError as error:
+            raise ValueError(f"{self.path}: brackets too deep to be read.") from error
 
-    def _lines(self, text: str, begin: int) -> list[tuple[int, int]]:
-        lines = re.finditer(r"[^\n]+", text[begin:])
-        return [(begin + line.start(), begin + line.end()) for line in lines if line.group().strip()]
+    def _lines(self) -> Iterator[tuple[int, int, int]]:
+        begin = 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if _words(line):
+                    yield begin, begin + len(line), number
+                begin += len(line)
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -151,12 +159,17 @@ class RecordFile(Sequence):
             written = file.read(end - start)
         try:
             return json.loads(written)
-        except ValueError as error:  # JSONDecodeError or UnicodeDecodeError
+        except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError, or [[[[…
             raise UnusableSample(f"not JSON: {error}.") from error
 
     def where(self, index: int) -> str:
         """File and line of a record."""
         return f"{self.path}:{self.lines[index]}"
+
+
+def _words(line: bytes) -> bytes:
+    """A line without the mark that a UTF-8 file may begin with, and without blanks around it."""
+    return line.removeprefix(codecs.BOM_UTF8).strip()
 
 
 class RecordMixture(Sequence):
@@ -224,8 +237,18 @@ def _require_datasets() -> Any:
     return datasets
 
 
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises ValueError, with the line, for what is not YAML."""
+    try:
+        return yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = path if mark is None else f"{path}:{mark.line + 1}"
+        raise ValueError(f"{place}: not YAML: {getattr(error, 'problem', None) or error}.") from error
+
+
 def _mixture(path: Path, seed: int) -> RecordMixture:
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = read_yaml(path)
     entries = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path}: a mixture has a list `datasets`, at least one entry long.")
@@ -279,28 +302,26 @@ def chat_of(record: Any) -> list[dict[str, Any]]:
     if not isinstance(turns, list | tuple) or not turns:
         raise UnusableSample("a record needs `conversations` or `messages`, a list of at least one turn.")
     waiting = {kind: _listed(record, kind) for kind in ("image", "video")}
-    is_llava = bool(record.get("conversations"))
-    chat = [_message(turn) for turn in turns]
     given = {kind: len(media) for kind, media in waiting.items()}
-    if any(given.values()) or is_llava:
-        places = [part for message in chat for part in message["content"] if _needs_source(part)]
-        if not places:
-            for message in chat:
-                if message["role"] == "user":
-                    message["content"] = _split_at_marks(message["content"])
-            places = [part for message in chat for part in message["content"] if _needs_source(part)]
-        if given["video"] and not given["image"]:
-            for part in places:
-                part["type"] = "video"
-        needed = {kind: sum(part["type"] == kind for part in places) for kind in waiting}
-        if needed != given:
-            raise UnusableSample(
-                f"{given['image']} images and {given['video']} videos for {needed['image']} places of images and "
-                f"{needed['video']} of videos; each medium needs one mark, <image> or <video>, in the user's words."
-            )
-        sources = {kind: iter(media) for kind, media in waiting.items()}
+    chat = [_message(turn) for turn in turns]
+    places = _places(chat)
+    if not places and (any(given.values()) or record.get("conversations")):
+        for message in chat:
+            if message["role"] == "user":
+                message["content"] = _split_at_marks(message["content"])
+        places = _places(chat)
+    if given["video"] and not given["image"]:
         for part in places:
-            part[part["type"]] = next(sources[part["type"]])
+            part["type"] = "video"
+    needed = {kind: sum(part["type"] == kind for part in places) for kind in waiting}
+    if needed != given:
+        raise UnusableSample(
+            f"{given['image']} images and {given['video']} videos for {needed['image']} places of images and "
+            f"{needed['video']} of videos; each medium needs one mark, <image> or <video>, in the user's words."
+        )
+    sources = {kind: iter(media) for kind, media in waiting.items()}
+    for part in places:
+        part[part["type"]] = next(sources[part["type"]])
     if not any(message["role"] == "assistant" and _says_something(message) for message in chat):
         raise UnusableSample("nothing to learn: no turn of the assistant has words.")
     return chat
@@ -322,20 +343,24 @@ def _message(turn: Any) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
         raise UnusableSample(f"a turn is an object; got {type(turn).__name__}.")
     role, content = (turn.get("role", turn.get("from")), turn.get("content", turn.get("value")))
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise UnusableSample(f"a turn is said by one of {', '.join(ROLES)}; got {role!r}.")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list | tuple):
         raise UnusableSample(f"a turn's content is a string or a list of parts; got {type(content).__name__}.")
     try:
-        return {"role": ROLES[role], "content": [_prepared_part(part) for part in content]}
-    except (ValueError, TypeError, AttributeError) as error:
+        parts = [_prepared_part(part) for part in content]
+        for part in parts:
+            part.get("text", "").encode()  # raises for half a character, which no tokenizer takes
+    except ValueError as error:
         raise UnusableSample(str(error)) from error
+    return {"role": ROLES[role], "content": parts}
 
 
-def _needs_source(part: Mapping) -> bool:
-    return part["type"] != "text" and len(part) == 1
+def _places(chat: Sequence[Mapping]) -> list[dict[str, Any]]:
+    """The parts that are media without a source."""
+    return [part for message in chat for part in message["content"] if part["type"] != "text" and len(part) == 1]
 
 
 def _says_something(message: Mapping) -> bool:
@@ -359,7 +384,8 @@ def with_media_below(chat: list[dict[str, Any]], media_root: str | os.PathLike |
     """The chat with every name of a media file made a path below `media_root`; media in memory stay what they are.
 
     Data may come from anywhere, so a name is never a URL, and never leads out of the folder, links followed. Raises
-    UnusableSample for one that does or does not exist, ValueError for names without a `media_root`.
+    UnusableSample for one that does or does not exist, ValueError for names without a `media_root`, NotADirectoryError
+    where that is no folder.
     """
     chat = [{**message, "content": [dict(part) for part in message["content"]]} for message in chat]
     for part in (part for message in chat for part in message["content"]):
@@ -371,6 +397,8 @@ def with_media_below(chat: list[dict[str, Any]], media_root: str | os.PathLike |
 def _below(source: Any, root: str | os.PathLike | None) -> Any:
     if isinstance(source, Mapping):  # `datasets` with decode=False
         source = source["bytes"] if source.get("bytes") is not None else source.get("path")
+        if source is None:
+            raise UnusableSample("a medium has neither `bytes` nor a `path`.")
     if isinstance(source, list | tuple):  # frames
         return [_below(frame, root) for frame in source]
     if not isinstance(source, str | os.PathLike):
@@ -386,6 +414,8 @@ def _below(source: Any, root: str | os.PathLike | None) -> Any:
     if not path.is_relative_to(folder):
         raise UnusableSample(f"{os.fspath(source)!r} lies outside of the media folder {folder}.")
     if not is_file:
+        if not folder.is_dir():
+            raise NotADirectoryError(f"There is no folder {folder}; `media_root` is the one that the media lie in.")
         raise UnusableSample(f"there is no file {path}.")
     return path
 
@@ -433,7 +463,7 @@ def encode_chat(
 
 def _named(part: Mapping[str, Any]) -> str:
     source = next(value for name, value in part.items() if name != "type")
-    return str(source) if isinstance(source, Path) else f"a {part['type']} in memory"
+    return str(source) if isinstance(source, Path) else f"{part['type']} in memory"
 
 
 @dataclass(frozen=True)

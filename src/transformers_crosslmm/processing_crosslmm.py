@@ -422,14 +422,20 @@ def _prepared_part(part: Any) -> dict[str, Any]:
     """A part of a message as {"type": "text", "text": …} or {"type": …, source: …}; keys that are None are dropped."""
     if isinstance(part, str):
         part = {"type": "text", "text": part}
+    if not isinstance(part, Mapping):
+        raise ValueError(f"A part of a message is a string or an object; got {type(part).__name__}.")
     part = {key: value for key, value in part.items() if value is not None}
     kind = part.get("type") or next((name for name in ("text", *MEDIA_SOURCES) if name in part), None)
     if kind in ("image_url", "video_url"):  # OpenAI's words
-        source = part[kind]
-        kind, part = kind.removesuffix("_url"), {"url": source["url"] if isinstance(source, Mapping) else source}
+        source = part.get(kind)
+        url = source.get("url") if isinstance(source, Mapping) else source
+        kind, part = kind.removesuffix("_url"), {} if url is None else {"url": url}
     if kind == "text":
-        return {"type": "text", "text": part.get("text", "")}
-    if kind not in MEDIA_SOURCES:
+        text = part.get("text", "")
+        if not isinstance(text, str):
+            raise ValueError(f"The `text` of a part of a message must be a string; got {type(text).__name__}.")
+        return {"type": "text", "text": text}
+    if not isinstance(kind, str) or kind not in MEDIA_SOURCES:
         raise ValueError(f"The `type` of a part of a message must be text, image or video; got {kind!r}.")
     sources = [name for name in MEDIA_SOURCES[kind] if name in part]
     if len(sources) > 1:
