@@ -224,16 +224,9 @@ def test_a_name_is_never_anything_but_a_file(name, tmp_path):
 
 ODD_VALUES = (
     *(None, True, 0, -1.5, "", " ", "\ud800", "<image>", "<|im_end|>", "<|video_pad|>" * 3),
-    *("three.mp4", "../three.mp4", {"bytes": None}, {"path": "three.mp4"}, {"type": "text"}, {"type": "video"}, {}),
-    *(
-        [],
-        [None],
-        [[]],
-        [{}],
-        [{"type": []}],
-        [{"type": "video", "path": 3}],
-        [{"type": "image_url", "image_url": {}}],
-    ),
+    *("three.mp4", "../three.mp4", {"bytes": None}, {"path": "three.mp4"}, {"type": "text"}, {"type": "video"}),
+    *([], [None], [[]], [{}], [{"type": []}], [3]),
+    *([{"type": "video", "path": 3}], [{"type": "image_url", "image_url": {}}]),
 )
 
 
