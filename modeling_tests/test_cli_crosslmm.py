@@ -160,8 +160,8 @@ def test_a_folder_without_a_config_is_no_checkpoint(run, tmp_path):
 
 def test_ctrl_c_ends_cleanly(folder):
     code = (
-        "import os, signal, crosslmm_cli\n"
-        "crosslmm_cli._checkpoint = lambda model: os.kill(os.getpid(), signal.SIGINT)\n"
+        "import signal, crosslmm_cli\n"
+        "crosslmm_cli._checkpoint = lambda model: signal.raise_signal(signal.SIGINT)\n"
         "crosslmm_cli._import_package = lambda steps: None\n"
         "crosslmm_cli.app(['look', 'clip.mp4'])"
     )
@@ -177,6 +177,21 @@ def test_ctrl_c_ends_cleanly(folder):
     )
     assert finished.returncode == 130
     assert finished.stderr.strip() == "Interrupted."
+
+
+def test_a_reader_who_has_enough_ends_the_command_quietly():
+    code = (
+        "import crosslmm_cli, typer\n"
+        "@crosslmm_cli.app.command()\n"
+        "def talk():\n"
+        "    while True: typer.echo('word')\n"
+        "crosslmm_cli.app(['talk'])"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as talking:
+        assert talking.stdout.readline() == b"word\n"
+        talking.stdout.close()
+        assert talking.wait(timeout=60) == 141
+        assert talking.stderr.read() == b""
 
 
 # --- ask, chat, look, info ------------------------------------------------------------------------------------------
@@ -278,6 +293,19 @@ def test_info_counts_the_bytes_that_a_conversation_keeps(model, processor, folde
     assert sum(tensor.nbytes for tensor in kept if tensor is not None) == 4 * costs.cache_bytes_per_frame[form]
     own = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert own == 4 * costs.language_bytes_per_frame
+
+
+def test_info_computes_the_longest_video(run):
+    """By hand: weights, and per frame and byte of bfloat16 what 28 layers and 7 T2V branches keep of 9 and 729."""
+    record = json.loads(run("info", "7B", "--memory", "24", "--context", "20000", "--fps", "2", "--json").stdout)
+    room = 24 * 2**30 - (2 * 8_406_544_686 + 14 * 2)  # 14 gates are float32
+    language, keys_values, patches = 9 * 28 * 2 * 512 * 2, 7 * 729 * 2 * 512 * 2, 729 * 1152 * 2
+    in_memory = {"kv": room // (language + keys_values + patches), "features": room // (language + patches)}
+    in_context = (20_000 - 512) // 9
+    assert record["frames_in_memory"] == in_memory
+    assert record["frames_in_context"] == in_context
+    assert in_memory["kv"] < in_context < in_memory["features"]
+    assert record["longest_video_seconds"] == {"kv": in_memory["kv"] / 2, "features": in_context / 2}
 
 
 def test_info_knows_the_paper_sizes(run):

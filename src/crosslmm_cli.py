@@ -1,5 +1,6 @@
 """The `crosslmm` command. It imports the package, which takes seconds, only when a command runs."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +21,9 @@ class Commands(typer.core.TyperGroup):
         except KeyboardInterrupt:
             typer.echo("\nInterrupted.", err=True)
             raise typer.Exit(130) from None
+        except BrokenPipeError:  # such as `head`, which has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still wants to flush
+            raise typer.Exit(141) from None
         except Exception as error:
             if ctx.params["debug"]:
                 raise
@@ -34,7 +38,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         remedy = " Check the path; a relative one begins in the current folder." * isinstance(error, FileNotFoundError)
         return f"{error.strerror}: {error.filename!r}.{remedy}"
-    kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, ValueError | OSError | ImportError) else f"{type(error).__name__}: "
     return kind + (" ".join(str(error).split()) or type(error).__name__)
 
 
@@ -89,7 +93,8 @@ class Steps:
 def crosslmm(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
     """CrossLMM: language models that look back at long videos.
 
-    Exit codes: 0 done; 1 failed, and one line on stderr says why and what helps; 2 wrong usage; 130 interrupted.
+    Exit codes: 0 done; 1 failed, and stderr says why and what helps; 2 wrong usage; 130 interrupted; 141 nobody reads
+    the output any more.
     """
 
 
@@ -340,11 +345,14 @@ def info(
         typer.echo(
             f"  {form:<12}{_size(size):>9}, and {_size(costs.language_bytes_per_frame)} of the language model's"
         )
-    typer.echo(f"\nLongest video at {fps:g} fps, {costs.text_tokens(context)} positions left for text (frames, time):")
-    typer.echo(f"  {'context':<12}{in_context:>9,}  {clock_time(in_context / fps)}")
-    for form, count in in_memory.items():
-        typer.echo(f"  {form:<12}{count:>9,}  {clock_time(count / fps)} by memory; in all {clock_time(longest[form])}")
-    typer.echo(f"Memory: {memory:g} GiB less the weights, while the video is prefilled; activations come on top.")
+    typer.echo(f"\nLongest video at {fps:g} fps, with {costs.text_tokens(context)} positions left for text")
+    for limit, count in {"context": in_context, **{f"memory, {form}": n for form, n in in_memory.items()}}.items():
+        typer.echo(f"  {limit:<18}{count:>9,} frames{clock_time(count / fps):>14}")
+    both = " or ".join(f"{clock_time(seconds)} with {form}" for form, seconds in longest.items())
+    typer.echo(
+        f"Both allow {both}. Memory: {memory:g} GiB less the weights, at the end of the prefill; what computing"
+    )
+    typer.echo("needs for a moment comes on top.")
 
 
 FIELDS_BY_NAME = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -549,6 +557,8 @@ def check(
         from transformers_crosslmm.data_crosslmm import find_broken, load_records
 
         records = load_records(path)
+        if len(records) == 0:
+            raise ValueError(f"{path} holds no records.")
         steps.begin(f"Checking {len(records):,} records")
         num_broken = 0
         for line in find_broken(records, media_root):
