@@ -1,5 +1,8 @@
 """What `crosslmm bench` counts and times."""
 
+from functools import cache
+from itertools import count as count_from
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,10 +12,13 @@ from transformers_crosslmm import CrossLMMConfig
 from transformers_crosslmm.benchmarking_crosslmm import (
     FRAMES,
     PAPER,
+    PartTimer,
+    choose,
     contenders,
     count,
     multiply_accumulates,
     paper_macs,
+    run,
 )
 from transformers_crosslmm.cache_crosslmm import VisualCacheLayer
 from transformers_crosslmm.inspection_crosslmm import count_costs
@@ -24,9 +30,23 @@ OURS = [name for name in BY_NAME if name.startswith("CrossLMM")]
 # --- counted --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", OURS)
+@cache
+def counted(name: str) -> dict:
+    """At full size, two frames."""
+    return count(BY_NAME[name], 2)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "CrossLMM-2B video features",
+        "CrossLMM-7B frame features",
+        "CrossLMM-7B video kv",
+        "CrossLMM-7B-16 video features",
+    ],
+)
 def test_the_closed_form_is_what_the_counter_counts_at_full_size(name):
-    row = count(BY_NAME[name], 4)
+    row = counted(name)
     assert sum(row["closed_form"].values()) == pytest.approx(row["macs"]["total"], rel=0.005)
 
 
@@ -77,7 +97,8 @@ def test_what_a_frame_keeps_at_full_size():
     """7 layers x 729 patches x K and V x 512 x 2 bytes, or 729 patches x 1152 x 2 bytes; and 28 layers x 9 tokens x K
     and V x 512 x 2 bytes of the language model's own."""
     own = 28 * 9 * 2 * 512 * 2
-    kept = {form: count(BY_NAME[f"CrossLMM-7B, video, {form}"], 2)["cache_bytes"] / 2 for form in ("kv", "features")}
+    names = {"kv": "CrossLMM-7B video kv", "features": "CrossLMM-7B frame features"}
+    kept = {form: counted(name)["cache_bytes"] / 2 for form, name in names.items()}
     assert kept == {"kv": 7 * 729 * 2 * 512 * 2 + own, "features": 729 * 1152 * 2 + own}
 
 
@@ -89,10 +110,64 @@ def test_what_is_counted_of_a_peer_grows_with_its_frames(name):
 
 
 def test_peers_see_the_tokens_that_their_processors_would_give_them():
-    tokens = {name: peer.num_tokens(peer.config("full"), 32) for name, peer in BY_NAME.items() if name not in OURS}
+    peers = [peer for name, peer in BY_NAME.items() if name not in OURS]
+    tokens = {peer.name: len(peer.prompt(peer.config("full"), 32)) for peer in peers}
     assert tokens == {
         "LLaVA-OneVision-0.5B": 32 * 196 + 1,
         "LLaVA-OneVision-7B": 32 * 196 + 1,
         "Qwen2.5-VL-7B": 16 * 196,
-        "Qwen3-VL-8B": 16 * 144,
+        "Qwen3-VL-8B": 16 * (144 + 8),
     }
+
+
+# --- timed ----------------------------------------------------------------------------------------------------------
+
+
+def test_time_is_charged_to_the_innermost_part():
+    class Ticks:
+        """Each look at the clock is a second later."""
+
+        def __init__(self) -> None:
+            self.ticks = count_from(0)
+
+        def now(self) -> int:
+            return next(self.ticks)
+
+        def between(self, start: int, end: int) -> int:
+            return end - start
+
+    inner, outer = torch.nn.Linear(2, 3), torch.nn.Sequential()
+    outer.add_module("inner", inner)
+    model = torch.nn.Sequential()
+    model.add_module("outer", outer)
+    with PartTimer(model, {"all": "outer", "some": r"outer\.inner"}, Ticks()) as timer:
+        model(torch.ones(2))
+        model(torch.ones(2))
+    # enter | outer begins | inner begins | inner ends | outer ends | …
+    assert timer.seconds() == {"all": 4, "some": 2, "rest": 3}
+
+
+def test_a_run_at_toy_size_has_everything_that_one_on_a_gpu_has(tmp_path):
+    names = ["CrossLMM-7B video features", "Qwen3-VL-8B"]
+    results = run(names, [2, 4], size="toy", device="cpu", repeats=1)
+    ours, peer = names
+    assert [(row["model"], row["frames"]) for row in results["timed"]] == [(ours, 2), (peer, 2), (ours, 4), (peer, 4)]
+    for row in results["timed"]:
+        assert min(row["seconds"][what] for what in ("prefill", "first_token", "second_question", "decode_step")) > 0
+        assert row["seconds"]["part: vision"] > 0
+        assert row["seconds"]["part: language model"] > 0
+        assert 0 < row["share_of_matrix_rate"] < 2
+    assert results["timed"][0]["seconds"]["part: V2V"] > 0
+    assert results["timed"][0]["seconds"]["part: T2V"] > 0
+    assert [row["model"] for row in results["memory"]] == names
+    assert all(peak > 0 for row in results["memory"] for peak in row["peak_bytes"].values())
+    assert [row["frames"] for row in results["file"]] == [2, 4]
+    assert [row["frames"] for row in results["long_video"]] == [16]
+    assert results["training_step"]["seconds"] > 0
+    assert results["cold_start"]["shards"] > 1
+    assert results["cold_start"]["pipeline"]["first_answer"] > 0
+
+
+def test_a_model_that_is_not_compared_is_refused_with_the_names():
+    with pytest.raises(ValueError, match=r"no model 'GPT' to compare; there are CrossLMM-2B; .*Qwen3-VL-8B"):
+        choose(["GPT"])

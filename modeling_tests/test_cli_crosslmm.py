@@ -28,7 +28,7 @@ from transformers_crosslmm.pictures_crosslmm import (
 )
 
 SECONDS, FPS = 5, 4
-COMMANDS = ("ask", "batch", "chat", "compose", "convert", "demo", "info", "look", "push", "serve", "train")
+COMMANDS = ("ask", "batch", "bench", "chat", "compose", "convert", "demo", "info", "look", "push", "serve", "train")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The `crosslmm` command. It imports the package, which takes seconds, only when a command runs."""
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -287,6 +288,56 @@ def look(
         _print_json({"video": video, "frame_times": seen.times, "picture": str(out)})
     else:
         typer.echo(f"{out}: {len(pictures)} frames, at {', '.join(labels)}")
+
+
+@app.command()
+def bench(
+    models: Annotated[
+        str, typer.Option(help="Their names, with commas between; a wrong one lists them.", show_default="all")
+    ] = "",
+    frames: Annotated[
+        str, typer.Option(help="Numbers of frames, with commas between.", show_default="32 to 256, and ours to 3600")
+    ] = "",
+    size: Annotated[
+        Literal["full", "toy"], typer.Option(help="The models' real sizes, or small ones for a CPU's patience.")
+    ] = "full",
+    device: Device = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds behind each median time.")] = 3,
+    output: Annotated[
+        Path | None, typer.Option(help="A JSON file for all of it.", dir_okay=False, show_default="none")
+    ] = None,
+) -> None:
+    """Count and time what a video costs, beside LLaVA-OneVision, Qwen2.5-VL and Qwen3-VL.
+
+    Multiply-accumulates and bytes are counted without weights, on any machine. Times and peaks of memory are measured
+    on a GPU, or with --size toy; the models run in turn, with random weights, so nothing is downloaded.
+
+    Example: crosslmm bench --models CrossLMM-7B,LLaVA-OneVision-7B --frames 32,256 --output cost.json
+    """
+    import json
+
+    if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", frames):
+        raise typer.BadParameter(f"--frames takes numbers from 1 on with commas between; got {frames!r}.")
+    with Steps() as steps:
+        _import_package(steps)
+        from transformers_crosslmm import benchmarking_crosslmm
+
+        results = benchmarking_crosslmm.run(
+            [name for name in models.split(",") if name],
+            [int(number) for number in frames.split(",") if number],
+            size=size,
+            device=device,
+            repeats=repeats,
+            on_step=steps.begin,
+        )
+    if output is not None:
+        output.write_text(json.dumps(results, indent=1) + "\n")
+    rows = benchmarking_crosslmm.table(results)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, *numbers in rows:
+        typer.echo("  ".join([name.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])]))
+    if "timed" not in results:
+        typer.echo("Not timed: that takes a GPU, or --size toy.", err=True)
 
 
 @app.command()

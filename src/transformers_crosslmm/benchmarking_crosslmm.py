@@ -14,7 +14,6 @@ Shapes: T frames, N patches per frame, D vision width, s x s pooled tokens per f
 import copy
 import json
 import multiprocessing
-import os
 import platform
 import re
 import shlex
@@ -24,28 +23,35 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
-    Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from . import TINY_CHECKPOINT
 from .configuration_crosslmm import PRESETS, CrossLMMConfig
+from .conversation_crosslmm import load_processor
 from .inspection_crosslmm import CheckpointCosts, count_costs
 from .modeling_crosslmm import CrossLMMForConditionalGeneration
+from .processing_crosslmm import CrossLMMProcessor
+from .training_crosslmm import parameter_groups
+from .video_decoding import decode_video
+from .video_processing_crosslmm import CrossLMMVideoProcessor
 
 FRAMES = (32, 64, 128, 256)
 """What the paper's Figure 4 has."""
@@ -144,40 +150,29 @@ TOY_TEXT = {
 TOY_IMAGE_TOKEN, TOY_VIDEO_TOKEN = 4094, 4095
 
 
-class CrossLMM:
-    """A preset. scope: `v2v_scope`. form: `cross_attention_cache`."""
+class Contender:
+    """A model to compare. model_name: what its weights are called; name: the same with its settings.
 
-    model_class: Any = CrossLMMForConditionalGeneration
-    video_token = "video_token_id"
+    frames_at_once: frames that the encoder takes together. parts: the names of the modules that each part is.
+    """
+
+    model_class: Any
+    name: str
+    model_name: str
     frames_at_once = 1
     parts = {
         "vision": r"model\.vision_tower",
         "projector": r"model\.multi_modal_projector",
-        "V2V": r".*\.cross_attention\.v2v",
-        "T2V": r".*\.cross_attention",  # what V2V leaves of it: T2V, its K and V, and the norm before both
         "language model": r"model\.language_model",
     }
 
-    def __init__(self, preset: str, *, scope: str = "video", form: str = "features") -> None:
-        self.model_name, self.preset, self.scope, self.form = f"CrossLMM-{preset}", preset, scope, form
-        self.name = f"{self.model_name}, {scope}, {form}"
+    def config(self, size: str) -> Any:
+        """Its config, at "full" or "toy" size."""
+        raise NotImplementedError
 
-    def config(self, size: str) -> CrossLMMConfig:
-        if size == "full":
-            config = CrossLMMConfig.from_preset(self.preset, long_context=True)
-        else:
-            config = CrossLMMConfig(
-                vision_config=TOY_VISION
-                | {"num_hidden_layers": 7, "patch_size": PRESETS[self.preset]["vision_config"]["patch_size"]},
-                text_config=dict(TOY_TEXT),
-                pooled_grid_size=PRESETS[self.preset]["pooled_grid_size"],
-                image_token_id=TOY_IMAGE_TOKEN,
-                video_token_id=TOY_VIDEO_TOKEN,
-            )
-        return config
-
-    def num_tokens(self, config: Any, frames: int) -> int:
-        return frames * config.tokens_per_frame
+    def prompt(self, config: Any, frames: int) -> list[int]:
+        """The tokens of a video."""
+        raise NotImplementedError
 
     def video(self, config: Any, frames: int, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Random pixels, as the model takes them."""
@@ -185,61 +180,80 @@ class CrossLMM:
         return {"pixel_values_videos": torch.rand(frames, 3, size, size, device=device, dtype=dtype)}
 
     def prepare(self, model: Any) -> None:
-        """Variants share a model; before it runs, it is made this one."""
+        """Makes a model of these weights the one with these settings; called before it runs."""
+
+
+class CrossLMM(Contender):
+    """A preset. scope: `v2v_scope`. form: `cross_attention_cache`."""
+
+    model_class = CrossLMMForConditionalGeneration
+    parts = {
+        "V2V": r".*\.cross_attention\.v2v",
+        "T2V": r".*\.cross_attention",  # what V2V leaves of it: T2V, its K and V, and the norm before both
+        **Contender.parts,
+    }
+
+    def __init__(self, preset: str, *, scope: str = "video", form: str = "features") -> None:
+        self.model_name, self.preset, self.scope, self.form = f"CrossLMM-{preset}", preset, scope, form
+        self.name = f"{self.model_name} {scope} {form}"
+
+    def config(self, size: str) -> CrossLMMConfig:
+        if size == "full":
+            return CrossLMMConfig.from_preset(self.preset, long_context=True)
+        preset = PRESETS[self.preset]
+        vision = TOY_VISION | {"num_hidden_layers": 7, "patch_size": preset["vision_config"]["patch_size"]}
+        return CrossLMMConfig(
+            vision_config=vision,
+            text_config=dict(TOY_TEXT),
+            pooled_grid_size=preset["pooled_grid_size"],
+            image_token_id=TOY_IMAGE_TOKEN,
+            video_token_id=TOY_VIDEO_TOKEN,
+        )
+
+    def prompt(self, config: Any, frames: int) -> list[int]:
+        return [config.video_token_id] * config.tokens_per_frame * frames
+
+    def prepare(self, model: Any) -> None:
         model.config.text_config.v2v_scope = self.scope
         model.config.text_config.cross_attention_cache = self.form
 
 
-class LlavaOneVision:
-    """26 blocks of the same SigLIP; 14 x 14 tokens per frame, and one behind the video."""
+class LlavaOneVision(Contender):
+    """26 blocks of the same SigLIP, pooled to 14 x 14 tokens per frame, and one token behind the video."""
 
-    model_class: Any = LlavaOnevisionForConditionalGeneration
-    video_token = "video_token_index"
-    frames_at_once = 1
-    parts = {
-        "vision": r"model\.vision_tower",
-        "projector": r"model\.multi_modal_projector",
-        "language model": r"model\.language_model",
-    }
+    model_class = LlavaOnevisionForConditionalGeneration
 
     def __init__(self, name: str, text_config: dict[str, Any]) -> None:
         self.name = self.model_name = name
         self.text_config = text_config
 
     def config(self, size: str) -> LlavaOnevisionConfig:
-        full = size == "full"
-        vision = PRESETS["7B"]["vision_config"] if full else TOY_VISION | {"patch_size": 14}
-        text = self.text_config if full else TOY_TEXT
-        return LlavaOnevisionConfig(
-            vision_config={
-                **vision,
-                "model_type": "siglip_vision_model",
-                "num_hidden_layers": 26 if full else 6,
-                "vision_use_head": False,
-            },
-            text_config={**text, "model_type": "qwen2"},
-            tie_word_embeddings=text["tie_word_embeddings"],
-            **({} if full else {"image_token_index": TOY_IMAGE_TOKEN, "video_token_index": TOY_VIDEO_TOKEN}),
-        )
+        vision = {"model_type": "siglip_vision_model", "vision_use_head": False}
+        if size == "full":
+            vision |= PRESETS["7B"]["vision_config"] | {"num_hidden_layers": 26}
+            text, tokens = self.text_config, {}
+        else:
+            vision |= TOY_VISION | {"num_hidden_layers": 6, "patch_size": 14}
+            text, tokens = TOY_TEXT, {"image_token_index": TOY_IMAGE_TOKEN, "video_token_index": TOY_VIDEO_TOKEN}
+        text = text | {"model_type": "qwen2"}
+        tied = text["tie_word_embeddings"]
+        return LlavaOnevisionConfig(vision_config=vision, text_config=text, tie_word_embeddings=tied, **tokens)
 
-    def num_tokens(self, config: Any, frames: int) -> int:
-        grid = config.vision_config.image_size // config.vision_config.patch_size
-        return frames * ((grid + 1) // 2) ** 2 + 1
+    def prompt(self, config: Any, frames: int) -> list[int]:
+        pooled_grid = (config.vision_config.image_size // config.vision_config.patch_size + 1) // 2
+        return [config.video_token_id] * (frames * pooled_grid**2 + 1)
 
     def video(self, config: Any, frames: int, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        size = config.vision_config.image_size
-        return {"pixel_values_videos": torch.rand(1, frames, 3, size, size, device=device, dtype=dtype)}
-
-    def prepare(self, model: Any) -> None:
-        """There are no variants."""
+        return {name: pixels[None] for name, pixels in super().video(config, frames, device, dtype).items()}
 
 
-class QwenVL:
-    """Qwen2.5-VL or Qwen3-VL: two frames are one grid of patches, of which each 2 x 2 are a token. Frames of 384 x 384
-    pixels, which Qwen2.5-VL makes 392 x 392 to divide them. The words for the time of each frame that Qwen3-VL's
-    processor adds are left out."""
+class QwenVL(Contender):
+    """Two frames are one grid of patches, of which each 2 x 2 are a token.
 
-    video_token = "video_token_id"
+    grid: patches along a side of a frame of 384 x 384 pixels, which Qwen2.5-VL makes 392 x 392 to divide it.
+    time_tokens: what Qwen3-VL's processor writes before each two frames to say when they were, about.
+    """
+
     frames_at_once = 2
     parts = {
         "vision": r"model\.visual",
@@ -247,39 +261,37 @@ class QwenVL:
         "language model": r"model\.language_model",
     }
 
-    def __init__(self, name: str, model_class: Any, config_class: Any, grid: int, **configs: dict[str, Any]) -> None:
+    def __init__(
+        self, name: str, model_class: Any, *, grid: int, time_tokens: int, **configs: dict[str, dict[str, Any]]
+    ) -> None:
         self.name = self.model_name = name
-        self.model_class, self.config_class, self.grid, self.configs = model_class, config_class, grid, configs
+        self.model_class, self.grid, self.time_tokens, self.configs = model_class, grid, time_tokens, configs
 
     def config(self, size: str) -> Any:
         tokens = {} if size == "full" else {"image_token_id": TOY_IMAGE_TOKEN, "video_token_id": TOY_VIDEO_TOKEN}
-        vision, text = (dict(self.configs[f"{size}_{part}"]) for part in ("vision", "text"))
-        return self.config_class(vision_config=vision, text_config=text, tie_word_embeddings=False, **tokens)
+        parts = {part: dict(config) for part, config in self.configs[size].items()}
+        return self.model_class.config_class(**parts, **tokens, tie_word_embeddings=False)
 
-    def num_tokens(self, config: Any, frames: int) -> int:
-        return -(-frames // 2) * (self.grid // 2) ** 2
+    def prompt(self, config: Any, frames: int) -> list[int]:
+        pair = [1] * self.time_tokens + [config.video_token_id] * (self.grid // 2) ** 2
+        return pair * -(-frames // 2)
 
     def video(self, config: Any, frames: int, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         pairs = -(-frames // 2)
         num_patches, patch_values = pairs * self.grid**2, 3 * 2 * config.vision_config.patch_size**2
-        inputs = {
-            "pixel_values_videos": torch.rand(num_patches, patch_values, device=device, dtype=dtype),
-            "video_grid_thw": torch.tensor([[pairs, self.grid, self.grid]]),
-        }
-        if device.type == "meta":  # what the model would make of the grid, whose numbers it must be able to read
-            inputs["position_ids"] = torch.empty(num_patches, 2, dtype=torch.long, device=device)
-            if self.config_class is Qwen3VLConfig:
-                inputs["interp_indices"] = torch.empty(num_patches, 4, dtype=torch.long, device=device)
-                inputs["interp_weights"] = torch.empty(num_patches, 4, device=device)
-        else:
-            inputs["video_grid_thw"] = inputs["video_grid_thw"].to(device)
-        return inputs
-
-    def prepare(self, model: Any) -> None:
-        """There are no variants."""
+        inputs = {"pixel_values_videos": torch.rand(num_patches, patch_values, device=device, dtype=dtype)}
+        grids = torch.tensor([[pairs, self.grid, self.grid]])
+        if device.type != "meta":
+            return inputs | {"video_grid_thw": grids.to(device)}
+        # The model reads the grid's numbers, and what it would make of them has to be on the device of the pixels.
+        inputs["position_ids"] = torch.empty(num_patches, 2, dtype=torch.long, device=device)
+        if self.time_tokens:  # Qwen3-VL interpolates its table of positions
+            inputs["interp_indices"] = torch.empty(num_patches, 4, dtype=torch.long, device=device)
+            inputs["interp_weights"] = torch.empty(num_patches, 4, device=device)
+        return inputs | {"video_grid_thw": grids}
 
 
-def contenders() -> list[Any]:
+def contenders() -> list[Contender]:
     """CrossLMM in its variants, each of which changes one thing, and the models that it is compared with."""
     qwen2_7b = PRESETS["7B"]["text_config"] | {"num_hidden_layers": 28}
     qwen2_half = {
@@ -300,6 +312,7 @@ def contenders() -> list[Any]:
         "num_key_value_heads": 8,
     }
     toy_vision = {"hidden_size": 192, "num_heads": 4, "out_hidden_size": 512}
+    toy_text = TOY_TEXT | {"bos_token_id": None, "eos_token_id": None}
     return [
         CrossLMM("2B"),
         CrossLMM("2B", scope="frame"),
@@ -312,22 +325,25 @@ def contenders() -> list[Any]:
         QwenVL(
             "Qwen2.5-VL-7B",
             Qwen2_5_VLForConditionalGeneration,
-            Qwen2_5_VLConfig,
-            28,
-            full_vision={"hidden_size": 1280, "out_hidden_size": 3584},
-            full_text=qwen2_7b,
-            toy_vision=toy_vision | {"depth": 8, "intermediate_size": 576, "fullatt_block_indexes": [7]},
-            toy_text=TOY_TEXT | {"bos_token_id": None, "eos_token_id": None},
+            grid=28,
+            time_tokens=0,
+            full={"vision_config": {"hidden_size": 1280, "out_hidden_size": 3584}, "text_config": qwen2_7b},
+            toy={
+                "vision_config": toy_vision | {"depth": 8, "intermediate_size": 576, "fullatt_block_indexes": [7]},
+                "text_config": toy_text,
+            },
         ),
         QwenVL(
             "Qwen3-VL-8B",
             Qwen3VLForConditionalGeneration,
-            Qwen3VLConfig,
-            24,
-            full_vision={"out_hidden_size": 4096},
-            full_text=qwen3_8b,
-            toy_vision=toy_vision | {"depth": 7, "intermediate_size": 720, "deepstack_visual_indexes": [2, 4, 6]},
-            toy_text=TOY_TEXT | {"intermediate_size": 1792, "num_hidden_layers": 10, "head_dim": 128},
+            grid=24,
+            time_tokens=8,
+            full={"vision_config": {"out_hidden_size": 4096}, "text_config": qwen3_8b},
+            toy={
+                "vision_config": toy_vision
+                | {"depth": 7, "intermediate_size": 720, "deepstack_visual_indexes": [2, 4, 6]},
+                "text_config": toy_text | {"intermediate_size": 1792, "num_hidden_layers": 10, "head_dim": 128},
+            },
         ),
     ]
 
@@ -338,7 +354,7 @@ def contenders() -> list[Any]:
 _META_MODELS: dict[tuple[str, str], Any] = {}
 
 
-def _meta_model(contender: Any, size: str) -> Any:
+def _meta_model(contender: Contender, size: str) -> Any:
     key = (contender.model_name, size)
     if key not in _META_MODELS:
         with torch.device("meta"):
@@ -359,7 +375,7 @@ def _counted(function: Callable[[], Any]) -> tuple[int, Any]:
     return counter.get_total_flops() // 2, result
 
 
-def count(contender: Any, frames: int, *, size: str = "full") -> dict[str, Any]:
+def count(contender: Contender, frames: int, *, size: str = "full") -> dict[str, Any]:
     """Counts a prefill and what it leaves in memory, in bfloat16, without computing anything.
 
     CrossLMM's forward runs as it is. The others look at values on the way, which a tensor without values does not
@@ -369,15 +385,15 @@ def count(contender: Any, frames: int, *, size: str = "full") -> dict[str, Any]:
     model = _meta_model(contender, size)
     config, meta = model.config, torch.device("meta")
     text = config.get_text_config()
-    tokens = contender.num_tokens(config, frames)
+    prompt = contender.prompt(config, frames)
+    tokens = len(prompt)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     position_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * torch.bfloat16.itemsize
     row: dict[str, Any] = {"model": contender.name, "frames": frames, "video_tokens": tokens}
     if isinstance(contender, CrossLMM):
         contender.prepare(model)
         config.vision_chunk_size = frames
-        ids = torch.full((1, tokens + TEXT_TOKENS), 1)
-        ids[:, :tokens] = config.video_token_id
+        ids = torch.tensor([prompt + [1] * TEXT_TOKENS])
         video = contender.video(config, frames, meta, torch.float32)
         total, _ = _counted(lambda: model(input_ids=ids, **video, use_cache=True, logits_to_keep=1))
         costs = _costs(contender.preset, size)
@@ -397,3 +413,439 @@ def count(contender: Any, frames: int, *, size: str = "full") -> dict[str, Any]:
     row["weight_bytes"] = sum(parameter.numel() for parameter in model.parameters()) * torch.bfloat16.itemsize
     row["cache_bytes"] = tokens * position_bytes
     return row
+
+
+# --- timed ----------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds of a device; on a CPU those of the process, which other work on the machine disturbs least."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.is_cuda = device.type == "cuda"
+
+    def now(self) -> Any:
+        if not self.is_cuda:
+            return time.process_time()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, start: Any, end: Any) -> float:
+        if not self.is_cuda:
+            return end - start
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+
+    def seconds(self, function: Callable[[], Any]) -> float:
+        start = self.now()
+        function()
+        return self.between(start, self.now())
+
+
+class PartTimer:
+    """Charges every moment of what runs inside `with` to the innermost part that is running, or to "rest".
+
+    patterns: per part, the names of the modules that are it.
+    """
+
+    def __init__(self, model: torch.nn.Module, patterns: dict[str, str], clock: Clock) -> None:
+        self.model, self.patterns, self.clock = model, patterns, clock
+        self.running = ["rest"]
+        self.marks: list[tuple[str, Any]] = []
+
+    def __enter__(self) -> "PartTimer":
+        self.hooks = []
+        for name, module in self.model.named_modules():
+            for part, pattern in self.patterns.items():
+                if re.fullmatch(pattern, name):
+                    self.hooks.append(module.register_forward_pre_hook(partial(self._begin, part)))
+                    self.hooks.append(module.register_forward_hook(self._end))
+        self._mark()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._mark()
+        for hook in self.hooks:
+            hook.remove()
+
+    def _begin(self, part: str, *_: Any) -> None:
+        self.running.append(part)
+        self._mark()
+
+    def _end(self, *_: Any) -> None:
+        self.running.pop()
+        self._mark()
+
+    def _mark(self) -> None:
+        self.marks.append((self.running[-1], self.clock.now()))
+
+    def seconds(self) -> dict[str, float]:
+        total = dict.fromkeys([*self.patterns, "rest"], 0.0)
+        for (part, start), (_, end) in pairwise(self.marks):
+            total[part] += self.clock.between(start, end)
+        return total
+
+
+def build(contender: Contender, size: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model with random weights."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return contender.model_class._from_config(contender.config(size), dtype=dtype).eval()
+
+
+class Runner:
+    """A model, and one video at a time that it is asked about."""
+
+    def __init__(self, contender: Contender, model: Any) -> None:
+        self.contender, self.model, self.clock = contender, model, Clock(model.device)
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.cache: Any = None
+
+    def show(self, frames: int) -> None:
+        config, device = self.model.config, self.model.device
+        ids = torch.tensor([self.contender.prompt(config, frames) + [1] * TEXT_TOKENS], device=device)
+        video = self.contender.video(config, frames, device, self.model.dtype)
+        self.inputs = video | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if isinstance(self.contender, QwenVL):
+            self.inputs["mm_token_type_ids"] = 2 * (ids == config.video_token_id).int()
+
+    def prefill(self) -> None:
+        self.contender.prepare(self.model)
+        self.cache = self.model(**self.inputs, use_cache=True, logits_to_keep=1).past_key_values
+
+    def answer(self, new_tokens: int) -> None:
+        """The first question, from pixels."""
+        self.contender.prepare(self.model)
+        self._generate(self.inputs, new_tokens)
+
+    def answer_another(self, new_tokens: int) -> None:
+        """A second question, in a fork of what the prefill left."""
+        self.contender.prepare(self.model)
+        ids = torch.nn.functional.pad(self.inputs["input_ids"], (0, QUESTION_TOKENS), value=1)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        self._generate(inputs | {"past_key_values": copy.deepcopy(self.cache)}, new_tokens)
+
+    def _generate(self, inputs: dict[str, Any], new_tokens: int) -> None:
+        length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+        self.model.generate(**inputs, **length, do_sample=False, pad_token_id=0)
+
+    @torch.no_grad()
+    def times(self) -> dict[str, float]:
+        """Seconds: of a prefill; to the first token of a first and of a second question, by `generate`; per token of
+        an answer; and of the prefill's parts."""
+        seconds = {"prefill": self.clock.seconds(self.prefill)}
+        seconds["first_token"] = self.clock.seconds(partial(self.answer, 1))
+        seconds["second_question"] = self.clock.seconds(partial(self.answer_another, 1))
+        longer = self.clock.seconds(partial(self.answer_another, 1 + NEW_TOKENS))
+        seconds["decode_step"] = (longer - seconds["second_question"]) / NEW_TOKENS
+        with PartTimer(self.model, self.contender.parts, self.clock) as timer:
+            self.prefill()
+        self.cache = None
+        return seconds | {f"part: {part}": value for part, value in timer.seconds().items()}
+
+    @torch.no_grad()
+    def peak_bytes(self) -> int:
+        """Most memory that an answer of `NEW_TOKENS` takes beyond weights and pixels: of a GPU's allocator, or what
+        the process has resident (Linux)."""
+        if self.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self.answer(NEW_TOKENS)
+            return torch.cuda.max_memory_allocated() - before
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = _resident_bytes("VmRSS")
+        self.answer(NEW_TOKENS)
+        return _resident_bytes("VmHWM") - before
+
+
+def _resident_bytes(field: str) -> int:
+    return int(re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
+
+
+def _peaks(name: str, frames: Sequence[int], size: str, device: str) -> list[int]:
+    """`peak_bytes` for each number of frames."""
+    [contender] = [contender for contender in contenders() if contender.name == name]
+    runner = Runner(contender, build(contender, size, torch.device(device), _dtype(torch.device(device))))
+    runner.show(2)
+    runner.peak_bytes()
+    peaks = []
+    for count_of_frames in frames:
+        runner.show(count_of_frames)
+        peaks.append(runner.peak_bytes())
+    return peaks
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def time_models(
+    chosen: Sequence[Contender],
+    frames: Sequence[int],
+    *,
+    size: str,
+    device: torch.device,
+    repeats: int,
+    on_step: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """A row per model and number of frames: medians of `repeats` rounds, in each of which all models run in turn."""
+    models = {}
+    for contender in chosen:
+        if contender.model_name not in models:
+            models[contender.model_name] = build(contender, size, device, _dtype(device))
+    runners = [Runner(contender, models[contender.model_name]) for contender in chosen]
+    rows = []
+    for count_of_frames in frames:
+        rounds: dict[str, list[dict[str, float]]] = defaultdict(list)
+        for turn in range(1 + repeats):  # the first warms up
+            for runner in runners:
+                on_step(f"{runner.contender.name}, {count_of_frames} frames, round {turn} of {repeats}")
+                runner.show(count_of_frames)
+                rounds[runner.contender.name].append(runner.times())
+                runner.inputs = {}
+        for name, (_, *measured) in rounds.items():
+            seconds = {what: statistics.median(times[what] for times in measured) for what in measured[0]}
+            rows.append({"model": name, "frames": count_of_frames, "seconds": seconds})
+    return rows
+
+
+def measure_memory(
+    chosen: Sequence[Contender],
+    frames: Sequence[int],
+    *,
+    size: str,
+    device: torch.device,
+    on_step: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Peaks of each model, alone in a process of its own, and what a frame adds to them."""
+    rows = []
+    for contender in chosen:
+        on_step(f"{contender.name}, memory")
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            peaks = process.submit(_peaks, contender.name, frames, size, str(device)).result()
+        growth = (peaks[-1] - peaks[0]) / (frames[-1] - frames[0]) if len(frames) > 1 else None
+        rows.append({"model": contender.name, "peak_bytes": dict(zip(frames, peaks, strict=True))})
+        rows[-1]["bytes_per_frame"] = growth
+    return rows
+
+
+def matrix_rate(device: torch.device) -> float:
+    """Floating-point operations per second of a large matrix product, the most that a model can hope for."""
+    side = 8192 if device.type == "cuda" else 1024
+    one, other = torch.randn(2, side, side, device=device, dtype=_dtype(device))
+    clock = Clock(device)
+    seconds = [clock.seconds(lambda: one @ other) for _ in range(8)]
+    return 2 * side**3 / statistics.median(seconds[2:])
+
+
+def time_file(frames: int, folder: Path) -> dict[str, float]:
+    """CPU seconds of what stands before a prefill: frames out of a file, and pixels out of frames."""
+    path = write_clip(folder / "clip.mp4", frames)
+    clock, processor = Clock(torch.device("cpu")), CrossLMMVideoProcessor()
+    start = clock.now()
+    decoded = decode_video(path, num_frames=frames)
+    read = clock.now()
+    processor([decoded.frames], num_frames=frames)
+    return {"decode": clock.between(start, read), "preprocess": clock.between(read, clock.now())}
+
+
+def write_clip(path: Path, seconds: int) -> Path:
+    """A moving picture of 640 x 360 at 4 frames per second."""
+    picture = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8).repeat(32, 0).repeat(32, 1)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=4, options={"preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
+        for step in range(4 * seconds):
+            moved = np.ascontiguousarray(np.roll(picture, step * 8, axis=1)[:360])
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(moved, format="rgb24")))
+        file.mux(stream.encode())
+    return path
+
+
+@torch.no_grad()
+def time_long_video(contender: Contender, frames: int, *, size: str, device: torch.device) -> dict[str, Any]:
+    """From pixels to the end of an answer of 64 tokens, once, after a short one has warmed up."""
+    runner = Runner(contender, build(contender, size, device, _dtype(device)))
+    runner.show(2)
+    runner.answer(2)
+    runner.show(frames)
+    return {"model": contender.name, "frames": frames, "seconds": runner.clock.seconds(partial(runner.answer, 64))}
+
+
+def time_training_step(
+    contender: CrossLMM, frames: int, *, size: str, device: torch.device, rate: float
+) -> dict[str, Any]:
+    """A step of stage 2 with one sample: everything learns, bfloat16 on float32 weights, activations made twice."""
+    model = build(contender, size, device, torch.float32).train()
+    model.gradient_checkpointing_enable()
+    groups = parameter_groups(model, learning_rate=1e-5, gate_learning_rate=1e-3, vision_learning_rate=2e-6)
+    optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda")
+    runner = Runner(contender, model)
+    runner.show(frames)
+    contender.prepare(model)
+    labels = runner.inputs["input_ids"].masked_fill(runner.inputs["input_ids"] == model.config.video_token_id, -100)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = model(**runner.inputs, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds = statistics.median([runner.clock.seconds(step) for _ in range(4)][1:])
+    parts = multiply_accumulates(model.config, frames) | {"folding": 0}
+    macs = 3 * (sum(parts.values()) + (labels.shape[1] - 1) * parts["head"])  # forward, and twice that backward
+    return {
+        "model": contender.name,
+        "frames": frames,
+        "seconds": seconds,
+        "macs": macs,
+        "share_of_matrix_rate": 2 * macs / seconds / rate,
+    }
+
+
+COLD_START = """
+import json, sys, time
+start = time.perf_counter()
+import transformers_crosslmm
+from transformers import AutoModel, pipeline
+imported = time.perf_counter()
+what, folder, device, clip = sys.argv[1:]
+if what == "AutoModel":
+    AutoModel.from_pretrained(folder, dtype="auto", device_map=device)
+else:
+    pipe = pipeline("video-text-to-text", model=folder, dtype="auto", device_map=device)
+loaded = answered = time.perf_counter()
+if what == "pipeline":
+    pipe(videos=clip, text="What happens?", max_new_tokens=1, processor_kwargs={"num_frames": 8})
+    answered = time.perf_counter()
+print(json.dumps({"import": imported - start, "load": loaded - imported, "first_answer": answered - loaded}))
+"""
+
+
+def time_cold_start(contender: CrossLMM, folder: Path, *, size: str, device: torch.device) -> dict[str, Any]:
+    """Saves the model in shards, with a processor; then, each in a process of its own, wall seconds of
+    `AutoModel.from_pretrained(…, device_map=…)` and of `pipeline("video-text-to-text")` up to a first answer."""
+    tokenizer = load_processor(TINY_CHECKPOINT).tokenizer
+    config = contender.config(size)
+    image_size = {"height": config.vision_config.image_size, "width": config.vision_config.image_size}
+    processor = CrossLMMProcessor(
+        SiglipImageProcessorPil(size=image_size),
+        tokenizer,
+        CrossLMMVideoProcessor(size=image_size),
+        pooled_grid_size=config.pooled_grid_size,
+        patch_size=config.vision_config.patch_size,
+    )
+    processor.save_pretrained(folder)
+    model = build(contender, size, device, torch.bfloat16)
+    model.config.image_token_id, model.config.video_token_id = processor.image_token_id, processor.video_token_id
+    model.save_pretrained(folder, max_shard_size="5GB" if size == "full" else "20MB")
+    del model
+    clip = write_clip(folder / "clip.mp4", 8)
+    row: dict[str, Any] = {"model": contender.name, "shards": len(list(folder.glob("*.safetensors")))}
+    for what in ("AutoModel", "pipeline"):
+        command = [sys.executable, "-c", COLD_START, what, str(folder), str(device), str(clip)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        row[what] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------
+
+
+def choose(names: Sequence[str]) -> list[Contender]:
+    """The contenders of these names, or of these models with all settings. Raises ValueError for an unknown one."""
+    every = contenders()
+    known = list(dict.fromkeys(name for each in every for name in (each.model_name, each.name)))
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(
+            f"There is no model {', '.join(map(repr, unknown))} to compare; there are {'; '.join(known)}."
+        )
+    return [each for each in every if not names or each.name in names or each.model_name in names]
+
+
+def about(device: torch.device) -> dict[str, Any]:
+    """Where and with what a run was made."""
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
+    is_cuda = device.type == "cuda"
+    return {
+        "command": shlex.join(["crosslmm", *sys.argv[1:]]),
+        "commit": commit.stdout.strip() or None,
+        "device": torch.cuda.get_device_name(device) if is_cuda else (names or [platform.processor()])[0],
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "transformers-crosslmm")}
+        | {"python": platform.python_version()},
+    }
+
+
+def run(
+    names: Sequence[str] = (),
+    frames: Sequence[int] = (),
+    *,
+    size: str = "full",
+    device: str | None = None,
+    repeats: int = 3,
+    on_step: Callable[[str], None] = lambda step: None,
+) -> dict[str, Any]:
+    """Everything: counts, and times at toy size or on a GPU.
+
+    names: of models, all when there are none. frames: `FRAMES`, and for CrossLMM `LONG`, when there are none.
+    """
+    chosen, place = choose(names), torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    ours = [contender for contender in chosen if isinstance(contender, CrossLMM)]
+    results: dict[str, Any] = {"about": about(place), "size": size, "counted": []}
+    for contender in chosen:
+        for number in frames or (FRAMES + LONG if contender in ours else FRAMES):
+            on_step(f"Counting {contender.name}, {number} frames")
+            results["counted"].append(count(contender, number, size=size))
+    if size == "full" and place.type != "cuda":
+        return results
+    frames = frames or (FRAMES if size == "full" else (8, 16))
+    results["matrix_rate"] = rate = matrix_rate(place)
+    results["timed"] = time_models(chosen, frames, size=size, device=place, repeats=repeats, on_step=on_step)
+    results["memory"] = measure_memory(chosen, frames, size=size, device=place, on_step=on_step)
+    macs = {(row["model"], row["frames"]): row["macs"]["total"] for row in results["counted"]}
+    for row in results["timed"]:
+        row["share_of_matrix_rate"] = 2 * macs[row["model"], row["frames"]] / row["seconds"]["prefill"] / rate
+    long_frames = LONG[-1] if size == "full" else 4 * max(frames)
+    with tempfile.TemporaryDirectory() as folder:
+        on_step("A video from its file")
+        results["file"] = [{"frames": number, "seconds": time_file(number, Path(folder))} for number in frames]
+        for contender in ours:
+            on_step(f"{contender.name}, {long_frames} frames")
+            results.setdefault("long_video", []).append(
+                time_long_video(contender, long_frames, size=size, device=place)
+            )
+        for contender in ours[:1]:  # a 7B's optimiser does not fit one GPU
+            on_step(f"{contender.name}, a training step")
+            results["training_step"] = time_training_step(contender, min(frames), size=size, device=place, rate=rate)
+        for contender in ours[-1:]:
+            on_step(f"{contender.name}, from disk")
+            results["cold_start"] = time_cold_start(contender, Path(folder) / "model", size=size, device=place)
+    return results
+
+
+def table(results: dict[str, Any]) -> list[list[str]]:
+    """Rows of what was found, a heading first: counted for each model and number of frames, and timed if it was."""
+    timed = {(row["model"], row["frames"]): row["seconds"] for row in results.get("timed", ())}
+    whats = ("prefill", "second_question", "decode_step") if timed else ()
+    rows = [["", "frames", "video tokens", "T multiply-accumulates", "MB kept", *(f"{what}, s" for what in whats)]]
+    for row in results["counted"]:
+        seconds = timed.get((row["model"], row["frames"]))
+        rows.append(
+            [
+                row["model"],
+                f"{row['frames']:,}",
+                f"{row['video_tokens']:,}",
+                f"{row['macs']['total'] / 1e12:,.2f}",
+                f"{row['cache_bytes'] / 1e6:,.0f}",
+                *(f"{seconds[what]:.3g}" if seconds else "" for what in whats),
+            ]
+        )
+    return rows
+
+
+__all__ = ["CrossLMM", "LlavaOneVision", "QwenVL", "contenders", "count", "multiply_accumulates", "run", "table"]
