@@ -189,6 +189,56 @@ def video_fuzz() -> str:
     )
 
 
+def video_decoding_threads() -> str:
+    results = kept("video_decoding_threads.json")
+    rows = []
+    for result in results["results"]:
+        seconds = result["cpu_seconds_by_threads"]
+        case = f"{result['codec']}, {result['length']}, {result['num_frames']} frames"
+        rows.append([case, *(f"{seconds[count] / seconds['1']:.2f}" for count in ("2", "4"))])
+    about = results["about"]
+    return (
+        f"{markdown(['CPU time, one thread = 1', '2 threads', '4 threads'], rows)}\n"
+        f"`python benchmarks/video_decoding.py threads FOLDER --rounds 3`, commit {about['commit'][:7]}, "
+        f"{about['cpu']}, one core; PyAV {about['versions']['av']}; {about['pictures']}.\n"
+    )
+
+
+def streaming_memory() -> str:
+    results = kept("streaming_memory.json")
+    peaks, growth, about = results["peak_mb"], results["growth_mb_per_frame"], results["about"]
+    lengths = [name.removeprefix("pixels, ") for name in peaks if name.startswith("pixels")]
+    rows = [[length, *(f"{peaks[f'{way}, {length}']:,.0f} MB" for way in ("pixels", "stream"))] for length in lengths]
+    rows.append(["**each frame more**", *(f"**{growth[way]:.2f} MB**" for way in ("pixels", "stream"))])
+    return (
+        f"{markdown(['', 'all pixels, then the encoder', 'encoded while decoded'], rows)}\n"
+        f"`{about['command']}`, commit {about['commit'][:7]}, {about['machine']}. Features stay: "
+        f"{about['features_mb_per_frame']:.3f} MB of a frame, the encoder being 16 wide.\n"
+    )
+
+
+def serving_load() -> str:
+    results = kept("serving_load.json")
+    about = results["about"]
+    rows = [
+        [
+            str(number),
+            f"{one['good_answered_as_expected']} of {one['good_sent']}",
+            str(one["told_to_come_back"]),
+            str(len(one["wrong"])),
+            f"{one['memory_before_mb']:.1f} → {one['memory_after_mb']:.1f} MB",
+        ]
+        for number, one in enumerate(results["rounds"], start=1)
+    ]
+    sent = about["requests"]
+    head = ["round", "good requests answered as expected", "told to retry, then answered", "wrong answers", "memory"]
+    return (
+        f"{markdown(head, rows)}\nA round: {sent['good']} good requests, {sent['bad']} mistaken and {sent['hostile']} "
+        f"hostile ones, {about['at_once']} at once. `{about['command']}`, commit {about['commit'][:7]}, "
+        f"{about['machine']}, cores: {about['cores']}.\n"
+    )
+
+
 def conversion_memory() -> str:
     results = kept("conversion_memory.json")
     rows = [[f"read, {part}", f"{size / 1e9:.2f} GB"] for part, size in results["bytes_read"].items()] + [
@@ -213,7 +263,10 @@ TABLES: dict[str, Callable[[], str]] = {
         tiny_checkpoint,
         where_it_looked,
         video_decoding,
+        video_decoding_threads,
         video_fuzz,
+        streaming_memory,
+        serving_load,
         conversion_memory,
     )
 }
