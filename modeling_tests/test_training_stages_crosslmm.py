@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from factories import mp4_of, random_frames, random_model, tiny_config, tiny_processor
+from factories import random_model, save_checkpoint, save_training_data, tiny_config
 from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration
 from transformers_crosslmm.training_crosslmm import (
     COMPLETE,
@@ -17,6 +17,7 @@ from transformers_crosslmm.training_crosslmm import (
     mark_complete,
     parameter_groups,
     parse_recipe,
+    refuse_random_branches,
     train,
     train_only,
 )
@@ -24,20 +25,10 @@ from transformers_crosslmm.training_crosslmm import (
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """`model`, `media` and `data.jsonl`: six short clips and a question about each."""
+    """`model`, `media` and `data.jsonl`."""
     folder = tmp_path_factory.mktemp("run")
-    processor = tiny_processor()
-    ids = {"image_token_id": processor.image_token_id, "video_token_id": processor.video_token_id}
-    config = tiny_config(text_config={"vocab_size": len(processor.tokenizer)}, untrained=True, **ids)
-    random_model(config).save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
-    (folder / "media").mkdir()
-    lines = []
-    for i in range(6):
-        (folder / "media" / f"{i}.mp4").write_bytes(mp4_of(random_frames(2 + i % 3, seed=i), fps=1))
-        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"Answer {i}."}]
-        lines.append(json.dumps({"video": f"{i}.mp4", "conversations": turns}))
-    (folder / "data.jsonl").write_text("\n".join(lines))
+    save_checkpoint(folder / "model", untrained=True)
+    save_training_data(folder)
     return folder
 
 
@@ -103,6 +94,23 @@ def test_the_optimiser_gets_all_that_learns_once_and_nothing_frozen(parts):
 def test_a_stage_that_trains_nothing_is_refused(parts, reason):
     with pytest.raises(ValueError, match=reason):
         train_only(random_model(tiny_config(text_config={"use_t2v": False})), parts)
+
+
+def test_a_frozen_branch_of_random_weights_must_be_closed():
+    """Stage 1 of a model that begins with open gates."""
+    open_gates = CrossLMMForConditionalGeneration(tiny_config(text_config={"gate_init": 0.7}))
+    train_only(open_gates, ["projector", "v2v"])
+    with pytest.raises(ValueError, match=r"T2V is frozen .* `gate_init` 0\.7\. Begin with gates of 0"):
+        refuse_random_branches(open_gates)
+    train_only(open_gates, ["projector", "v2v", "t2v"])
+    refuse_random_branches(open_gates)
+
+    trained = random_model(tiny_config(text_config={"gate_init": 0.7}))  # its gates have moved
+    closed = CrossLMMForConditionalGeneration(tiny_config())
+    without = CrossLMMForConditionalGeneration(tiny_config(text_config={"gate_init": 0.7, "use_t2v": False}))
+    for model in (trained, closed, without):
+        train_only(model, ["projector", "v2v"])
+        refuse_random_branches(model)
 
 
 def test_recipes_hold_the_papers_numbers():

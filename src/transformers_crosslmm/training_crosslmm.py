@@ -36,6 +36,7 @@ from .data_crosslmm import (
     load_records,
     stream_samples,
 )
+from .modeling_crosslmm import CrossLMMPreTrainedModel
 from .processing_crosslmm import CrossLMMProcessor
 
 logger = logging.get_logger(__name__)
@@ -78,6 +79,23 @@ def train_only(model: nn.Module, parts: Sequence[str]) -> None:
         found |= trained if "cross_attention.input_layernorm" not in name else set()
     if missing := sorted(set(parts) - found):
         raise ValueError(f"The model has no {' and no '.join(missing)} to train. Take it out of `trained_parts`.")
+
+
+def refuse_random_branches(model: CrossLMMPreTrainedModel) -> None:
+    """Raises ValueError where V2V or T2V is frozen, open, and has the gates it began with.
+
+    Random numbers would go into every token for the whole stage, and what learns would learn to live with them.
+    """
+    gate_init = model.config.get_text_config().gate_init
+    for branch in ("v2v", "t2v"):
+        gates = [gate for name, gate in model.named_parameters() if name.endswith(f".{branch}.gate.weight")]
+        is_frozen = not any(gate.requires_grad for gate in gates)
+        if gate_init and gates and is_frozen and all((gate == gate_init).all() for gate in gates):
+            raise ValueError(
+                f"{branch.upper()} is frozen in this stage but was never trained, and its gates are open: they are at "
+                f"`gate_init` {gate_init:g}. Begin with gates of 0, without it (`use_{branch}=False`), or name "
+                f"{branch} in `trained_parts`."
+            )
 
 
 def parameter_groups(
@@ -403,6 +421,7 @@ def train(arguments: CrossLMMTrainingArguments) -> CrossLMMTrainer:
         cast(str, arguments.model), dtype=torch.float32, attn_implementation=arguments.attn_implementation
     )
     train_only(model, arguments.trained_parts)
+    refuse_random_branches(model)
     trainer = CrossLMMTrainer(
         model=model,
         args=arguments,
