@@ -37,7 +37,8 @@ class FieldLists(griffe.Extension):
             is_field = match is not None and not names.isdisjoint(NAME.findall(match[1]))
             if is_field:
                 line = f"- {NAME.sub(lambda name: f'`{name[0]}`', match[1])}{line[match.end(1) :]}"
-            if is_field != in_list and not line.startswith(" "):
+            goes_on = in_list and bool(line) and not lines[-1].endswith(".")  # a sentence that the line before began
+            if is_field != in_list and not line.startswith(" ") and not goes_on:
                 lines.append("")
                 in_list = is_field
             lines.append(line)
