@@ -14,13 +14,13 @@ from transformers_crosslmm.benchmarking_crosslmm import (
     PAPER,
     PartTimer,
     choose,
-    contenders,
     count,
     multiply_accumulates,
     paper_macs,
     run,
 )
 from transformers_crosslmm.cache_crosslmm import VisualCacheLayer
+from transformers_crosslmm.contenders_crosslmm import contenders
 from transformers_crosslmm.inspection_crosslmm import count_costs
 
 BY_NAME = {contender.name: contender for contender in contenders()}
