@@ -12,6 +12,7 @@ Shapes: T frames, N patches per frame, D vision width, s x s pooled tokens per f
 """
 
 import copy
+import gc
 import json
 import multiprocessing
 import platform
@@ -394,6 +395,7 @@ def measure_memory(
 ) -> list[dict[str, Any]]:
     """Peaks of each model, alone in a process of its own, and what a frame adds to them."""
     rows = []
+    _free_memory()
     for contender in chosen:
         on_step(f"{contender.name}, memory")
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
@@ -402,6 +404,12 @@ def measure_memory(
         rows.append({"model": contender.name, "peak_bytes": dict(zip(frames, peaks, strict=True))})
         rows[-1]["bytes_per_frame"] = growth
     return rows
+
+
+def _free_memory() -> None:
+    """What models of before held on a GPU, for another process or a larger one."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def matrix_rate(device: torch.device) -> float:
@@ -451,6 +459,7 @@ def time_training_step(
     contender: CrossLMM, frames: int, *, size: str, device: torch.device, rate: float
 ) -> dict[str, Any]:
     """A step of stage 2 with one sample: everything learns, bfloat16 on float32 weights, activations made twice."""
+    _free_memory()
     model = build(contender, size, device, torch.float32).train()
     model.gradient_checkpointing_enable()
     groups = parameter_groups(model, learning_rate=1e-5, gate_learning_rate=1e-3, vision_learning_rate=2e-6)
@@ -516,6 +525,7 @@ def time_cold_start(contender: CrossLMM, folder: Path, *, size: str, device: tor
     model.config.image_token_id, model.config.video_token_id = processor.image_token_id, processor.video_token_id
     model.save_pretrained(folder, max_shard_size="5GB" if size == "full" else "20MB")
     del model
+    _free_memory()
     clip = write_clip(folder / "clip.mp4", 8)
     row: dict[str, Any] = {"model": contender.name, "shards": len(list(folder.glob("*.safetensors")))}
     for what in ("AutoModel", "pipeline"):
