@@ -296,7 +296,7 @@ def fit(model: CrossLMMForConditionalGeneration, samples: Samples, parts: Sequen
             warmup_steps=20,
             weight_decay=0.02,
             adam_beta2=0.98,
-            logging_steps=10,
+            logging_steps=0.1,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -343,45 +343,7 @@ def examine(model: CrossLMMForConditionalGeneration, arm: Arm, world: World) -> 
     return marks
 
 
-# --- what came of it ------------------------------------------------------------------------------------------------
-
-
-def as_numbers(run: Mapping[str, Any]) -> np.ndarray:
-    """(videos, kinds): 1, 0, or NaN where nothing was asked."""
-    columns = [[np.nan if mark == "-" else float(mark) for mark in run["right"][kind]] for kind in KINDS]
-    return np.array(columns).T
-
-
-def interval(values: Sequence[np.ndarray], *, draws: int = 4000) -> dict[str, tuple[float, float, float]]:
-    """Mean and 95 % interval of each kind and of their mean ("all"): bootstrap over seeds and, in each, over videos.
-
-    values: for each seed (videos, kinds), NaN where nothing was asked.
-    """
-    rng = np.random.default_rng(0)
-    shares = []
-    for per_video in values:
-        counts = rng.multinomial(len(per_video), np.full(len(per_video), 1 / len(per_video)), size=draws)
-        shares.append((counts @ np.nan_to_num(per_video)) / (counts @ ~np.isnan(per_video)))
-    by_seed = np.stack(shares)  # (seeds, draws, kinds)
-    chosen = rng.integers(len(values), size=(len(values), draws))
-    # Each choice of a seed draws its videos anew: neighbouring draws stand in, as they are independent.
-    drawn = np.mean([by_seed[seeds, (np.arange(draws) + i) % draws] for i, seeds in enumerate(chosen)], axis=0)
-    means = np.mean([np.nanmean(per_video, axis=0) for per_video in values], axis=0)
-    low, high = np.percentile(np.column_stack([drawn, drawn.mean(-1)]), [2.5, 97.5], axis=0)
-    names, centres = (*KINDS, "all"), [*means, means.mean()]
-    return {name: (float(m), float(a), float(b)) for name, m, a, b in zip(names, centres, low, high, strict=True)}
-
-
-def accuracy(runs: Sequence[Mapping[str, Any]], arm: str) -> dict[str, tuple[float, float, float]]:
-    """See `interval`."""
-    return interval([as_numbers(run) for run in runs if run["arm"] == arm])
-
-
-def effect(runs: Sequence[Mapping[str, Any]], arm: str, against: str) -> dict[str, tuple[float, float, float]]:
-    """What `arm` adds to `against`, question by question, over the seeds that both have; see `interval`."""
-    found = {(run["arm"], run["seed"]): as_numbers(run) for run in runs}
-    seeds = [seed for name, seed in found if name == arm and (against, seed) in found]
-    return interval([found[arm, seed] - found[against, seed] for seed in seeds])
+# --- all runs --------------------------------------------------------------------------------------------------------
 
 
 def load_results() -> dict[str, Any]:
@@ -415,20 +377,24 @@ def main() -> None:
     if unknown := sorted(set(options.arms) - set(ARMS)):
         raise SystemExit(f"There is no arm {', '.join(unknown)}; there are {', '.join(ARMS)}.")
     torch.set_num_threads(1)
-    results = load_results()
-    done = {(run["arm"], run["seed"], run["steps"]) for run in results["runs"]}
-    queue = [(arm, seed) for arm in options.arms for seed in options.seeds if (arm, seed, options.steps) not in done]
-    tower = trained_tower()
-    worlds = {seed: World(tower, seed=seed) for seed in tqdm(options.seeds, desc="videos")}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    results["about"] = {
-        "command": "python benchmarks/ablation.py",
-        "commit": commit,
-        "machine": f"{platform.machine()} CPU, 1 core, torch {torch.__version__}",
+    tower, results = trained_tower(), load_results()
+    world = {
         "tower_sha256": hashlib.sha256(TOWER.read_bytes()).hexdigest(),
         "videos_sha256": hashlib.sha256(Path(procedural_videos.__file__).read_bytes()).hexdigest(),
-        "batch_size": BATCH_SIZE,
     }
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    results["about"] = results["about"] or {
+        "command": "python benchmarks/ablation.py",
+        "commit": commit,
+        "machine": f"{platform.machine()} CPU, 1 core shared with other work, torch {torch.__version__}",
+        "batch_size": BATCH_SIZE,
+        **world,
+    }
+    if not world.items() <= results["about"].items():
+        raise SystemExit(f"{RESULTS} holds runs of another vision tower or other videos: move it away, or {TOWER}.")
+    done = {(run["arm"], run["seed"], run["steps"]) for run in results["runs"]}
+    queue = [(arm, seed) for arm in options.arms for seed in options.seeds if (arm, seed, options.steps) not in done]
+    worlds = {seed: World(tower, seed=seed) for seed in tqdm(options.seeds, desc="videos")}
     for name, seed in (progress := tqdm(queue, desc="runs")):
         progress.set_postfix_str(f"{name}, seed {seed}")
         begin = time.process_time()
@@ -444,8 +410,9 @@ def main() -> None:
             }
         )
         save_results(results)
-        shares = zip(KINDS, np.nanmean(as_numbers(results["runs"][-1]), axis=0), strict=True)
-        tqdm.write(f"{name}, seed {seed}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares))
+        right = results["runs"][-1]["right"].items()
+        shares = (f"{kind} {marks.count('1') / len(marks.replace('-', '')):.0%}" for kind, marks in right)
+        tqdm.write(f"{name}, seed {seed}: {', '.join(shares)}")
 
 
 if __name__ == "__main__":
