@@ -3,6 +3,7 @@
 import errno
 import ipaddress
 import json
+import math
 import os
 import signal
 import subprocess
@@ -52,6 +53,12 @@ def ask(folder, tmp_path):
         return answer_corpus(write(tmp_path / "questions.jsonl", records), tmp_path / "answers", **options)
 
     return ask
+
+
+@pytest.fixture
+def two_rows_per_part(monkeypatch) -> None:
+    monkeypatch.setattr(batch_crosslmm, "ROWS_PER_PART", 2)
+    monkeypatch.setattr(batch_crosslmm, "SECONDS_PER_PART", math.inf)
 
 
 @pytest.fixture
@@ -248,8 +255,7 @@ def test_options_that_no_video_could_meet_end_the_run_before_it_begins(
 # --- the folder of answers ------------------------------------------------------------------------------------------
 
 
-def test_a_part_that_is_damaged_is_named_and_asked_again_once_it_is_deleted(tmp_path, ask, monkeypatch):
-    monkeypatch.setattr(batch_crosslmm, "ROWS_PER_PART", 2)
+def test_a_part_that_is_damaged_is_named_and_asked_again_once_it_is_deleted(tmp_path, ask, two_rows_per_part):
     ask(about("0.mp4", "1.mp4"))
     expected = answers_of(tmp_path / "answers")
     first, second = sorted((tmp_path / "answers").glob("part-*"))
@@ -272,8 +278,7 @@ def test_a_file_that_is_no_part_of_ours_is_named(tmp_path, ask):
         ask(about("0.mp4", "1.mp4"))
 
 
-def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_room(tmp_path, ask, monkeypatch):
-    monkeypatch.setattr(batch_crosslmm, "ROWS_PER_PART", 2)
+def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_room(tmp_path, ask, monkeypatch, two_rows_per_part):
     written = []
 
     def fsync(descriptor: int) -> None:
@@ -300,8 +305,8 @@ def test_a_folder_of_answers_that_is_a_file_is_left_alone(tmp_path, ask):
     assert (tmp_path / "answers").read_text() == "mine"
 
 
-def test_answers_are_on_disk_before_the_last_question_about_a_video_is_answered(tmp_path, ask, monkeypatch):
-    monkeypatch.setattr(batch_crosslmm, "ROWS_PER_PART", 1)
+def test_an_answer_that_took_long_is_on_disk_before_the_next_question_is_asked(tmp_path, ask, monkeypatch):
+    monkeypatch.setattr(batch_crosslmm, "SECONDS_PER_PART", 0.0)
     on_disk = []
     ask(about("0.mp4"), on_progress=lambda done, total: on_disk.append(len(rows_of(tmp_path / "answers"))))
     assert on_disk == [0, 1, 2]
@@ -420,7 +425,7 @@ DRIVER = """
 import os, signal, sys
 from transformers_crosslmm import batch_crosslmm
 questions, root, moment, new_tokens, frames = sys.argv[1:]
-batch_crosslmm.ROWS_PER_PART = 2
+batch_crosslmm.ROWS_PER_PART, batch_crosslmm.SECONDS_PER_PART = 2, 1e9
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 replace = os.replace
 def rename(source, target):

@@ -48,7 +48,7 @@ MAX_ATTEMPTS = 3
 
 ROWS_PER_PART = 10_000
 SECONDS_PER_PART = 20.0
-"""An answer waits at most so long for its file: what a killed driver loses."""
+"""An answer that comes sooner after the last file was written waits for others: what a killed driver loses."""
 
 MAX_TASKS = 10_000
 """Of Ray; more videos than this share tasks."""
@@ -370,10 +370,10 @@ class AnswerFiles:
             leftover.unlink()
         self.parts = list(self.folder.glob("part-*.parquet"))
         self._waiting: list[dict[str, str | None]] = []
-        self._since = 0.0
+        self._written = time.monotonic()
         try:
             self._check(json.loads(json.dumps(settings)))
-        except ValueError:
+        except Exception:
             self.close()
             raise
 
@@ -412,10 +412,8 @@ class AnswerFiles:
             note.unlink()
 
     def add(self, row: dict[str, str | None]) -> None:
-        if not self._waiting:
-            self._since = time.monotonic()
         self._waiting.append(row)
-        if len(self._waiting) >= ROWS_PER_PART or time.monotonic() - self._since >= SECONDS_PER_PART:
+        if len(self._waiting) >= ROWS_PER_PART or time.monotonic() - self._written >= SECONDS_PER_PART:
             self.flush()
 
     def flush(self) -> None:
@@ -431,7 +429,7 @@ class AnswerFiles:
             os.fsync(file.fileno())
         os.replace(unfinished, part)
         self.parts.append(part)
-        self._waiting = []
+        self._waiting, self._written = [], time.monotonic()
 
     def close(self) -> None:
         self._run.close()
@@ -575,7 +573,7 @@ def _ray(
     groups: list[VideoGroup], answerer: dict[str, Any], *, workers: int | None, cpus_per_worker: int
 ) -> Generator[dict[str, str | None], None, None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    is_cluster = "RAY_ADDRESS" in os.environ
+    is_cluster = os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
     if not is_cluster:
         # Ray's way, read at its import, to have all its servers listen on 127.0.0.1 alone; `_node_ip_address` has not.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
