@@ -1,5 +1,6 @@
 """What `crosslmm bench` counts and times."""
 
+from concurrent.futures import Future
 from functools import cache
 from itertools import count as count_from
 
@@ -8,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from factories import random_model, tiny_config
-from transformers_crosslmm import CrossLMMConfig
+from transformers_crosslmm import CrossLMMConfig, benchmarking_crosslmm
 from transformers_crosslmm.benchmarking_crosslmm import (
     FRAMES,
     PAPER,
@@ -18,6 +19,7 @@ from transformers_crosslmm.benchmarking_crosslmm import (
     multiply_accumulates,
     paper_macs,
     run,
+    table,
 )
 from transformers_crosslmm.cache_crosslmm import VisualCacheLayer
 from transformers_crosslmm.contenders_crosslmm import contenders
@@ -147,7 +149,30 @@ def test_time_is_charged_to_the_innermost_part():
     assert timer.seconds() == {"all": 4, "some": 2, "rest": 3}
 
 
-def test_a_run_at_toy_size_has_everything_that_one_on_a_gpu_has(tmp_path):
+class ThisProcess:
+    """Stands for an executor whose processes would each import everything again."""
+
+    def __init__(self, *_, **__) -> None:
+        pass
+
+    def __enter__(self) -> "ThisProcess":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
+def test_a_run_at_toy_size_has_everything_that_one_on_a_gpu_has(monkeypatch):
+    monkeypatch.setattr(benchmarking_crosslmm, "ProcessPoolExecutor", ThisProcess)
+    started = []
+    monkeypatch.setattr(
+        benchmarking_crosslmm, "time_cold_start", lambda contender, *_, **__: started.append(contender.name)
+    )
     names = ["CrossLMM-7B video features", "Qwen3-VL-8B"]
     results = run(names, [2, 4], size="toy", device="cpu", repeats=1)
     ours, peer = names
@@ -164,8 +189,19 @@ def test_a_run_at_toy_size_has_everything_that_one_on_a_gpu_has(tmp_path):
     assert [row["frames"] for row in results["file"]] == [2, 4]
     assert [row["frames"] for row in results["long_video"]] == [16]
     assert results["training_step"]["seconds"] > 0
-    assert results["cold_start"]["shards"] > 1
-    assert results["cold_start"]["pipeline"]["first_answer"] > 0
+    assert started == [ours]
+    heading, *rows = table(results)
+    assert [row[0] for row in rows] == [ours, ours, peer, peer]
+    assert {len(row) for row in rows} == {len(heading)}
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_shards_answers_from_a_cold_start(tmp_path):
+    contender = BY_NAME["CrossLMM-7B video features"]
+    row = benchmarking_crosslmm.time_cold_start(contender, tmp_path, size="toy", device=torch.device("cpu"))
+    assert row["shards"] > 1
+    assert min(row["AutoModel"]["import"], row["AutoModel"]["load"]) > 0
+    assert min(row["pipeline"]["load"], row["pipeline"]["first_answer"]) > 0
 
 
 def test_a_model_that_is_not_compared_is_refused_with_the_names():

@@ -606,7 +606,7 @@ def run(
         for contender in ours[:1]:  # a 7B's optimiser does not fit one GPU
             on_step(f"{contender.name}, a training step")
             results["training_step"] = time_training_step(contender, min(frames), size=size, device=place, rate=rate)
-        for contender in ours[-1:]:
+        for contender in ([one for one in ours if one.preset == "7B"] or ours)[:1]:
             on_step(f"{contender.name}, from disk")
             results["cold_start"] = time_cold_start(contender, Path(folder) / "model", size=size, device=place)
     return results
