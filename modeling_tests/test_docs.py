@@ -369,12 +369,11 @@ def test_the_picture_of_memory_has_the_counted_figures():
         assert label.removeprefix("+ ") in page
 
 
-def test_links_of_the_readme_lead_somewhere():
-    text = FENCE.sub("", (ROOT / "README.md").read_text(encoding="utf-8"))
-    links = re.findall(r"\]\(([^)#\s]+)", text)
-    assert links
-    missing = [link for link in links if "://" not in link and not (ROOT / link).exists()]
-    assert not missing
+@pytest.mark.parametrize("page", [*PAGES, *PARSED_ONLY, ROOT / "CONTRIBUTING.md"], ids=id_of)
+def test_links_lead_somewhere(page):
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
+    assert not [link for link in links if not (page.parent / link).exists()]
 
 
 @pytest.mark.slow
