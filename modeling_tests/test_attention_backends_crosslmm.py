@@ -388,3 +388,69 @@ def test_no_key_is_repeated_for_the_heads_that_share_it(attn_implementation):
         model(input_ids=torch.tensor([[5]]), past_key_values=cache, use_cache=True)
     keys = FRAMES * 25 * 2 * 8
     assert largest.numel <= keys, f"{largest.made_by} made {largest.shape}"
+
+
+# -- kernels of a GPU -------------------------------------------------------------------------------------------------
+
+each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+@torch.no_grad()
+@each_device
+@pytest.mark.parametrize("width", [8, 64, 128, 256, 12, 264])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_attention_with_its_weight_is_no_worse_than_the_formulas(dtype, width, device):
+    """On a GPU the flash kernel for halves of a width that it takes, and plain operations for the rest."""
+    query, key, value = (torch.randn(2, 3, rows, width, dtype=dtype) for rows in (77, 131, 131))  # they fill no tile
+    scaling = width**-0.5
+    output, weight = (
+        t.cpu()
+        for t in attention_crosslmm._attention_with_weight(*(t.to(device) for t in (query, key, value)), scaling)
+    )
+    scores = query.double() @ key.double().mT * scaling
+    exact = torch.softmax(scores, dim=-1) @ value.double()
+    shares = torch.softmax((query @ key.mT).float() * scaling, dim=-1)
+    assert_no_worse_than(output.to(dtype), (shares.to(dtype) @ value), exact)
+    assert weight.shape == (2, 3, 77, 1)
+    # Scores in float32 from halves: the error of a sum of `width` products, and of an exponential.
+    assert_close_to_scale(weight[..., 0], scores.logsumexp(-1), relative=4 * torch.finfo(dtype).eps)
+
+
+@torch.no_grad()
+@each_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["kv", "features"])
+@pytest.mark.parametrize("scope", ["video", "frame", "causal"])
+def test_prefill_in_pieces_and_decoding_are_no_worse_than_the_formulas(scope, form, dtype, device, monkeypatch):
+    """Keys of two frames at a time, merged; then a step over the whole cache."""
+    for module in (attention_crosslmm, modeling_crosslmm):
+        monkeypatch.setattr(module, "CHUNK_BYTES", SMALL * dtype.itemsize // 8)
+    model = random_model(tiny_config(text_config={"v2v_scope": scope})).to(device, dtype)
+    sample = make_sample(model.config, *INTERLEAVED)
+    inputs = {name: value.to(device) for name, value in in_dtype(model_inputs(sample), dtype).items()}
+    ids = inputs.pop("input_ids")
+    mask = inputs.pop("attention_mask")
+    outputs = model(
+        input_ids=ids[:, :-1], attention_mask=mask[:, :-1], **inputs, use_cache=True, cross_attention_cache=form
+    )
+    step = model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=outputs.past_key_values, use_cache=True)
+    logits = torch.cat([outputs.logits, step.logits], dim=1)[0].cpu()
+    model = model.cpu()
+    rounded = type(sample)(sample.token_ids, [(kind, frames.to(dtype)) for kind, frames in sample.media])
+    exact, baseline = reference(model, rounded).logits, reference(model, rounded, dtype=dtype).logits
+    assert_no_worse_than(logits, baseline, exact, factor=3.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_gradients_on_cuda_are_those_on_the_cpu(attn_implementation):
+    gradients = {}
+    for device in ("cpu", "cuda"):
+        model = random_model(tiny_config(), attn_implementation=attn_implementation).double().to(device).train()
+        inputs = in_dtype(model_inputs(make_sample(model.config, *MORE)), torch.float64)
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients[device] = {name: parameter.grad.cpu() for name, parameter in model.named_parameters()}
+    largest = max(gradient.abs().max() for gradient in gradients["cpu"].values())
+    for name, expected in gradients["cpu"].items():
+        torch.testing.assert_close(gradients["cuda"][name], expected, rtol=1e-9, atol=1e-12 * largest, msg=name)

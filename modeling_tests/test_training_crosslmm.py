@@ -98,7 +98,8 @@ def test_checkpointing_runs_every_layer_again(use_reentrant):
         layer.self_attn.q_proj.register_forward_pre_hook(lambda *_: calls.append(1))
     gradients(model, labelled(model.config, BOTH))
     calls_of_encoder = 2 * 2  # two blocks; images and videos apart
-    assert len(calls) == 2 * (5 + calls_of_encoder)
+    # A chunk of frames is run again, and then block by block; without reentrance it stops before the last block.
+    assert len(calls) == 2 * 5 + 3 * calls_of_encoder - (0 if use_reentrant else 2)
 
 
 def test_checkpointing_works_on_a_frozen_model_with_adapters():

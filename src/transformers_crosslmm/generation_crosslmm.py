@@ -204,6 +204,20 @@ class CrossLMMGenerationMixin(GenerationMixin):
         model_kwargs: dict,
         is_first_iteration: bool = True,
     ):
+        outputs = self._prefill_with_media(input_ids, generation_config, model_kwargs, is_first_iteration)
+        if outputs.past_key_values is not None:
+            # It holds what decoding needs. `generate` would hold these, copies that share their tensors, to its end.
+            for media in (model_kwargs.get("mm_encoder_outputs") or {}).values():
+                media.last_hidden_state = None
+        return outputs
+
+    def _prefill_with_media(
+        self,
+        input_ids: torch.LongTensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict,
+        is_first_iteration: bool,
+    ):
         media = model_kwargs.get("mm_encoder_outputs")
         if generation_config.prefill_chunk_size is None or not media:
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)

@@ -62,7 +62,8 @@ def check_inputs(
     media = {modality: output for modality, output in (mm_encoder_outputs or {}).items() if output is not None}
     pixels = {"image": pixel_values, "video": pixel_values_videos}
     is_prefilling = memory is not None and memory.prefilling
-    check_encoded(media, config, has_original=not is_prefilling)
+    if media:
+        check_encoded(media, config, has_original=not is_prefilling)
     has_new_media = bool(media) or pixel_values is not None or pixel_values_videos is not None
     has_begun = not isinstance(past_length, int) or past_length > 0
     if not has_new_media and (has_begun or tokens.device.type == "meta"):
@@ -185,7 +186,8 @@ def check_pixels(name: str, pixels: torch.Tensor, vision_config: SiglipVisionCon
         )
     if not pixels.is_floating_point():
         raise ValueError(f"`{name}` must hold normalised floats; got {pixels.dtype}: use the processor.")
-    if pixels.device.type != "meta" and not torch.isfinite(pixels).all():
+    # Not `isfinite`, which writes another tensor of their size.
+    if pixels.device.type != "meta" and not torch.stack(pixels.aminmax()).isfinite().all():
         raise ValueError(f"`{name}` must be finite; got NaN or infinity. Check the frames before the processor.")
 
 

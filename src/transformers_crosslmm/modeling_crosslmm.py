@@ -8,12 +8,14 @@ Shapes: B rows, L language tokens (pooled visual + text), F frames of all media,
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Qwen2Model
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -51,7 +53,7 @@ from .configuration_crosslmm import CrossLMMConfig, CrossLMMTextConfig
 from .generation_crosslmm import CrossLMMGenerationMixin
 from .inputs_crosslmm import check_inputs, check_pixels, frames_per_video
 from .media_crosslmm import locate_media, media_index
-from .vision_crosslmm import CrossLMMMultiModalProjector, CrossLMMVisionTower, joined
+from .vision_crosslmm import CrossLMMMultiModalProjector, CrossLMMVisionTower, joined, normalised_tokens
 
 
 @dataclass
@@ -535,23 +537,14 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
 
     def _visual_states(self, original: torch.Tensor, frame_numbers: torch.Tensor) -> torch.Tensor:
         """What K and V are made of: the original tokens (F, N, D), normalised and dated if the config says so."""
-        dtype, size = self.language_model.dtype, self.config.vision_chunk_size
-        if self.config.text_config.visual_norm == "none":
-            return original.to(dtype)
+        text_config, size = self.config.text_config, self.config.vision_chunk_size
+        if text_config.visual_norm == "none":
+            return original.to(self.language_model.dtype)
+        make = partial(normalised_tokens, visual_time=text_config.visual_time, dtype=self.language_model.dtype)
+        if self.training and self.language_model.gradient_checkpointing:
+            make = partial(checkpoint, make, use_reentrant=False)
         chunks = zip(original.split(size), frame_numbers.split(size), strict=True)
-        return joined((self._normalised(chunk, numbers).to(dtype) for chunk, numbers in chunks), len(original))
-
-    def _normalised(self, original: torch.Tensor, frame_numbers: torch.Tensor) -> torch.Tensor:
-        """LayerNorm of the original tokens (f, N, D) without parameters, and the date if the config says so."""
-        precise = original if original.dtype == torch.float64 else original.float()
-        states = F.layer_norm(precise, precise.shape[-1:], eps=1e-6)
-        if self.config.text_config.visual_time == "sinusoidal":
-            half = states.shape[-1] // 2
-            steps = torch.arange(half, dtype=torch.float64) * (2.0 / states.shape[-1])
-            angles = frame_numbers.double()[:, None] * 10_000.0**-steps
-            code = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (f, D)
-            states += code[:, None].to(states.device, states.dtype)
-        return states
+        return joined((make(chunk, numbers) for chunk, numbers in chunks), len(original))
 
     def _visual_context(
         self,
@@ -582,6 +575,8 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
 
     def _is_sharded(self) -> bool:
         """Whether ranks gather weights from each other as they go; `fully_shard` may have wrapped parts alone."""
+        if not dist.is_initialized():  # nearly always; asking every module takes milliseconds
+            return False
         is_fsdp = is_fsdp_managed_module(self) or any(isinstance(module, FSDPModule) for module in self.modules())
         return is_fsdp or is_deepspeed_zero3_enabled()
 
@@ -589,8 +584,6 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
     def _keep_in_step(self, inputs_embeds: torch.Tensor, *pixels: torch.Tensor | None) -> torch.Tensor:
         """Encodes black frames, with weight zero, until this rank has used the encoder as often as the one with most
         frames: weights that are sharded are gathered by all ranks at once, at every use."""
-        if not dist.is_initialized():
-            return inputs_embeds
         chunk_size = self.config.vision_chunk_size
         own = max(1, sum(-(-len(frames) // chunk_size) for frames in pixels if frames is not None))
         most = torch.tensor(own, device=inputs_embeds.device)

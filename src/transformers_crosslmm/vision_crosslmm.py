@@ -6,7 +6,9 @@ from itertools import chain
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
 from .configuration_crosslmm import CrossLMMConfig
@@ -37,6 +39,13 @@ class CrossLMMVisionTower(SiglipVisionModel):
         if left_out:
             self._keys_to_ignore_on_load_unexpected.add(rf"vision_tower\.encoder\.layers\.({left_out})\.")
 
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Under checkpointing a chunk is kept as pixels. Checkpointed by block alone, it would keep the input of every
+        block: as much as the original tokens, 26 times."""
+        if self.training and self.encoder.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(super().forward, pixel_values, use_reentrant=False, **kwargs)
+        return super().forward(pixel_values, **kwargs)
+
 
 class CrossLMMMultiModalProjector(nn.Module):
     """Two linear layers with GELU between them, on pooled tokens only: D -> hidden -> C."""
@@ -50,6 +59,22 @@ class CrossLMMMultiModalProjector(nn.Module):
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
         return self.linear_2(F.gelu(self.linear_1(pooled)))
+
+
+def normalised_tokens(
+    original: torch.Tensor, frame_numbers: torch.Tensor, *, visual_time: str, dtype: torch.dtype
+) -> torch.Tensor:
+    """LayerNorm of the original tokens (f, N, D) without parameters, and the date of their frames (f,) if
+    `visual_time` says so."""
+    precise = original if original.dtype == torch.float64 else original.float()
+    states = F.layer_norm(precise, precise.shape[-1:], eps=1e-6)
+    if visual_time == "sinusoidal":
+        half = states.shape[-1] // 2
+        steps = torch.arange(half, dtype=torch.float64) * (2.0 / states.shape[-1])
+        angles = frame_numbers.double()[:, None] * 10_000.0**-steps
+        code = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (f, D)
+        states += code[:, None].to(states.device, states.dtype)
+    return states.to(dtype)
 
 
 def joined(parts: Iterator[torch.Tensor], length: int) -> torch.Tensor:

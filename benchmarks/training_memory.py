@@ -1,0 +1,175 @@
+"""What a training step keeps for its backward pass per frame of video, with and without gradient checkpointing.
+
+    python benchmarks/training_memory.py         # -> benchmarks/training_memory.json and .png
+
+Counted, not timed: full-size models on the meta device, bfloat16, everything trains. `saved_tensors_hooks` sees every
+tensor that autograd saves; storages count once, weights not at all, and attention keeps what a flash kernel keeps.
+What a backward pass makes for the moment (one layer and one chunk of frames at a time) comes on top, and was not
+measured on a GPU.
+"""
+
+import json
+import subprocess
+from pathlib import Path
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AttentionInterface
+
+from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration
+from transformers_crosslmm.cache_crosslmm import Medium, VisualMemory
+from transformers_crosslmm.modeling_crosslmm import VisualContext
+
+HERE = Path(__file__).resolve().parent
+RESULTS, CHART = HERE / "training_memory.json", HERE / "training_memory.png"
+FRAMES = (32, 64, 128)
+TEXT_TOKENS = 64
+WAYS = {
+    "plain": {"checkpointing": False},
+    "checkpointing": {"checkpointing": True},
+    "checkpointing, visual_norm and visual_time": {"checkpointing": True, "flavour": "recommended"},
+}
+
+
+class FlashSaves(torch.autograd.Function):
+    """Keeps what a flash kernel keeps: its inputs, its output and a log-sum-exp per row. (On the meta device sdpa is
+    plain matrix products, whose probabilities a GPU never stores.)"""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:3], dtype=torch.float32))
+        return output
+
+
+def kept_as_by_kernels(module, query, key, value, attention_mask, **kwargs):
+    return FlashSaves.apply(query, key, value).transpose(1, 2), None
+
+
+AttentionInterface.register("kept_as_by_kernels", kept_as_by_kernels)
+
+
+class SavedBytes(saved_tensors_hooks):
+    """Bytes of the storages that autograd saves, those of `known` tensors apart."""
+
+    def __init__(self, known):
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+        super().__init__(self._pack, lambda tensor: tensor)
+
+    def __enter__(self) -> "SavedBytes":
+        super().__enter__()
+        return self
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.storages[storage._cdata] = storage
+        return tensor
+
+    @property
+    def total(self) -> int:
+        return sum(storage.nbytes() for storage in self.storages.values())
+
+
+def model_of(preset: str, *, checkpointing: bool, flavour: str = "paper") -> CrossLMMForConditionalGeneration:
+    config = CrossLMMConfig.from_preset(preset, flavour=flavour)
+    with torch.device("meta"):
+        model = CrossLMMForConditionalGeneration._from_config(
+            config, dtype=torch.bfloat16, attn_implementation="kept_as_by_kernels"
+        ).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def saved_by_step(model: CrossLMMForConditionalGeneration, num_frames: int) -> dict[str, int]:
+    """Bytes that the network keeps, and what the head and the loss keep on top.
+
+    As `forward` does it, part by part: on the meta device nobody can look where the placeholders are.
+    """
+    base, config = model.model, model.config
+    size, tokens = config.vision_config.image_size, num_frames * config.tokens_per_frame
+    pixels = torch.empty(num_frames, 3, size, size, dtype=model.dtype, device="meta")
+    with SavedBytes(model.parameters()) as saved:
+        encoded = base.get_video_features(pixels, return_dict=True)
+        states = base._visual_states(encoded.last_hidden_state, torch.arange(num_frames)).flatten(0, 1)
+        memory = VisualMemory(
+            "kv",
+            config.patch_grid_size**2,
+            config.tokens_per_frame,
+            rows=[[Medium(range(tokens), (0, len(states)))]],
+            num_patches=len(states),
+        )
+        length = tokens + TEXT_TOKENS
+        context = VisualContext(
+            memory,
+            memory.v2v_segments(0, length, config.text_config.v2v_scope, states.device),
+            memory.t2v_segments(0, length, None, states.device),
+        )
+        text = base.get_input_embeddings()(torch.zeros(1, TEXT_TOKENS, dtype=torch.long, device="meta"))
+        hidden = base.language_model(
+            inputs_embeds=torch.cat([encoded.pooler_output[0][None], text], dim=1),
+            visual_states=states,
+            visual_context=context,
+            use_cache=False,
+        ).last_hidden_state
+    with SavedBytes([*model.parameters(), hidden]) as head:
+        logits = model.lm_head(hidden)
+        labels = torch.zeros(1, length, dtype=torch.long, device="meta")
+        model.loss_function(logits=logits, labels=labels, vocab_size=config.text_config.vocab_size)
+    return {"network": saved.total, "head and loss": head.total}
+
+
+def measure(preset: str) -> dict:
+    results = {}
+    for name, way in WAYS.items():
+        model = model_of(preset, **way)
+        counts = {frames: saved_by_step(model, frames) for frames in FRAMES}
+        first, last = FRAMES[0], FRAMES[-1]
+        results[name] = {
+            "gigabytes": {frames: round(count["network"] / 1e9, 3) for frames, count in counts.items()},
+            "megabytes_per_frame": round(
+                (counts[last]["network"] - counts[first]["network"]) / (last - first) / 1e6, 2
+            ),
+            "head_and_loss_megabytes_per_frame": round(
+                (counts[last]["head and loss"] - counts[first]["head and loss"]) / (last - first) / 1e6, 2
+            ),
+        }
+    return results
+
+
+def draw(sizes: dict) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for (preset, ways), colour in zip(sizes.items(), ("#4f46e5", "#d97706"), strict=True):
+        for name, style in (("plain", "--"), ("checkpointing", "-")):
+            line = ways[name]
+            label = f"{preset}, {name}: {line['megabytes_per_frame']:g} MB per frame"
+            points = line["gigabytes"]
+            axes.plot(
+                [int(frames) for frames in points], list(points.values()), style, color=colour, marker="o", label=label
+            )
+    axes.set(xlabel="frames", ylabel="GB kept for the backward pass", yscale="log", xticks=FRAMES)
+    axes.legend(fontsize=9)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(CHART, dpi=120)
+
+
+def main() -> None:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
+    about = {"command": "python benchmarks/training_memory.py", "commit": commit, "torch": torch.__version__}
+    about |= {"device": "meta: counted, nothing computed", "dtype": "bfloat16"}
+    sizes = {preset: measure(preset) for preset in ("2B", "7B")}
+    RESULTS.write_text(json.dumps({"about": about, "sizes": sizes}, indent=1) + "\n")
+    draw(sizes)
+    print(json.dumps(sizes, indent=1))
+
+
+if __name__ == "__main__":
+    main()

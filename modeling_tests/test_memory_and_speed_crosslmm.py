@@ -1,0 +1,212 @@
+"""What a step reads and what stays in memory, counted: bytes that operations read, tensors that autograd saves."""
+
+import math
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from factories import random_model, tiny_config
+from test_modeling_crosslmm import make_sample, model_inputs
+from test_training_crosslmm import gradients, labelled
+from transformers_crosslmm.cache_crosslmm import visual_memory
+
+BLOCKS = (0, 2, 4)  # layers that look back
+WIDTH, PATCHES = 20, 25
+
+# -- a decode step ----------------------------------------------------------------------------------------------------
+
+
+class BytesRead(TorchDispatchMode):
+    """Bytes that operations read of some tensors, whole or in part; views read nothing. Also the largest result."""
+
+    def __init__(self, *watched):
+        super().__init__()
+        self.read = {tensor.untyped_storage()._cdata: 0 for tensor in watched}
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            for tensor in torch.utils._pytree.tree_leaves((args, kwargs)):
+                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata in self.read:
+                    self.read[tensor.untyped_storage()._cdata] += tensor.nbytes
+            made = [t.nbytes for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+            self.largest = max([self.largest, *made])
+        return result
+
+
+def decoding(form, dtype, *layouts):
+    """A model that has seen these rows, and its cache."""
+    model = random_model(tiny_config(), attn_implementation="sdpa").to(dtype)
+    inputs = model_inputs(*(make_sample(model.config, *layout, seed=seed) for seed, layout in enumerate(layouts)))
+    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    return model, model(**inputs, use_cache=True, cross_attention_cache=form).past_key_values
+
+
+LAYOUTS = {
+    "one-row": [(3, ("video", 40), 4)],
+    "two-videos": [(3, ("video", 30), 2, ("video", 11), 4)],
+    "two-rows": [(3, ("video", 30), 4), (4, ("video", 21), 5)],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layouts", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_reads_keys_and_values_once(dtype, layouts):
+    model, cache = decoding("kv", dtype, *layouts)
+    kept = [getattr(cache.layers[index], name) for index in BLOCKS for name in ("cross_keys", "cross_values")]
+    with BytesRead(*kept) as bytes_read:
+        model(input_ids=torch.full((len(layouts), 1), 5), past_key_values=cache, use_cache=True)
+    assert list(bytes_read.read.values()) == [tensor.nbytes for tensor in kept]
+    assert bytes_read.largest < kept[0].nbytes / 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layouts", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_reads_features_twice_per_layer(dtype, layouts):
+    model, cache = decoding("features", dtype, *layouts)
+    states = visual_memory(cache, list(BLOCKS)).states
+    with BytesRead(states) as bytes_read:
+        model(input_ids=torch.full((len(layouts), 1), 5), past_key_values=cache, use_cache=True)
+    assert list(bytes_read.read.values()) == [2 * len(BLOCKS) * states.nbytes]
+    # Scores, of six heads in float32, or what self-attention has cached are largest; a copy of the features is larger.
+    longest = max(sum(part[1] for part in layout if isinstance(part, tuple)) for layout in layouts)
+    assert bytes_read.largest <= max(longest * PATCHES * 6 * 4, cache.layers[0].keys.nbytes) < states.nbytes
+
+
+@torch.no_grad()
+def test_neither_prefill_nor_decoding_asks_every_module_whether_it_is_sharded(monkeypatch):
+    model = random_model(tiny_config())
+    walks = []
+    walk = nn.Module.modules
+    monkeypatch.setattr(nn.Module, "modules", lambda self: walks.append(self) or walk(self))
+    inputs = model_inputs(make_sample(model.config, 3, ("video", 2), 4))
+    cache = model(**inputs, use_cache=True).past_key_values
+    model(input_ids=torch.tensor([[5]]), past_key_values=cache, use_cache=True)
+    assert model.model not in walks
+
+
+@torch.no_grad()
+def test_the_check_of_pixels_makes_nothing_of_their_size():
+    model = random_model(tiny_config())
+    inputs = model_inputs(make_sample(model.config, 3, ("video", 40), 4))
+    with BytesRead(inputs["pixel_values_videos"]) as bytes_read:
+        model.get_video_features(inputs["pixel_values_videos"])
+    assert bytes_read.largest < inputs["pixel_values_videos"].nbytes / 2
+
+
+# -- what generation holds --------------------------------------------------------------------------------------------
+
+NORMALISED = {"visual_norm": "layernorm", "visual_time": "sinusoidal"}
+
+
+class Probe:
+    """A streamer that notes, token by token, whether something still exists."""
+
+    def __init__(self):
+        self.reference, self.alive = lambda: None, []
+
+    def put(self, _):
+        self.alive.append(self.reference() is not None)
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("prefill_chunk_size", [None, 8], ids=["whole", "chunks"])
+@pytest.mark.parametrize(("form", "text"), [("kv", {}), ("features", NORMALISED)], ids=["kv", "normalised"])
+def test_original_tokens_that_decoding_does_not_read_are_gone_after_prefill(
+    form, text, prefill_chunk_size, monkeypatch
+):
+    model = random_model(tiny_config(text_config=text))
+    encode, probe = model.get_video_features, Probe()
+
+    def watched(*args, **kwargs):
+        output = encode(*args, **kwargs)
+        probe.reference = weakref.ref(output.last_hidden_state)
+        return output
+
+    monkeypatch.setattr(model, "get_video_features", watched)
+    inputs = model_inputs(make_sample(model.config, 3, ("video", 3), 4))
+    model.generate(
+        **inputs,
+        cross_attention_cache=form,
+        prefill_chunk_size=prefill_chunk_size,
+        min_new_tokens=3,
+        max_new_tokens=3,
+        streamer=probe,
+        pad_token_id=0,
+    )
+    assert len(probe.alive) == 1 + 3
+    assert not any(probe.alive[1:])
+
+
+# -- what training keeps ----------------------------------------------------------------------------------------------
+
+
+class SavedBytes(saved_tensors_hooks):
+    """Bytes of the storages that autograd saves; each once, those of `known` tensors not at all."""
+
+    def __init__(self, known):
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.storages = {}
+        super().__init__(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.storages[storage._cdata] = storage
+        return tensor
+
+    @property
+    def total(self):
+        return sum(storage.nbytes() for storage in self.storages.values())
+
+
+def saved_per_frame(checkpointing, text):
+    """Float32 numbers that one more frame keeps for the backward pass; the head's and the loss's are not counted."""
+    totals = []
+    for frames in (8, 24):
+        model = random_model(tiny_config(text_config=text)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        inputs = model_inputs(make_sample(model.config, 3, ("video", frames), 4))
+        saved = SavedBytes(model.parameters())
+        with saved:
+            model.model(**inputs)
+        totals.append(saved.total)
+    return (totals[1] - totals[0]) / 16 / 4
+
+
+@pytest.mark.parametrize("text", [{}, NORMALISED], ids=["paper", "recommended"])
+def test_checkpointed_training_keeps_pixels_patches_and_one_state_per_layer(text):
+    """Keys, values and activations of the encoder are made again: of a frame stay its pixels, its patches (and these
+    normalised), and its pooled tokens as the input of each layer and between projector and norm."""
+    pixels, patches = 3 * 33 * 33, PATCHES * WIDTH
+    pooled_tokens = 9 * (5 * 48 + 2 * WIDTH + 8 * 48)  # inputs of five layers; around projector and norms
+    must = pixels + patches * (2 if text else 1) + 9 * 5 * 48
+    kept = saved_per_frame(True, text)
+    assert must <= kept <= pixels + patches * (2 if text else 1) + pooled_tokens
+    assert kept < saved_per_frame(False, text) / 3
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not-reentrant"])
+@pytest.mark.parametrize("text", [{}, NORMALISED], ids=["paper", "recommended"])
+def test_checkpointed_gradients_over_several_chunks_are_the_plain_ones(text, use_reentrant):
+    model = random_model(tiny_config(text_config=text)).double().train()
+    inputs = labelled(model.config, (6, ("video", 9), 5), (4, ("image", 1), 3))
+    inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    plain = gradients(model, inputs)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpointed = gradients(model, inputs)
+    largest = max(gradient.abs().max() for gradient in plain.values())
+    assert checkpointed.keys() == plain.keys()
+    assert math.isfinite(largest)
+    for name, expected in plain.items():
+        torch.testing.assert_close(checkpointed[name], expected, rtol=1e-10, atol=1e-13 * largest, msg=name)
