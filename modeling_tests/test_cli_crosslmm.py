@@ -262,6 +262,14 @@ def test_chat_answers_every_line_and_survives_a_question_that_is_too_long(run, c
     assert result.stdout.replace("\n", "") == again.stdout.replace("\n", "")
 
 
+def test_too_many_frames_are_told_before_one_is_encoded(run, checkpoint, folder, monkeypatch):
+    (folder / "many.mp4").write_bytes(mp4_of(random_frames(60), fps=FPS))
+    monkeypatch.setattr(conversation_crosslmm, "encode_video", lambda *_, **__: pytest.fail("encoded"))
+    result = run("ask", "many.mp4", "Why?", "--frames", "60", "--model", checkpoint)
+    assert result.exit_code == 1
+    assert f"must fit the context of 512 positions; got {60 * 9 + 1}. Sample fewer frames" in result.stderr
+
+
 def test_look_draws_every_frame(run, checkpoint, folder):
     result = run("look", "clip.mp4", "--model", checkpoint, "--frames", "5", "--json")
     assert result.exit_code == 0, result.output

@@ -1,5 +1,6 @@
 """The `crosslmm` command. It imports the package, which takes seconds, only when a command runs."""
 
+import contextlib
 import os
 import re
 import sys
@@ -43,7 +44,13 @@ def _reason(error: Exception) -> str:
     return kind + (" ".join(str(error).split()) or type(error).__name__)
 
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
 
 Video = Annotated[str, typer.Argument(help="A video file or URL.", show_default=False)]
 Model = Annotated[
@@ -65,11 +72,18 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
+class Counted(MofNCompleteColumn):
+    """The count of a step whose end is known; nothing for others."""
+
+    def render(self, task: Any) -> Any:
+        return super().render(task) if task.total else ""
+
+
 class Steps:
     """Says on a terminal's stderr what is going on, as long as it goes on."""
 
     def __enter__(self) -> "Steps":
-        columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+        columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), Counted()
         self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
         self.task = self.progress.add_task("Starting", total=None)
         if self.progress.console.is_terminal:
@@ -94,8 +108,8 @@ class Steps:
 def crosslmm(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
     """CrossLMM: language models that look back at long videos.
 
-    Exit codes: 0 done; 1 failed, and stderr says why and what helps; 2 wrong usage; 130 interrupted; 141 nobody reads
-    the output any more.
+    Exit codes: 0 done; 1 failed, and stderr says why and what helps; 2 wrong usage;
+    130 interrupted; 141 nobody reads the output any more.
     """
 
 
@@ -174,8 +188,8 @@ def chat(
         conversation = _conversation(steps, video, model, device, frames=frames, fps=fps, start=start, end=end)
     is_person = sys.stdin.isatty()
     if is_person:
-        import readline  # noqa: F401  (input() takes its line editing from it)
-
+        with contextlib.suppress(ImportError):  # Windows has its own
+            import readline  # noqa: F401  (input() takes its line editing from it)
         typer.echo(f"{conversation.video.num_frames} frames seen. Ask; Ctrl-D ends.", err=True)
     while True:
         try:
@@ -580,12 +594,17 @@ def train(
 ) -> None:
     """Train, or go on where the same command stopped.
 
-    Options behind the recipe win over it: those of Transformers' TrainingArguments, and --model, --train_data,
-    --media_root, --trained_parts, --gate_learning_rate and others of CrossLMMTrainingArguments.
+    A recipe is a YAML file of options; options behind it win. They are those of Transformers' TrainingArguments (such
+    as --output_dir, --learning_rate, --max_steps, --report_to) and ours: --model to begin with, --train_data,
+    --media_root, --streaming; --num_frames, --fps, --max_frames of a video; --unusable samples (raise or skip),
+    --max_length; --trained_parts, --gate_learning_rate, --vision_learning_rate, --global_batch_size,
+    --attn_implementation. What each means: python -m transformers_crosslmm.training_crosslmm --help
 
     Example: crosslmm train adapt --model MODEL --train_data chats.jsonl --media_root videos --output_dir runs/mine
     """
-    from transformers_crosslmm.training_crosslmm import main
+    with Steps() as steps:
+        _import_package(steps, with_bars=True)
+        from transformers_crosslmm.training_crosslmm import main
 
     main([recipe, *context.args])
 

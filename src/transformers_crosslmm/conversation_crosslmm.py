@@ -20,6 +20,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 from transformers.generation.streamers import TextStreamer
 
+from .inputs_crosslmm import check_length
 from .inspection_crosslmm import load_config
 from .media_crosslmm import CrossLMMEncodedMedia, encode_video
 from .modeling_crosslmm import CrossLMMForConditionalGeneration
@@ -90,7 +91,13 @@ class VideoConversation:
         *,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """on_progress: called with the frames encoded and all frames."""
+        """on_progress: called with the frames encoded and all frames.
+
+        Raises ValueError for more frames than the context holds, as far as can be told before they are encoded.
+        """
+        video.begin()
+        text_config: Any = model.config.text_config
+        check_length(video.expected_num_frames * processor.tokens_per_frame + 1, text_config, None)
         self.model, self.processor, self.video = model, processor, video
         self.messages: list[dict[str, Any]] = []
         self.token_ids: list[int] = []

@@ -378,8 +378,8 @@ class VideoStream:
     for, and nothing of it is kept here: with the last one dropped before, one is all there ever is.
 
     source: the video as it was given.
-    metadata, num_frames: of the frames given so far; expected_num_frames: of the whole video, as far as can be told.
-        They are there from the first chunk on.
+    metadata, num_frames: of the frames given so far, from the first chunk on.
+    expected_num_frames: of the whole video, as far as can be told; there once it has begun.
     """
 
     def __init__(
@@ -392,13 +392,15 @@ class VideoStream:
         self._begun: tuple[list[FrameChunk], Iterator[FrameChunk]] | None = None
 
     def begin(self) -> None:
-        """Decodes the first chunk now, so that a video that cannot be read says so."""
-        chunks = self._read()
-        self._begun = [next(chunks)], chunks
+        """Decodes the first chunk now, so that a video that cannot be read says so, and how long it is."""
+        if self._begun is None:
+            chunks = self._read()
+            ahead = next(chunks)
+            self.expected_num_frames = ahead.expected_num_frames
+            self._begun = [ahead], chunks
 
     def __iter__(self) -> Iterator[Tensor]:
-        if self._begun is None:
-            self.begin()
+        self.begin()
         assert self._begun is not None
         (ahead, chunks), self._begun = self._begun, None
         self.num_frames = 0
@@ -407,7 +409,7 @@ class VideoStream:
 
     def _given(self, chunk: FrameChunk) -> Tensor:
         if self.num_frames == 0:
-            self.metadata, self.expected_num_frames = chunk.metadata, chunk.expected_num_frames
+            self.metadata = chunk.metadata
         else:
             for name in ("frames_indices", "frame_times", "frames_valid"):
                 known = getattr(self.metadata, name)
