@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from transformers import pipeline as make_pipeline
 
 import transformers_crosslmm
-from factories import mp4_of, random_frames, random_model, tiny_config, tiny_processor
+from factories import mp4_of, random_frames, save_checkpoint
 from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration, CrossLMMProcessor
 from transformers_crosslmm.export import code_files, export_with_code, main
 
@@ -26,13 +26,7 @@ SETTINGS = {"max_new_tokens": 5, "generate_kwargs": {"do_sample": False}}
 def checkpoint(tmp_path_factory) -> Path:
     """Weights and processor as `save_pretrained` writes them, and a folder within that is none of theirs."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    processor = tiny_processor()
-    ids = processor.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-    config = tiny_config(
-        image_token_id=ids[0], video_token_id=ids[1], text_config={"vocab_size": len(processor.tokenizer)}
-    )
-    random_model(config).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    save_checkpoint(folder)
     (folder / "checkpoint-3").mkdir()
     return folder
 

@@ -17,7 +17,7 @@ import torch
 from typer.testing import CliRunner
 
 import crosslmm_cli
-from factories import mp4_of, random_frames, random_model, tiny_config, tiny_processor
+from factories import mp4_of, random_frames, save_checkpoint
 from transformers_crosslmm import TINY_CHECKPOINT
 from transformers_crosslmm.conversation_crosslmm import load_model, load_processor
 
@@ -100,14 +100,7 @@ def data_url(path: Path) -> str:
 def root(tmp_path_factory) -> Path:
     """A checkpoint, a folder of videos, and others beside it."""
     root = tmp_path_factory.mktemp("serving")
-    processor = tiny_processor()
-    config = tiny_config(
-        text_config={"vocab_size": len(processor.tokenizer)},
-        image_token_id=processor.image_token_id,
-        video_token_id=processor.video_token_id,
-    )
-    random_model(config).save_pretrained(root / "checkpoint")
-    processor.save_pretrained(root / "checkpoint")
+    save_checkpoint(root / "checkpoint")
     for folder in ("videos", "videos-of-others"):
         (root / folder).mkdir()
     for seed, name in enumerate(("videos/one.mp4", "videos/two.mp4", "videos-of-others/secret.mp4")):
