@@ -350,6 +350,7 @@ def test_a_mixture_takes_what_its_strategies_say(tmp_path):
         ("datasets: []", "at least one entry"),
         ("- json_path: a.jsonl", "has a list `datasets`"),
         ("datasets: [{path: a.jsonl}]", "has `json_path`"),
+        ("datasets: [{json_path: 3}]", "is a file's name; got 3"),
         ("datasets: [{json_path: a.jsonl, sampling_strategy: 'some:3'}]", "first, end or random"),
         ("datasets: [{json_path: a.jsonl, sampling_strategy: 'first:4'}]", "takes 4 of 3"),
         ("datasets: [{json_path: a.jsonl, sampling_strategy: 'first:0'}]", "takes 0 of 3"),
@@ -547,6 +548,11 @@ def test_a_batch_without_anything_to_learn_is_refused():
     collator([sample, silent])
     with pytest.raises(ValueError, match="Nothing to learn"):
         collator([silent, silent])
+
+
+def test_tokens_that_somebody_else_made_of_a_chat_are_refused():
+    with pytest.raises(ValueError, match=r"no `labels`.*skip_prepare_dataset"):
+        CrossLMMDataCollator(tiny_processor())([{"input_ids": [1, 2, 3]}])
 
 
 # --- datasets -------------------------------------------------------------------------------------------------------

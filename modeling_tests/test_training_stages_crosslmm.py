@@ -1,17 +1,25 @@
 """Stages: which parameters learn and at which rate, recipes, and which checkpoints are resumed from."""
 
 import json
+import runpy
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+from typer.testing import CliRunner
 
+import crosslmm_cli
 from factories import random_model, save_checkpoint, save_training_data, tiny_config
 from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration
 from transformers_crosslmm.training_crosslmm import (
     COMPLETE,
     PARTS,
     RECIPES,
+    CrossLMMTrainingArguments,
     count_parts,
     last_complete_checkpoint,
     mark_complete,
@@ -124,6 +132,58 @@ def test_recipes_hold_the_papers_numbers():
     assert sorted(recipes["adapt"]["trained_parts"]) == ["projector", "t2v", "v2v"]
 
 
+def test_after_200_steps_a_composed_model_needs_the_t2v_that_was_closed(tmp_path):
+    """At the rate that all recipes give the gates."""
+    benchmark = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "gate_learning_rate.py"))
+    rates = {float(yaml.safe_load(path.read_text())["gate_learning_rate"]) for path in RECIPES.glob("*.yaml")}
+    assert rates == {CrossLMMTrainingArguments.gate_learning_rate}
+    checkpoint = benchmark["write_composition"](tmp_path)
+    weights = load_file(checkpoint / "model.safetensors")
+    gates = [value for name, value in weights.items() if name.endswith("gate.weight")]
+    assert gates
+    assert not any(gates)
+    result = benchmark["train"](checkpoint, learning_rate=1e-3, gate_learning_rate=rates.pop(), seed=0)
+    assert result["loss_without_t2v"] > result["loss"] + 0.5
+
+
+# --- recipes --------------------------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "unknown": ("lerning_rate: 1e-4", 2, "no option --lerning_rate; did you mean --learning_rate?"),
+    "unlike any": ("xyz: 1", 2, "no option --xyz; `python -m transformers_crosslmm.training_crosslmm --help` lists"),
+    "cut short": ("gate_learning: 1", 2, "no option --gate_learning; did you mean --gate_learning_rate?"),
+    "type": ("learning_rate: fast", 2, "--learning_rate/--learning-rate: invalid float value: 'fast'"),
+    "choice": ("unusable: drop", 2, "invalid choice: 'drop'"),
+    "nothing to train": ("max_steps: 3", 2, "say --model and --train_data, in the recipe or behind it"),
+    "not YAML": ("fps: 1\ntrained_parts: [v2v", 1, "recipe.yaml:2: not YAML: expected ',' or ']'"),
+    "no options": ("- fps", 1, "must hold options and their values; got list"),
+}
+
+
+@pytest.mark.parametrize(("recipe", "exit_code", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_in_a_recipe_is_one_readable_line(recipe, exit_code, message, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    result = CliRunner().invoke(crosslmm_cli.app, ["train", str(tmp_path / "recipe.yaml")])
+    assert result.exit_code == exit_code
+    assert message in result.stderr.splitlines()[-1]
+    assert len(result.stderr.splitlines()) <= 2  # argparse's usage is the other
+
+
+def test_a_recipe_that_does_not_exist_is_told_from_those_that_do():
+    result = CliRunner().invoke(crosslmm_cli.app, ["train", "stage3"])
+    assert result.exit_code == 1
+    assert "There is no recipe 'stage3'" in result.stderr
+    assert "adapt, stage1_pretrain, stage2_instruct" in result.stderr
+
+
+def test_the_help_of_the_command_names_every_option_that_is_ours():
+    own = {field.name for field in fields(CrossLMMTrainingArguments)}
+    own -= {field.name for field in fields(TrainingArguments)}
+    said = CliRunner().invoke(crosslmm_cli.app, ["train", "--help"]).output
+    assert len(own) > 10
+    assert not [name for name in own if f"--{name}" not in said]
+
+
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +228,17 @@ def test_only_checkpoints_with_all_that_was_saved_are_complete(tmp_path):
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
     (tmp_path / "checkpoint-5" / "model.safetensors").unlink()
     assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_a_run_writes_its_losses_for_tensorboard_and_shows_how_far_it_is(run_folder, tmp_path, capsys):
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="the extra `train`")
+    options = {"max_steps": 2, "save_strategy": "no", "report_to": "tensorboard", "disable_tqdm": False}
+    whole = losses(train(arguments_of(run_folder, tmp_path, **options)))
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    written = reading.EventAccumulator(str(events.parent)).Reload().Scalars("train/loss")
+    assert [event.step for event in written] == [1, 2]
+    assert [event.value for event in written] == pytest.approx(whole)
+    assert "2/2" in capsys.readouterr().err
 
 
 def test_broken_data_ends_a_run_before_it_begins(run_folder, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from factories import mp4_of, random_frames, random_model, tiny_config, tiny_processor
+from factories import mp4_of, random_frames, save_checkpoint
 from transformers_crosslmm import CrossLMMForConditionalGeneration, CrossLMMProcessor, crosslmm_lora_config
 from transformers_crosslmm.data_crosslmm import CrossLMMDataCollator, CrossLMMDataset
 
@@ -19,14 +19,7 @@ MISMATCH = "Placeholders and video features must match"
 def folder(tmp_path_factory):
     """A checkpoint with its processor, and the clips that the chats below name."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    processor = tiny_processor()
-    config = tiny_config(
-        text_config={"vocab_size": len(processor.tokenizer)},
-        image_token_id=processor.image_token_id,
-        video_token_id=processor.video_token_id,
-    )
-    random_model(config).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    save_checkpoint(folder)
     for seconds in (2, 5):
         (folder / f"{seconds}.mp4").write_bytes(mp4_of(random_frames(seconds, seed=seconds), fps=1))
     return folder
@@ -248,6 +241,13 @@ def test_trl_does_not_take_the_chats_from_our_collator_unnoticed(folder, tmp_pat
     trainer = trainer_of(str(folder), videos(folder), tmp_path, collator=collator_of(folder), **kwargs)
     with pytest.raises(ValueError, match="remove_unused_columns"):
         trainer.train()
+
+
+def test_trl_does_not_make_tokens_before_our_collator_unnoticed(folder, tmp_path):
+    """`dataset_kwargs` left at its default."""
+    kwargs = WITH_OUR_COLLATOR | {"dataset_kwargs": None}
+    with pytest.raises(ValueError, match=MISMATCH):
+        trainer_of(str(folder), videos(folder), tmp_path, collator=collator_of(folder), **kwargs).train()
 
 
 def test_trainer_does_not_take_the_chats_from_our_collator_unnoticed(folder, tmp_path):

@@ -256,6 +256,8 @@ def _mixture(path: Path, seed: int) -> RecordMixture:
     for entry in entries:
         if not isinstance(entry, dict) or not {"json_path"} <= entry.keys() <= {"json_path", "sampling_strategy"}:
             raise ValueError(f"{path}: an entry has `json_path` and perhaps `sampling_strategy`; got {entry}.")
+        if not isinstance(entry["json_path"], str):
+            raise ValueError(f"{path}: `json_path` is a file's name; got {entry['json_path']!r}.")
         file = RecordFile(path.parent / entry["json_path"])
         parts.append((file, _drawn(len(file), entry.get("sampling_strategy", "all"), seed, where=str(path))))
     return RecordMixture(parts)
@@ -475,7 +477,7 @@ class CrossLMMDataCollator:
 
     Returns `input_ids`, `attention_mask` and `labels` (B, L), and `pixel_values_videos` (F, 3, S, S),
     `video_num_frames` (videos,), `pixel_values` (images, 3, S, S), each where there is one. Raises UnusableSample for
-    records that cannot be used, ValueError for a batch without any token to learn.
+    records that cannot be used, ValueError for a batch without any token to learn and for samples without `labels`.
     """
 
     processor: CrossLMMProcessor
@@ -483,12 +485,7 @@ class CrossLMMDataCollator:
     max_length: int | None = None
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        encoded = [
-            sample
-            if "input_ids" in sample
-            else encode_chat(self.processor, sample, media_root=self.media_root, max_length=self.max_length)
-            for sample in samples
-        ]
+        encoded = [self._encoded(sample) for sample in samples]
         ids = [torch.as_tensor(sample["input_ids"]) for sample in encoded]
         batch = {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self._padding),
@@ -504,6 +501,16 @@ class CrossLMMDataCollator:
             if present:
                 batch[name] = torch.cat(present)
         return batch
+
+    def _encoded(self, sample: Mapping[str, Any]) -> Mapping[str, Any]:
+        if "input_ids" not in sample:
+            return encode_chat(self.processor, sample, media_root=self.media_root, max_length=self.max_length)
+        if "labels" not in sample:
+            raise ValueError(
+                "A sample has `input_ids` and no `labels`: something before the collator made tokens of its chat, and "
+                'left the media out. With TRL pass `dataset_kwargs={"skip_prepare_dataset": True}`.'
+            )
+        return sample
 
     @property
     def _padding(self) -> int:

@@ -14,13 +14,13 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-import yaml
 from torch import nn
 from transformers import AutoModelForImageTextToText, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME, TrainerState
@@ -34,6 +34,7 @@ from .data_crosslmm import (
     RecordMixture,
     find_broken,
     load_records,
+    read_yaml,
     stream_samples,
 )
 from .modeling_crosslmm import CrossLMMPreTrainedModel
@@ -149,8 +150,13 @@ def count_parts(model: nn.Module) -> dict[str, tuple[int, int]]:
     for name, parameter in model.named_parameters():
         part = parts_of(name)[0]
         learning, all_of_it = counts[part]
-        counts[part] = (learning + parameter.numel() * parameter.requires_grad, all_of_it + parameter.numel())
+        counts[part] = (learning + size_of(parameter) * parameter.requires_grad, all_of_it + size_of(parameter))
     return counts
+
+
+def size_of(parameter: nn.Parameter) -> int:
+    """How many numbers a parameter has. ZeRO-3 leaves nothing of it here, and says how many there were."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def describe(model: nn.Module, groups: Sequence[dict[str, Any]]) -> str:
@@ -161,7 +167,7 @@ def describe(model: nn.Module, groups: Sequence[dict[str, Any]]) -> str:
     lines += [f"{part:<20}{learning:>16,}{of:>16,}" for part, (learning, of) in (*counts.items(), ("together", total))]
     lines += ["", f"{'group':<20}{'parameters':>16}{'rate':>16}{'weight decay':>16}"]
     for group in groups:
-        count = sum(parameter.numel() for parameter in group["params"])
+        count = sum(size_of(parameter) for parameter in group["params"])
         lines.append(f"{group['name']:<20}{count:>16,}{group['lr']:>16g}{group['weight_decay']:>16g}")
     return "\n".join(lines)
 
@@ -229,25 +235,38 @@ class CrossLMMTrainingArguments(TrainingArguments):
 
 
 def parse_recipe(argv: Sequence[str]) -> CrossLMMTrainingArguments:
-    """The arguments of a recipe (a YAML file, or the name of one in `recipes/`) and of what stands behind it."""
-    parser = HfArgumentParser(cast(Any, CrossLMMTrainingArguments), usage="crosslmm train RECIPE [--option value ...]")
+    """The arguments of a recipe (a YAML file, or the name of one in `recipes/`) and of what stands behind it.
+
+    As `argparse` does it, --help and mistakes end the program, these with a line on stderr and code 2. Raises
+    FileNotFoundError for no such recipe, ValueError for a file that is none.
+    """
+    usage = "crosslmm train RECIPE [--option value ...]"
+    parser = HfArgumentParser(
+        cast(Any, CrossLMMTrainingArguments), prog="crosslmm train", usage=usage, allow_abbrev=False
+    )
     known = ", ".join(path.stem for path in sorted(RECIPES.glob("*.yaml")))
     if not argv or argv[0].startswith("-"):
         if {"-h", "--help"} & set(argv):
             parser.parse_args(["--help"])
-        raise ValueError(f"The first argument is a recipe: a YAML file, or one of {known}.")
+        parser.error(f"the first argument is a recipe: a YAML file, or one of {known}.")
     path = Path(argv[0])
     if not path.is_file() and path.name == argv[0]:
         path = RECIPES / f"{path.stem}.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"There is no recipe {argv[0]!r}: it is a YAML file, or one of {known}.")
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    recipe = read_yaml(path)
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} must hold options and their values; got {type(recipe).__name__}.")
-    (arguments,) = parser.parse_args_into_dataclasses([*_as_options(recipe), *argv[1:]])
+    options = [*_as_options(recipe), *argv[1:]]
+    arguments, unknown = parser.parse_args_into_dataclasses(options, return_remaining_strings=True)
+    if unknown:
+        names = [f"--{option.name}" for option in fields(CrossLMMTrainingArguments)]
+        similar = get_close_matches(unknown[0], names, n=1)
+        all_of_them = "`python -m transformers_crosslmm.training_crosslmm --help` lists them all."
+        parser.error(f"there is no option {unknown[0]}; {f'did you mean {similar[0]}?' if similar else all_of_them}")
     missing = [name for name in ("model", "train_data", "output_dir") if getattr(arguments, name) is None]
     if missing:
-        raise ValueError(f"Say {' and '.join('--' + name for name in missing)}, in the recipe or behind it.")
+        parser.error(f"say {' and '.join('--' + name for name in missing)}, in the recipe or behind it.")
     return arguments
 
 
