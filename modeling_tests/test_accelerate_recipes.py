@@ -1,6 +1,11 @@
-"""The accelerate configs that come with the package are read by accelerate itself."""
+"""The accelerate configs of the package, and the commands that start them, are read by accelerate itself."""
+
+import re
+import shlex
+from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from factories import random_model, tiny_config
 from test_modeling_crosslmm import make_sample, model_inputs
@@ -21,6 +26,18 @@ def test_accelerate_reads_the_config(name):
         assert "fsdp_transformer_layer_cls_to_wrap" not in config.fsdp_config  # the model's `_no_split_modules`
     if name.startswith("zero"):
         assert config.deepspeed_config["zero_stage"] == int(name[-1])
+
+
+def test_launchers_take_the_commands_of_the_page():
+    launch = pytest.importorskip("accelerate.commands.launch")
+    page = (Path(__file__).parent.parent / "docs" / "scale.md").read_text()
+    for start, parser in (("torchrun", get_args_parser()), ("accelerate launch", launch.launch_command_parser())):
+        commands = re.findall(rf"^{start} (.*)$", page, re.MULTILINE)
+        assert len(commands) == 2  # on one machine and on two
+        for command in commands:
+            words = parser.parse_args(shlex.split(command))
+            assert (words.module, words.training_script) == (True, "transformers_crosslmm.training_crosslmm")
+            assert words.training_script_args[0] == "stage2_instruct"
 
 
 @pytest.mark.parametrize("name", ["cp_size", "sp_size"])
