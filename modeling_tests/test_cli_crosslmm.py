@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -192,6 +193,19 @@ def test_a_reader_who_has_enough_ends_the_command_quietly():
         talking.stdout.close()
         assert talking.wait(timeout=60) == 141
         assert talking.stderr.read() == b""
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_bars_of_libraries_show_on_a_terminal_alone(monkeypatch, is_terminal):
+    monkeypatch.setenv("TTY_COMPATIBLE", str(int(is_terminal)))  # as rich understands it
+    monkeypatch.setattr("warnings.formatwarning", None)
+    enable_progress_bars()
+    with crosslmm_cli.Steps() as steps:
+        crosslmm_cli._import_package(steps, with_bars=True)
+    assert are_progress_bars_disabled() is not is_terminal
+    with crosslmm_cli.Steps() as steps:
+        crosslmm_cli._import_package(steps)
+    assert are_progress_bars_disabled()
 
 
 # --- ask, chat, look, info ------------------------------------------------------------------------------------------

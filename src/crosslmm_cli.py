@@ -733,7 +733,7 @@ def _import_package(steps: Steps, *, with_bars: bool = False) -> None:
 
     import transformers_crosslmm  # noqa: F401
 
-    if not (with_bars and sys.stderr.isatty()):
+    if not (with_bars and steps.progress.console.is_terminal):  # not stderr itself, which a live progress replaces
         logging.disable_progress_bar()
     hub_logging.set_verbosity_error()  # it counts its retries aloud
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
