@@ -1,10 +1,13 @@
 """Training that is killed goes on with the losses that it would have had, whatever it was doing."""
 
+import json
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -85,16 +88,33 @@ def test_a_run_killed_again_and_again_has_the_losses_of_an_unbroken_one(streamin
     for event, ending, times, newest in [
         ("open", "checkpoint-2/trainer_state.json", 1, None),  # weights and optimiser are there, the step is not
         ("open", ".mp4", clip, "checkpoint-4"),
-        ("os.rename", "checkpoint-6/checkpoint-is-complete.json.tmp", 1, "checkpoint-4"),
+        ("os.rename", "checkpoint-7/checkpoint-is-complete.json.tmp", 1, "checkpoint-6"),
     ]:
         assert run_alone(train_until, event, ending, times, argv) == -signal.SIGKILL
         assert last_complete_checkpoint(out) == (newest and str(out / newest))
     caplog.clear()
     trainer = train(parse_recipe(argv))
-    assert f"{out}/checkpoint-6 was not saved to its end" in caplog.text
+    assert f"{out}/checkpoint-{STEPS} was not saved to its end" in caplog.text
     assert losses(trainer) == whole
-    assert is_complete(out / "checkpoint-6")
+    assert is_complete(out / f"checkpoint-{STEPS}")
     for name, tensor in torch.load(out / f"checkpoint-{STEPS}" / "optimizer.pt")["state"][0].items():
         saved = torch.load(tmp_path / "whole" / f"checkpoint-{STEPS}" / "optimizer.pt")["state"][0][name]
         assert torch.equal(tensor, saved), name
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow  # because three processes start
+def test_the_command_killed_from_outside_while_it_saves_goes_on_when_it_is_given_again(folder, tmp_path):
+    whole = losses(train(parse_recipe(command_line(folder, tmp_path / "whole"))))
+    out = tmp_path / "out"
+    words = [*command_line(folder, out), "--dataloader_num_workers", "2"]
+    command = [sys.executable, "-c", "from crosslmm_cli import app; app()", "train", *words]
+    for step in (2, 4):
+        process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        while process.poll() is None and not (out / f"checkpoint-{step}" / "config.json").exists():
+            time.sleep(0.001)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert [entry["loss"] for entry in history if "loss" in entry] == whole
