@@ -162,6 +162,7 @@ def test_text_beside_images_is_learned(folder, tmp_path):
 
 
 def test_adapters_are_trained_by_trl(folder, tmp_path):
+    pytest.importorskip("peft", reason="adapters need the extra `train`")
     trainer = trainer_of(str(folder), images(), tmp_path, peft_config=crosslmm_lora_config(r=3))
     first, second = losses(trainer)
     assert second < first
