@@ -31,14 +31,16 @@ def parts_of(stage: str) -> list[str]:
     return yaml.safe_load((RECIPES / f"{stage}.yaml").read_text())["trained_parts"]
 
 
-def training_macs(config: CrossLMMConfig, parts: list[str]) -> int:
+def training_macs(
+    config: CrossLMMConfig, parts: list[str], *, frames: int = FRAMES, text_tokens: int = TEXT_TOKENS
+) -> int:
     """Of forward and backward on one sample, with cross-attention and projector among the parts that learn.
 
     A matrix product costs its forward once more for the gradient of its input, where anything below it learns, and
     once more for that of its weights, where they learn. A product of two activations has two inputs.
     """
-    forward = multiply_accumulates(config, FRAMES, text_tokens=TEXT_TOKENS)
-    forward["head"] *= FRAMES * config.tokens_per_frame + TEXT_TOKENS  # the loss wants logits everywhere
+    forward = multiply_accumulates(config, frames, text_tokens=text_tokens)
+    forward["head"] *= frames * config.tokens_per_frame + text_tokens  # the loss wants logits everywhere
     has_vision, has_language = "vision_tower" in parts, "language_model" in parts
     times = {
         "vision": 3 if has_vision else 1,

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainingArguments
 from typer.testing import CliRunner
 
@@ -29,6 +30,8 @@ from transformers_crosslmm.training_crosslmm import (
     train,
     train_only,
 )
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +137,7 @@ def test_recipes_hold_the_papers_numbers():
 
 def test_after_200_steps_a_composed_model_needs_the_t2v_that_was_closed(tmp_path):
     """At the rate that all recipes give the gates."""
-    benchmark = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "gate_learning_rate.py"))
+    benchmark = runpy.run_path(str(BENCHMARKS / "gate_learning_rate.py"))
     rates = {float(yaml.safe_load(path.read_text())["gate_learning_rate"]) for path in RECIPES.glob("*.yaml")}
     assert rates == {CrossLMMTrainingArguments.gate_learning_rate}
     checkpoint = benchmark["write_composition"](tmp_path)
@@ -144,6 +147,22 @@ def test_after_200_steps_a_composed_model_needs_the_t2v_that_was_closed(tmp_path
     assert not any(gates)
     result = benchmark["train"](checkpoint, learning_rate=1e-3, gate_learning_rate=rates.pop(), seed=0)
     assert result["loss_without_t2v"] > result["loss"] + 0.5
+
+
+@pytest.mark.parametrize("stage", ["adapt", "stage2_instruct"])
+def test_the_counted_cost_of_a_training_step_is_what_pytorch_counts(stage):
+    """`benchmarks/adapt_cost.py`, whose closed form leaves out the gradients of the first layers' inputs."""
+    benchmark = runpy.run_path(str(BENCHMARKS / "adapt_cost.py"))
+    text_config = {"hidden_size": 192, "intermediate_size": 448}
+    config = tiny_config(text_config=text_config, vision_config={"hidden_size": 64, "intermediate_size": 144})
+    frames, text_tokens, parts = 7, 11, benchmark["parts_of"](stage)
+    model = random_model(config, attn_implementation="eager").train()
+    train_only(model, parts)
+    ids = torch.tensor([[config.video_token_id] * frames * config.tokens_per_frame + [3] * text_tokens])
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids, pixel_values_videos=torch.rand(frames, 3, 33, 33)).loss.backward()
+    expected = benchmark["training_macs"](config, parts, frames=frames, text_tokens=text_tokens)
+    assert counter.get_total_flops() / 2 == pytest.approx(expected, rel=0.01)
 
 
 # --- recipes --------------------------------------------------------------------------------------------------------
