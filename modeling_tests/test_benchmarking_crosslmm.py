@@ -49,7 +49,7 @@ def counted(name: str) -> dict:
 )
 def test_the_closed_form_is_what_the_counter_counts_at_full_size(name):
     row = counted(name)
-    assert sum(row["closed_form"].values()) == pytest.approx(row["macs"]["total"], rel=0.005)
+    assert sum(row["closed_form"].values()) == row["macs"]["total"]
 
 
 @pytest.mark.parametrize("scope", ["video", "frame", "causal"])
@@ -61,8 +61,7 @@ def test_the_closed_form_is_what_a_real_prefill_multiplies(scope, form):
     ids = torch.tensor([[config.video_token_id] * 9 * frames + [5] * text_tokens])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=ids, pixel_values_videos=torch.randn(frames, 3, 33, 33), use_cache=True, logits_to_keep=1)
-    counted = sum(multiply_accumulates(config, frames, text_tokens=text_tokens).values())
-    assert counted == pytest.approx(counter.get_total_flops() / 2, rel=0.005)
+    assert 2 * sum(multiply_accumulates(config, frames, text_tokens=text_tokens).values()) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("preset", ["2B", "7B"])

@@ -60,7 +60,7 @@ QUESTION_TOKENS = 32
 NEW_TOKENS = 16
 """Over which decoding is timed."""
 
-PAPER = {
+PAPER: dict[str, dict[str, Sequence[float]]] = {
     # Figure 4 and Table 6, at `FRAMES`: multiply-accumulates in T (there "TFLOPs"), memory in MB and prefill in ms on
     # an H800.
     "LLaVA-OneVision-7B": {
@@ -394,15 +394,15 @@ def measure_memory(
     on_step: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Peaks of each model, alone in a process of its own, and what a frame adds to them."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     _free_memory()
     for contender in chosen:
         on_step(f"{contender.name}, memory")
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             peaks = process.submit(_peaks, contender.name, frames, size, str(device)).result()
         growth = (peaks[-1] - peaks[0]) / (frames[-1] - frames[0]) if len(frames) > 1 else None
-        rows.append({"model": contender.name, "peak_bytes": dict(zip(frames, peaks, strict=True))})
-        rows[-1]["bytes_per_frame"] = growth
+        by_frames = dict(zip(frames, peaks, strict=True))
+        rows.append({"model": contender.name, "peak_bytes": by_frames, "bytes_per_frame": growth})
     return rows
 
 

@@ -110,10 +110,11 @@ class LlavaOneVision(Contender):
         self.text_config = text_config
 
     def config(self, size: str) -> LlavaOnevisionConfig:
-        vision = {"model_type": "siglip_vision_model", "vision_use_head": False}
+        vision: dict[str, Any] = {"model_type": "siglip_vision_model", "vision_use_head": False}
+        tokens: dict[str, Any] = {}
         if size == "full":
             vision |= PRESETS["7B"]["vision_config"] | {"num_hidden_layers": 26}
-            text, tokens = self.text_config, {}
+            text = self.text_config
         else:
             vision |= TOY_VISION | {"num_hidden_layers": 6, "patch_size": 14}
             text, tokens = TOY_TEXT, {"image_token_index": TOY_IMAGE_TOKEN, "video_token_index": TOY_VIDEO_TOKEN}
