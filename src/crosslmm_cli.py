@@ -332,6 +332,8 @@ def bench(
 
     if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", frames):
         raise typer.BadParameter(f"--frames takes numbers from 1 on with commas between; got {frames!r}.")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise typer.BadParameter(f"--output must lie in a folder that exists; got {str(output)!r}.")
     with Steps() as steps:
         _import_package(steps)
         from transformers_crosslmm import benchmarking_crosslmm
