@@ -354,8 +354,9 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         return self._encode(pixel_values, [1] * len(pixel_values), **kwargs)
 
     def _encode(self, pixels: torch.Tensor, frames: list[int], **kwargs) -> BaseModelOutputWithPooling:
-        """Chunk by chunk, so that neither activations nor the pixels on the encoder's device grow with the video."""
-        tower, recorded = self.vision_tower, []
+        """Chunk by chunk, so that neither activations nor the pixels on the encoder's device grow with the video; each
+        is projected at once, so that ranks whose media differ use encoder and projector in one order."""
+        tower, recorded, pooled = self.vision_tower, [], []
 
         def encoded() -> Iterator[torch.Tensor]:
             for chunk in pixels.split(self.config.vision_chunk_size):
@@ -363,6 +364,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
                     chunk = chunk.to(tower.device)
                 output = tower(chunk.to(tower.dtype), **kwargs)
                 recorded.append((output.hidden_states, output.attentions))
+                pooled.append(self.multi_modal_projector(self.pool(output.last_hidden_state)))
                 yield output.last_hidden_state
 
         original = joined(encoded(), len(pixels))
@@ -372,7 +374,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         )
         return BaseModelOutputWithPooling(
             last_hidden_state=original,
-            pooler_output=self._project(original, frames),
+            pooler_output=self._per_medium(torch.cat(pooled), frames),
             hidden_states=hidden_states,
             attentions=attentions,
         )
@@ -380,6 +382,10 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
     def _project(self, original: torch.Tensor, frames: list[int]) -> tuple[torch.Tensor, ...]:
         chunks = original.split(self.config.vision_chunk_size)
         tokens = joined((self.multi_modal_projector(self.pool(chunk)) for chunk in chunks), len(original))
+        return self._per_medium(tokens, frames)
+
+    def _per_medium(self, tokens: torch.Tensor, frames: list[int]) -> tuple[torch.Tensor, ...]:
+        """Pooled tokens (F, s·s, C) of all media, apart."""
         return tokens.flatten(0, 1).split([count * self.config.tokens_per_frame for count in frames])
 
     def get_placeholder_mask(
@@ -582,14 +588,14 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
 
     @torch.compiler.disable
     def _keep_in_step(self, inputs_embeds: torch.Tensor, *pixels: torch.Tensor | None) -> torch.Tensor:
-        """Encodes black frames, with weight zero, until this rank has used the encoder as often as the one with most
-        frames: weights that are sharded are gathered by all ranks at once, at every use."""
+        """Encodes black frames, with weight zero, until this rank has used encoder and projector as often as the one
+        with most frames: weights that are sharded are gathered by all ranks at once, at every use."""
         chunk_size = self.config.vision_chunk_size
         own = max(1, sum(-(-len(frames) // chunk_size) for frames in pixels if frames is not None))
         most = torch.tensor(own, device=inputs_embeds.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         for _ in range(int(most) - own):
-            idle = self.vision_tower(self._black_frame(inputs_embeds.device)).last_hidden_state
+            (idle,) = self._encode(self._black_frame(inputs_embeds.device), [1]).pooler_output
             inputs_embeds = inputs_embeds + 0.0 * idle.sum().to(inputs_embeds.dtype)
         return inputs_embeds
 
