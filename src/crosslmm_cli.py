@@ -247,19 +247,20 @@ def batch(
         from transformers_crosslmm.batch_crosslmm import answer_corpus
 
         steps.begin("Answering")
-        report = answer_corpus(
-            questions,
-            out,
-            root=root,
-            model=_checkpoint(model),
-            engine=engine,  # type: ignore[arg-type]
-            workers=workers,
-            cpus_per_worker=cpus_per_worker,
-            device=device,
-            max_new_tokens=max_new_tokens,
-            on_progress=steps.count,
-            **wanted,
-        )
+        with contextlib.redirect_stdout(sys.stderr):  # Ray tells of a worker that died
+            report = answer_corpus(
+                questions,
+                out,
+                root=root,
+                model=_checkpoint(model),
+                engine=engine,  # type: ignore[arg-type]
+                workers=workers,
+                cpus_per_worker=cpus_per_worker,
+                device=device,
+                max_new_tokens=max_new_tokens,
+                on_progress=steps.count,
+                **wanted,
+            )
     if as_json:
         _print_json(vars(report))
         return
@@ -301,7 +302,8 @@ def look(
     if as_json:
         _print_json({"video": video, "frame_times": seen.times, "picture": str(out)})
     else:
-        typer.echo(f"{out}: {len(pictures)} frames, at {', '.join(labels)}")
+        moments = labels if len(labels) <= 8 else [*labels[:3], "…", labels[-1]]
+        typer.echo(f"{out}: {len(pictures)} frames, at {', '.join(moments)}")
 
 
 @app.command()
