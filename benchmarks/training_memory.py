@@ -1,6 +1,6 @@
 """What a training step keeps for its backward pass per frame of video, with and without gradient checkpointing.
 
-    python benchmarks/training_memory.py         # -> benchmarks/training_memory.json and .png
+    python benchmarks/training_memory.py         # -> benchmarks/training_memory.json, docs/images/training_memory.png
 
 Counted, not timed: full-size models on the meta device, bfloat16, everything trains. `saved_tensors_hooks` sees every
 tensor that autograd saves; storages count once, weights not at all, and attention keeps what a flash kernel keeps.
@@ -21,7 +21,7 @@ from transformers_crosslmm.cache_crosslmm import Medium, VisualMemory
 from transformers_crosslmm.modeling_crosslmm import VisualContext
 
 HERE = Path(__file__).resolve().parent
-RESULTS, CHART = HERE / "training_memory.json", HERE / "training_memory.png"
+RESULTS, CHART = HERE / "training_memory.json", HERE.parent / "docs" / "images" / "training_memory.png"
 FRAMES = (32, 64, 128)
 TEXT_TOKENS = 64
 WAYS = {

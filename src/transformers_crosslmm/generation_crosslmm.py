@@ -208,7 +208,7 @@ class CrossLMMGenerationMixin(GenerationMixin):
         if outputs.past_key_values is not None:
             # It holds what decoding needs. `generate` would hold these, copies that share their tensors, to its end.
             for media in (model_kwargs.get("mm_encoder_outputs") or {}).values():
-                media.last_hidden_state = None
+                media["last_hidden_state"] = None  # as an item: an attribute that is set to None stays one
         return outputs
 
     def _prefill_with_media(
