@@ -1,5 +1,6 @@
 """What `crosslmm bench` counts and times."""
 
+import json
 from concurrent.futures import Future
 from functools import cache
 from itertools import count as count_from
@@ -7,7 +8,9 @@ from itertools import count as count_from
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
+import crosslmm_cli
 from factories import random_model, tiny_config
 from transformers_crosslmm import CrossLMMConfig, benchmarking_crosslmm
 from transformers_crosslmm.benchmarking_crosslmm import (
@@ -184,7 +187,7 @@ def test_a_run_at_toy_size_has_everything_that_one_on_a_gpu_has(monkeypatch):
     assert results["timed"][0]["seconds"]["part: V2V"] > 0
     assert results["timed"][0]["seconds"]["part: T2V"] > 0
     assert [row["model"] for row in results["memory"]] == names
-    assert all(peak > 0 for row in results["memory"] for peak in row["peak_bytes"].values())
+    assert all(list(row["peak_bytes"]) == [2, 4] for row in results["memory"])
     assert [row["frames"] for row in results["file"]] == [2, 4]
     assert [row["frames"] for row in results["long_video"]] == [16]
     assert results["training_step"]["seconds"] > 0
@@ -206,3 +209,42 @@ def test_a_checkpoint_in_shards_answers_from_a_cold_start(tmp_path):
 def test_a_model_that_is_not_compared_is_refused_with_the_names():
     with pytest.raises(ValueError, match=r"no model 'GPT' to compare; there are CrossLMM-2B; .*Qwen3-VL-8B"):
         choose(["GPT"])
+
+
+MISTAKES = {
+    "frames": (["--frames", "32;64"], "numbers from 1 on"),
+    "no frames": (["--frames", "0"], "numbers from 1 on"),
+    "folder": (["--output", "nowhere/cost.json"], "a folder that exists"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES.values(), ids=MISTAKES)
+def test_the_command_refuses_mistakes_before_it_begins(monkeypatch, arguments, words):
+    monkeypatch.setattr(benchmarking_crosslmm, "run", lambda *_, **__: pytest.fail("it began"))
+    result = CliRunner().invoke(crosslmm_cli.app, ["bench", *arguments])
+    assert result.exit_code == 2
+    assert words in " ".join(result.output.replace("│", " ").split())
+
+
+def test_the_command_prints_a_table_and_writes_all_of_it(tmp_path):
+    path = tmp_path / "cost.json"
+    result = CliRunner().invoke(
+        crosslmm_cli.app,
+        [
+            "bench",
+            "--models",
+            "CrossLMM-2B frame features",
+            "--frames",
+            "2,3",
+            "--device",
+            "cpu",
+            "--output",
+            str(path),
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    kept = json.loads(path.read_text())
+    assert [row["frames"] for row in kept["counted"]] == [2, 3]
+    assert {"command", "commit", "device", "threads", "versions"} == set(kept["about"])
+    for row in kept["counted"]:
+        assert f"{row['macs']['total'] / 1e12:,.2f}" in result.stdout

@@ -461,7 +461,7 @@ def time_training_step(
     """A step of stage 2 with one sample: everything learns, bfloat16 on float32 weights, activations made twice."""
     _free_memory()
     model = build(contender, size, device, torch.float32).train()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     groups = parameter_groups(model, learning_rate=1e-5, gate_learning_rate=1e-3, vision_learning_rate=2e-6)
     optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda")
     runner = Runner(contender, model)
