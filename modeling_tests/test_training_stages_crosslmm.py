@@ -195,6 +195,20 @@ def test_a_recipe_that_does_not_exist_is_told_from_those_that_do():
     assert "adapt, stage1_pretrain, stage2_instruct" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("recipe", "behind", "fps", "num_frames"),
+    [
+        ("stage1_pretrain", ["--fps", "2"], 2.0, None),
+        ("stage2_instruct", ["--num-frames=5"], None, 5),
+        ("stage2_instruct", ["--fps", "0.5"], 0.5, None),
+    ],
+)
+def test_frames_named_behind_a_recipe_win_over_those_in_it(recipe, behind, fps, num_frames):
+    needed = ["--model", "m", "--train_data", "d.json", "--bf16", "False", "--use_cpu", "--report_to", "none"]
+    arguments = parse_recipe([recipe, *needed, *behind])
+    assert (arguments.fps, arguments.num_frames) == (fps, num_frames)
+
+
 def test_the_help_of_the_command_names_every_option_that_is_ours():
     own = {field.name for field in fields(CrossLMMTrainingArguments)}
     own -= {field.name for field in fields(TrainingArguments)}

@@ -257,6 +257,10 @@ def parse_recipe(argv: Sequence[str]) -> CrossLMMTrainingArguments:
     recipe = read_yaml(path)
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} must hold options and their values; got {type(recipe).__name__}.")
+    behind = {word.partition("=")[0].strip("-").replace("-", "_") for word in argv[1:] if word.startswith("--")}
+    for name, other in (("fps", "num_frames"), ("num_frames", "fps")):  # they exclude each other
+        if name in behind:
+            recipe.pop(other, None)
     options = [*_as_options(recipe), *argv[1:]]
     arguments, unknown = parser.parse_args_into_dataclasses(options, return_remaining_strings=True)
     if unknown:
