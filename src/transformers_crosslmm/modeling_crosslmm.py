@@ -53,7 +53,7 @@ from .configuration_crosslmm import CrossLMMConfig, CrossLMMTextConfig
 from .generation_crosslmm import CrossLMMGenerationMixin
 from .inputs_crosslmm import check_inputs, check_pixels, frames_per_video
 from .media_crosslmm import locate_media, media_index
-from .vision_crosslmm import CrossLMMMultiModalProjector, CrossLMMVisionTower, joined, normalised_tokens
+from .vision_crosslmm import CrossLMMMultiModalProjector, CrossLMMVisionTower, joined, normalised_tokens, per_medium
 
 
 @dataclass
@@ -374,7 +374,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         )
         return BaseModelOutputWithPooling(
             last_hidden_state=original,
-            pooler_output=self._per_medium(torch.cat(pooled), frames),
+            pooler_output=per_medium(torch.cat(pooled), frames),
             hidden_states=hidden_states,
             attentions=attentions,
         )
@@ -382,11 +382,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
     def _project(self, original: torch.Tensor, frames: list[int]) -> tuple[torch.Tensor, ...]:
         chunks = original.split(self.config.vision_chunk_size)
         tokens = joined((self.multi_modal_projector(self.pool(chunk)) for chunk in chunks), len(original))
-        return self._per_medium(tokens, frames)
-
-    def _per_medium(self, tokens: torch.Tensor, frames: list[int]) -> tuple[torch.Tensor, ...]:
-        """Pooled tokens (F, s·s, C) of all media, apart."""
-        return tokens.flatten(0, 1).split([count * self.config.tokens_per_frame for count in frames])
+        return per_medium(tokens, frames)
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor

@@ -90,3 +90,8 @@ def joined(parts: Iterator[torch.Tensor], length: int) -> torch.Tensor:
         whole[done : done + len(part)] = part
         done += len(part)
     return whole
+
+
+def per_medium(tokens: torch.Tensor, frames: list[int]) -> tuple[torch.Tensor, ...]:
+    """Pooled tokens (F, s x s, C) of all media, apart."""
+    return tokens.flatten(0, 1).split([count * tokens.shape[1] for count in frames])
