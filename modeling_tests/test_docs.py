@@ -147,7 +147,7 @@ def check_crosslmm(words: list[str]) -> None:
             known = {field.name for field in fields(CrossLMMTrainingArguments)}
             unknown = [word for word in inner.args if word.startswith("--") and word[2:] not in known]
             assert not unknown, f"crosslmm train does not know {unknown}"
-        elif inner.args:  # config fields by their names
+        elif name in ("compose", "convert"):  # config fields by their names
             config_fields(inner.args)
     except typer.Exit:  # --help
         pass
