@@ -1,6 +1,6 @@
 """Answers per second of `crosslmm batch`, by engine and workers: local, Ray with one worker, Ray with two.
 
-    python benchmarks/batch_scaling.py            # -> benchmarks/batch_scaling.json; ten minutes on two idle cores
+    python benchmarks/batch_scaling.py            # -> benchmarks/batch_scaling.json; five minutes on two idle cores
     python benchmarks/batch_scaling.py --quick    # one small round, printed and not kept
 
 Each worker has one thread, one worker alone too, and beside it the process that decodes its video. Settings take turns
@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "modeling_tests"))
 RESULTS = HERE / "batch_scaling.json"
 SETTINGS = {"local": ("local", None), "Ray, 1 worker": ("ray", 1), "Ray, 2 workers": ("ray", 2)}
-ROUNDS, VIDEOS, QUESTIONS = 3, 24, 6
+ROUNDS, VIDEOS, QUESTIONS = 3, 16, 6
 FRAMES, NEW_TOKENS, SECONDS, FPS = 16, 16, 8, 4
 SIZES = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8}
 
