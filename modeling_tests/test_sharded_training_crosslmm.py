@@ -53,10 +53,18 @@ def compare_with_one_process(rank: int) -> None:
     give_up_after(60)
     model = random_model(tiny_config()).train()
     parallel = sharded(copy.deepcopy(model))
+    used: list[str] = []
+    for name, module in parallel.named_modules():
+        if list(module.parameters(recurse=False)):
+            module.register_forward_pre_hook(lambda *_, name=name: used.append(name))
     for name, layouts in BATCHES.items():
         batches = [labelled(model.config, layout, first_seed=seed) for seed, layout in enumerate(layouts)]
         alone = [gradients(model, batch) for batch in batches]
+        used.clear()
         parallel.train()(**batches[rank]).loss.backward()
+        orders: list[list[str]] = [[], []]
+        dist.all_gather_object(orders, used)
+        assert orders[0] == orders[1], f"{name}: ZeRO-3 would wait for ever"  # it gathers weights as they are used
         means = {key: (alone[0][key] + alone[1][key]) / 2 for key in alone[0]}
         largest = max(mean.norm() for mean in means.values())
         for key, parameter in parallel.named_parameters():

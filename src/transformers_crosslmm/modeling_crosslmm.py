@@ -461,6 +461,8 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         memory = visual_memory(past_key_values, text_config.cross_attention_layer_indices)
         is_new = any(output.last_hidden_state is not None for output in media.values())
         if is_new:
+            if past_key_values is None and self._is_sharded():
+                use_cache = False  # filling one would use the weights in another order than ranks without media do
             if use_cache and past_key_values is None:
                 past_key_values = DynamicCache(config=text_config)
             memory = self.remember(media, masks, past_key_values, past_length, form)
@@ -586,8 +588,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
     def _keep_in_step(self, inputs_embeds: torch.Tensor, *pixels: torch.Tensor | None) -> torch.Tensor:
         """Encodes black frames, with weight zero, until this rank has used encoder and projector as often as the one
         with most frames: weights that are sharded are gathered by all ranks at once, at every use."""
-        chunk_size = self.config.vision_chunk_size
-        own = max(1, sum(-(-len(frames) // chunk_size) for frames in pixels if frames is not None))
+        own = max(1, sum(-(-len(frames) // self.config.vision_chunk_size) for frames in pixels if frames is not None))
         most = torch.tensor(own, device=inputs_embeds.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         for _ in range(int(most) - own):
@@ -601,8 +602,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
 
     def _dummy_pass(self, inputs_embeds: torch.Tensor):
         """One black frame through encoder, projector and cross-attention, with weight zero."""
-        frame = self._black_frame(inputs_embeds.device)
-        output = self._encode(frame, [1])
+        output = self._encode(self._black_frame(inputs_embeds.device), [1])
         inputs_embeds = inputs_embeds + 0.0 * output.pooler_output[0].sum().to(inputs_embeds.dtype)
         states = self._visual_states(output.last_hidden_state, torch.zeros(1)).flatten(0, 1)
         memory = VisualMemory("kv", len(states), self.config.tokens_per_frame, rows=[], num_patches=len(states))
