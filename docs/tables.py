@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md, made of the results that benchmarks/ keeps.
+"""The tables of docs/benchmarks.md, docs/cost.md and docs/ablation.md, made of the results that benchmarks/ keeps.
 
 python docs/tables.py      # writes them anew where they differ; a test compares
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGES = [ROOT / "docs" / name for name in ("benchmarks.md", "cost.md", "ablation.md")]
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 KINDS = {
@@ -253,6 +253,145 @@ def conversion_memory() -> str:
     )
 
 
+def ablation_arms() -> str:
+    statistics = runpy.run_path(str(ROOT / "docs" / "draw_ablation.py"))
+    arms = runpy.run_path(str(ROOT / "benchmarks" / "ablation.py"))["ARMS"]
+    runs, about = statistics["load_runs"]()
+    rows = []
+    for name in (name for name in arms if any(run["arm"] == name for run in runs)):
+        (means, lows, highs), seeds = statistics["accuracy"](runs, name)
+        ours = [share(mean) for mean in means]
+        rows.append([arms[name].about, *ours, f"{share(lows[-1])} – {share(highs[-1])}", str(seeds)])
+    kinds = [KINDS[kind] for kind in runs[0]["right"]]
+    minutes = sum(run["cpu_seconds"] for run in runs) / 60
+    return (
+        f"{markdown(['arm', *kinds, 'together', '95 % interval', 'seeds'], rows)}\n`{about['command']}`, commit "
+        f"{about['commit']}, {about['machine']}; {about['steps']} steps of {about['batch_size']} questions; "
+        f"{len(runs)} runs, {minutes:.0f} minutes of CPU time.\n"
+    )
+
+
+def ablation_effects() -> str:
+    statistics = runpy.run_path(str(ROOT / "docs" / "draw_ablation.py"))
+    runs, _ = statistics["load_runs"]()
+
+    def points(mean: float, low: float, high: float) -> str:
+        return f"{100 * mean:+.1f} ({100 * low:+.1f} … {100 * high:+.1f})"
+
+    rows = []
+    for heading, pairs in statistics["EFFECTS"].items():
+        for words, arm, against in pairs:
+            if (found := statistics["effect"](runs, arm, against)) is not None:
+                values, seeds = found
+                rows.append([heading, words, *(points(*column) for column in values.T), str(seeds)])
+    return markdown(["", "", *runs[0]["right"], "together", "seeds"], rows)
+
+
+def ablation_longer() -> str:
+    statistics = runpy.run_path(str(ROOT / "docs" / "draw_ablation.py"))
+    every = kept("ablation.json")["runs"]
+    rows = []
+    for steps in sorted({run["steps"] for run in every}):
+        for name, words in (("both", "the base"), ("paper", "the paper's defaults")):
+            if runs := [run for run in every if (run["arm"], run["steps"]) == (name, steps)]:
+                (means, lows, highs), seeds = statistics["accuracy"](runs, name)
+                bounds = f"{share(lows[-1])} – {share(highs[-1])}"
+                rows.append([words, str(steps), *(share(mean) for mean in means), bounds, str(seeds)])
+    return markdown(["", "steps", *every[0]["right"], "together", "95 % interval", "seeds"], rows)
+
+
+def cost_counted() -> str:
+    results = kept("cost_counted.json")
+    columns = (32, 64, 128, 256, 3600)
+    by_model: dict[str, dict[int, Any]] = {}
+    for row in results["counted"]:
+        by_model.setdefault(row["model"], {})[row["frames"]] = row
+    rows = []
+    for model, counts in by_model.items():
+        most = counts[max(counts)]
+        rows.append(
+            [
+                model,
+                f"{most['video_tokens'] / most['frames']:.0f}",
+                f"{most['weight_bytes'] / 1e9:.1f} GB",
+                f"{most['cache_bytes'] / most['frames'] / 1e6:.2f} MB",
+                *(f"{counts[n]['macs']['total'] / 1e12:,.1f}" if n in counts else "" for n in columns),
+            ]
+        )
+    head = [
+        "T multiply-accumulates",
+        "tokens per frame",
+        "weights",
+        "kept per frame",
+        *(f"{n:,} frames" for n in columns),
+    ]
+    return f"{markdown(head, rows)}\n{origin(results)}\n"
+
+
+def cost_closed_form() -> str:
+    formulas = {
+        "vision": "T · (N · 3p² · D + b · (N · (4D² + 2D · m) + 2N² · D))",
+        "projector": "V · h · (D + C)",
+        "language model": "L · n · C · (2Q + 2K + 3M)",
+        "self-attention scores": "2n · L² · Q",
+        "keys and values": "4x · T · N · D · K",
+        "queries and outputs": "2x · L · C · Q",
+        "T2V scores": "2x · text · T · N · Q",
+        "folding": '2x · D² · K, with `"features"`',
+        "V2V scores": '2x · V · N · Q · T (`"video"`), · 1 (`"frame"`), · (T + 1) / 2 (`"causal"`)',
+        "head": "C · Z",
+    }
+    [row] = [
+        row
+        for row in kept("cost_counted.json")["counted"]
+        if (row["model"], row["frames"]) == ("CrossLMM-7B video features", 256)
+    ]
+    rows = [[part, formulas[part], f"{macs / 1e12:.3f}"] for part, macs in row["closed_form"].items()]
+    rows.append(["**together**", "", f"**{sum(row['closed_form'].values()) / 1e12:.3f}**"])
+    rows.append(["the counter", "", f"{row['macs']['total'] / 1e12:.3f}"])
+    return markdown(["part", "multiply-accumulates", "7B, 256 frames, in T"], rows)
+
+
+def cost_cpu() -> str:
+    results = kept("cost_cpu.json")
+    frames = max(row["frames"] for row in results["timed"])
+    macs = {row["model"]: row["macs"]["total"] for row in results["counted"] if row["frames"] == frames}
+    timed = {row["model"]: row["seconds"] for row in results["timed"] if row["frames"] == frames}
+    ours = "CrossLMM-7B video features"
+    whats = {
+        "prefill": "prefill",
+        "first token": "first_token",
+        "second question": "second_question",
+        "each further token": "decode_step",
+    }
+    rows = [
+        [
+            model,
+            f"{macs[model] / macs[ours]:.2f}",
+            *(f"{seconds[what] / timed[ours][what]:.2f}" for what in whats.values()),
+        ]
+        for model, seconds in timed.items()
+    ]
+    head = [f"{frames} frames, toy size", "multiply-accumulates", *whats]
+    parts = {name: value for name, value in timed[ours].items() if name.startswith("part: ")}
+    shares = ", ".join(
+        f"{name.removeprefix('part: ')} {share(value / sum(parts.values()))}" for name, value in parts.items()
+    )
+    again = timed[ours]["second_question"] / timed[ours]["first_token"]
+    return (
+        f"{markdown(head, rows)}\nOf our prefill: {shares}. Our second question takes {share(again)} of the time to "
+        f"the first token of the first. {origin(results)}\n"
+    )
+
+
+def origin(results: dict[str, Any]) -> str:
+    about = results["about"]
+    return (
+        f"`{about['command']}`, commit {about['commit']}, {about['device']}, threads: {about['threads']}; torch "
+        f"{about['versions']['torch']}, transformers {about['versions']['transformers']}."
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
@@ -268,6 +407,12 @@ TABLES: dict[str, Callable[[], str]] = {
         streaming_memory,
         serving_load,
         conversion_memory,
+        cost_counted,
+        cost_closed_form,
+        cost_cpu,
+        ablation_arms,
+        ablation_effects,
+        ablation_longer,
     )
 }
 
@@ -278,7 +423,8 @@ def with_tables(page: str) -> str:
 
 
 if __name__ == "__main__":
-    page = PAGE.read_text(encoding="utf-8")
-    if (new := with_tables(page)) != page:
-        PAGE.write_text(new, encoding="utf-8")
-        print(f"{PAGE}: written anew")
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        if (new := with_tables(page)) != page:
+            path.write_text(new, encoding="utf-8")
+            print(f"{path}: written anew")
