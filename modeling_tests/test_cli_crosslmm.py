@@ -162,6 +162,7 @@ def test_a_folder_without_a_config_is_no_checkpoint(run, tmp_path):
 def test_ctrl_c_ends_cleanly(folder):
     code = (
         "import signal, crosslmm_cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # jobs in a shell's background inherit none
         "crosslmm_cli._checkpoint = lambda model: signal.raise_signal(signal.SIGINT)\n"
         "crosslmm_cli._import_package = lambda steps: None\n"
         "crosslmm_cli.app(['look', 'clip.mp4'])"
