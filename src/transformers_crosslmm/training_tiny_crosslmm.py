@@ -47,15 +47,13 @@ from .procedural_videos import (
     WORDINGS,
     ProceduralVideo,
     Question,
-    Split,
     ask,
+    ask_many,
     random_generator,
     random_video,
     render_frame,
 )
 from .processing_crosslmm import CHAT_TEMPLATE, MARKS, CrossLMMProcessor
-
-THING_WORDS = frozenset((*COLOURS, *NAMES))
 
 
 @dataclass
@@ -64,17 +62,17 @@ class TinyArguments:
 
     output_dir: str = field(metadata={"help": "Folder for the trained checkpoint."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, videos and questions."})
-    vision_steps: int = field(default=3000, metadata={"help": "Steps of the first phase."})
+    vision_steps: int = field(default=3600, metadata={"help": "Steps of the first phase."})
     vision_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the first phase."})
     vision_batch_size: int = field(default=128, metadata={"help": "Frames per step of the first phase."})
     vision_tower: str | None = field(default=None, metadata={"help": "A saved tower instead of the first phase."})
-    steps: int = field(default=5500, metadata={"help": "Steps of the second phase."})
+    steps: int = field(default=4000, metadata={"help": "Steps of the second phase."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the second phase."})
-    batch_size: int = field(default=24, metadata={"help": "Videos per step of the second phase."})
-    questions_per_video: int = field(default=4, metadata={"help": "Turns of the chat about each video."})
-    times_per_video: int = field(default=4, metadata={"help": "How often a video comes back, with new questions."})
+    batch_size: int = field(default=16, metadata={"help": "Videos per step of the second phase."})
+    questions_per_video: int = field(default=6, metadata={"help": "Turns of the chat about each video."})
+    times_per_video: int = field(default=3, metadata={"help": "How often a video comes back, with new questions."})
     save_steps: int = field(default=1000, metadata={"help": "Steps between checkpoints of the second phase."})
-    evaluation_steps: int = field(default=50, metadata={"help": "Steps between looks at held-out questions."})
+    evaluation_steps: int = field(default=500, metadata={"help": "Steps between looks at held-out questions."})
     cross_attention: bool = field(default=True, metadata={"help": "False: the baseline without V2V and T2V."})
     pooling_mode: str = field(default="bilinear", metadata={"help": "bilinear or average."})
     threads: int = field(default=1, metadata={"help": "CPU threads."})
@@ -90,8 +88,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """
     texts = [
         word
-        for wordings in WORDINGS.values()
-        for wording in wordings
+        for kind in KINDS
+        for wording in WORDINGS[kind]
         for word in wording.format(name="", colour="", thing="", first="", second="", k="1").split(" ")
     ]
     answers = [*COLOURS, *NAMES, *PLACES, "yes", "no", *map(str, range(10)), "user", "assistant", "system"]
@@ -120,7 +118,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_config(
     tokenizer: PreTrainedTokenizerFast, *, cross_attention: bool = True, pooling_mode: str = "bilinear"
 ) -> CrossLMMConfig:
-    """60 × 60 pixels, 25 patches, one pooled token per frame; every second layer of four looks at the patches."""
+    """60 × 60 pixels, 25 patches, one pooled token per frame; every second layer of six looks at the patches."""
     return CrossLMMConfig(
         vision_config={
             "hidden_size": 128,
@@ -134,7 +132,7 @@ def tiny_config(
             "vocab_size": math.ceil(len(tokenizer) / 64) * 64,
             "hidden_size": 128,
             "intermediate_size": 384,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 6,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 2048,
@@ -162,33 +160,26 @@ def tiny_config(
 
 
 class PatchLabels(nn.Module):
-    """A vision tower with fixed linear read-outs of colour, name and place, on the features as the cross-attention
-    sees them.
+    """A vision tower with two linear read-outs per patch, on the features as the cross-attention sees them.
 
-    The read-outs are orthonormal and stay as they are, so that each of the three takes its own directions and a like
-    share of the features. With free ones most of the features' variance told names, and the cross-attention took long
-    to find things by their colour. They leave the fast dimensions of `visual_time` empty: time stands there alone.
+    No read-out of the place: it is in the features anyway, and in the trials that asked for it the cross-attention
+    came to find things by colour and frame alone, and names as queries stayed unlearned for thousands of steps.
     """
 
     def __init__(self, tower: nn.Module, width: int):
         super().__init__()
         self.tower = tower
-        self.classes = [len(COLOURS) + 1, len(NAMES) + 1, len(PLACES) + 1]
-        readout = torch.zeros(sum(self.classes), width)
-        slow = torch.arange(width) % (width // 2) >= 24
-        readout[:, slow] = nn.init.orthogonal_(torch.empty(sum(self.classes), int(slow.sum())))
-        self.register_buffer("readout", readout)
+        self.colour = nn.Linear(width, len(COLOURS) + 1)
+        self.name = nn.Linear(width, len(NAMES) + 1)
 
-    def forward(
-        self, pixel_values: torch.Tensor, colours: torch.Tensor, names: torch.Tensor, places: torch.Tensor
-    ) -> dict:
+    def forward(self, pixel_values: torch.Tensor, colours: torch.Tensor, names: torch.Tensor) -> dict:
         """pixel_values (F, 3, S, S); labels (F, N): the last class for background, -100 where nothing is asked."""
         features = self.tower(pixel_values).last_hidden_state
         features = F.layer_norm(features, features.shape[-1:], eps=1e-6)
-        logits = (features @ self.readout.T).split(self.classes, dim=-1)
+        logits = self.colour(features), self.name(features)
         loss = sum(
             F.cross_entropy(predicted.flatten(0, 1), true.flatten(), ignore_index=IGNORED)
-            for predicted, true in zip(logits, (colours, names, places), strict=True)
+            for predicted, true in zip(logits, (colours, names), strict=True)
         )
         return {"loss": loss, "logits": logits}
 
@@ -234,23 +225,21 @@ class PatchLabelFrames(IterableDataset):
             order = np.random.default_rng([self.seed, index])
             for _ in range(self.times):
                 for i in order.permutation(len(samples)):
-                    frame, colours, names, places = samples[i]
+                    frame, colours, names = samples[i]
                     pixels = torch.from_numpy(frame).permute(2, 0, 1).float().div(127.5).sub(1.0)
-                    yield {"pixel_values": pixels, "colours": colours, "names": names, "places": places}
+                    yield {"pixel_values": pixels, "colours": colours, "names": names}
 
     def _labels(self, plain, painted, k: int, share: float) -> tuple[np.ndarray, ...]:
         centres = (np.arange(self.grid) + 0.5) / self.grid
         colours = np.full((self.grid, self.grid), len(COLOURS))
         names = np.full((self.grid, self.grid), len(NAMES))
-        places = np.full((self.grid, self.grid), len(PLACES))
         for before, after in zip(plain.scenes[k], painted.scenes[k], strict=True):
             x, y = (a + (b - a) * share for a, b in zip(after.start, after.end, strict=True))
             covered = np.maximum(abs(centres[None, :] - x), abs(centres[:, None] - y)) < after.radius
             is_palette = before.rgb == after.rgb
             colours[covered] = list(COLOURS).index(after.thing.colour) if is_palette else IGNORED
             names[covered] = IGNORED if is_palette else NAMES.index(after.thing.name)
-            places[covered] = PLACES.index(after.place)
-        return colours.ravel(), names.ravel(), places.ravel()
+        return colours.ravel(), names.ravel()
 
 
 def degrade(rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
@@ -277,48 +266,27 @@ class VideoChats(IterableDataset):
 
     def __init__(self, *, arguments: TinyArguments, tokenizer: PreTrainedTokenizerFast, config: CrossLMMConfig):
         self.arguments, self.tokenizer, self.config = arguments, tokenizer, config
-        self.level = 1
-        self.mistakes = dict.fromkeys(KINDS, 1.0)
+        self.num_samples = arguments.steps * arguments.batch_size
         self.turns: dict[tuple[Question, int], dict[str, list[int]]] = {}
 
     def __iter__(self) -> Iterator[dict]:
         arguments = self.arguments
-        videos_per_round = 4 * arguments.batch_size
-        index = 0
+        videos_per_round = 32 * arguments.batch_size
+        drawn = index = 0
         while True:
             videos = []
             for _ in range(videos_per_round):
                 rng = random_generator(seed=arguments.seed, split="train", index=index)
                 index += 1
-                video = self.clip(rng) if rng.random() < 0.5 else self.still(rng)
+                video = random_video(rng, num_seconds=self.num_seconds(rng, drawn / self.num_samples))
                 videos.append((video, self.render(rng, video)))
             rng = np.random.default_rng([arguments.seed, index])
             for _ in range(arguments.times_per_video):
                 for i in rng.permutation(len(videos)):
                     video, frames = videos[i]
-                    yield self.sample(self.questions(rng, video), frames)
-
-    def questions(self, rng: np.random.Generator, video: ProceduralVideo) -> list[Question]:
-        """The turns of a chat, kinds drawn in proportion to `mistakes`.
-
-        No word for a thing comes up in two of them: where the text before answers a question, nothing is learned about
-        looking.
-        """
-        kinds = KINDS if video.num_seconds > 1 else ("colour", "shape", "place", "exists")
-        share = np.array([self.mistakes[kind] for kind in kinds]) + 0.05
-        asked: list[Question] = []
-        said: set[str] = set()
-        for i in rng.choice(len(kinds), size=100, p=share / share.sum()):
-            question = ask(rng, video, kind=kinds[i])
-            if question is None:
-                continue
-            words = THING_WORDS.intersection(f"{question.text} {question.answer}".replace("?", "").split())
-            if said.isdisjoint(words):
-                asked.append(question)
-                said |= words
-            if len(asked) == self.arguments.questions_per_video:
-                break
-        return asked
+                    questions = ask_many(rng, video, num_questions=arguments.questions_per_video)
+                    yield self.sample(questions, frames)
+                    drawn += 1
 
     def render(self, rng: np.random.Generator, video: ProceduralVideo) -> np.ndarray:
         """One frame per second, all at the same moment of their seconds: (T, S, S, 3) uint8."""
@@ -326,17 +294,18 @@ class VideoChats(IterableDataset):
         size = self.config.vision_config.image_size
         return degrade(rng, np.stack([render_frame(video, moment, size=size) for moment in moments]))
 
-    def clip(self, rng: np.random.Generator) -> ProceduralVideo:
-        """A video of the present level: mostly of `level` scenes (eight at most), now and then of fewer.
+    def num_seconds(self, rng: np.random.Generator, progress: float) -> int:
+        """Scenes of the next video: 2 or 3 at first, then up to 5, then any number up to 8, at last mostly 8.
 
         Few scenes teach to find the frame that a question names: among two, a wrong one is wrong half the time.
         """
-        longest = min(self.level, MAX_SECONDS)
-        return random_video(rng, num_seconds=longest if rng.random() < 0.7 else int(rng.integers(1, longest + 1)))
-
-    def still(self, rng: np.random.Generator) -> ProceduralVideo:
-        """A video of one scene with two to four things, where only colour and name tell which is asked about."""
-        return random_video(rng, num_seconds=1, things_per_scene=int(rng.integers(2, len(PLACES) + 1)))
+        if progress < 0.04:
+            return int(rng.integers(2, 4))
+        if progress < 0.13:
+            return int(rng.integers(2, 6))
+        if progress < 0.5:
+            return int(rng.integers(2, MAX_SECONDS + 1))
+        return MAX_SECONDS if rng.random() < 0.75 else int(rng.integers(3, MAX_SECONDS))
 
     def sample(self, questions: Sequence[Question], frames: np.ndarray) -> dict:
         """A chat of all `questions` about the video with these frames, which stands before the first."""
@@ -366,59 +335,40 @@ class VideoChats(IterableDataset):
         return self.turns[question, num_frames]
 
 
-class Curriculum(TrainerCallback):
-    """Looks now and then how many answers are right in every token, by kind, and raises the level of `chats`.
+class HeldOutAccuracy(TrainerCallback):
+    """Says now and then how many answers to questions on unseen combinations are right in every token, by kind.
 
-    The answers are those the model would choose with the truth before it, on rendered frames: to fresh questions of
-    the present level, which decide, and on unseen combinations at full length, which are only shown. A level that is
-    not learned ends after a fifteenth of all steps. `evaluation_crosslmm` asks on real files, by `generate`.
+    The answers are those the model would choose with the truth before it, one question per video: a quick look, on
+    rendered frames. `evaluation_crosslmm` asks on real files, by `generate`.
     """
 
-    def __init__(self, chats: VideoChats, collator: VideoChatCollator, *, every: int, num_videos: int = 40):
-        self.chats, self.collator, self.every, self.num_videos = chats, collator, every, num_videos
-        self.level_began = 0
-
-    def samples(self, split: Split, step: int) -> list[tuple[str, dict]]:
-        """One question of each kind per video, on its own."""
-        samples = []
-        for index in range(self.num_videos):
-            rng = random_generator(seed=self.chats.arguments.seed + 1, split=split, index=step * 1000 + index)
-            video = self.chats.clip(rng) if split == "train" else random_video(rng, split=split)
-            frames = self.chats.render(rng, video)
+    def __init__(self, chats: VideoChats, collator: VideoChatCollator, *, every: int, num_videos: int = 30):
+        self.every, self.collator = every, collator
+        self.samples: list[tuple[str, dict]] = []
+        for index in range(num_videos):
+            rng = random_generator(seed=chats.arguments.seed, split="heldout", index=index)
+            video = random_video(rng, split="heldout")
+            frames = chats.render(rng, video)
             for kind in KINDS:
-                if (question := ask(rng, video, kind=kind, split=split)) is not None:
-                    samples.append((kind, self.chats.sample([question], frames)))
-        return samples
+                if (question := ask(rng, video, kind=kind, split="heldout")) is not None:
+                    self.samples.append((kind, chats.sample([question], frames)))
 
     @torch.no_grad()
-    def accuracy(self, model, samples: list[tuple[str, dict]]) -> dict[str, float]:
-        right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
-        for start in range(0, len(samples), 60):
-            kinds, inputs = zip(*samples[start : start + 60], strict=True)
-            batch = self.collator(inputs)
-            labels = batch.pop("labels")[:, 1:]
-            predicted = model(**batch).logits[:, :-1].argmax(-1)
-            for kind, is_right in zip(kinds, ((predicted == labels) | (labels == IGNORED)).all(-1), strict=True):
-                right[kind].append(bool(is_right))
-        return {kind: sum(marks) / len(marks) for kind, marks in right.items() if marks}
-
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every:
             return
         model.eval()
-        for split in ("train", "heldout") if state.global_step % (5 * self.every) == 0 else ("train",):
-            shares = self.accuracy(model, self.samples(split, state.global_step))
-            text = "  ".join(f"{kind} {100 * share:.0f}" for kind, share in shares.items())
-            print(f"step {state.global_step}, level {self.chats.level}, {split}: {text}", flush=True)
-            if split == "heldout":
-                continue
-            for kind, share in shares.items():
-                self.chats.mistakes[kind] = (self.chats.mistakes[kind] + 1 - share) / 2
-            is_learned = sum(shares[kind] for kind in ("colour", "shape", "place")) > 3 * 0.85
-            if is_learned or state.global_step - self.level_began >= self.chats.arguments.steps / 15:
-                self.chats.level += 1
-                self.level_began = state.global_step
+        right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
+        for start in range(0, len(self.samples), 60):
+            kinds, samples = zip(*self.samples[start : start + 60], strict=True)
+            batch = self.collator(samples)
+            labels = batch.pop("labels")[:, 1:]
+            predicted = model(**batch).logits[:, :-1].argmax(-1)
+            for kind, is_right in zip(kinds, ((predicted == labels) | (labels == IGNORED)).all(-1), strict=True):
+                right[kind].append(bool(is_right))
         model.train()
+        shares = "  ".join(f"{kind} {100 * sum(marks) / len(marks):.0f}" for kind, marks in right.items())
+        print(f"step {state.global_step}: {shares}", flush=True)
 
 
 def training_arguments(arguments: TinyArguments, folder: str, **options) -> TrainingArguments:
@@ -428,6 +378,7 @@ def training_arguments(arguments: TinyArguments, folder: str, **options) -> Trai
         seed=arguments.seed,
         use_cpu=True,
         bf16=True,
+        lr_scheduler_type="cosine",
         warmup_steps=100,
         weight_decay=0.02,
         adam_beta2=0.98,
@@ -448,7 +399,6 @@ def train_vision(arguments: TinyArguments, model: CrossLMMForConditionalGenerati
     options = training_arguments(
         arguments,
         "vision",
-        lr_scheduler_type="cosine",
         max_steps=arguments.vision_steps,
         learning_rate=arguments.vision_learning_rate,
         per_device_train_batch_size=arguments.vision_batch_size,
@@ -467,9 +417,6 @@ def train_language(
     options = training_arguments(
         arguments,
         "language",
-        # The levels go up while the rate is high; it falls in the last third.
-        lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": arguments.steps // 3},
         max_steps=arguments.steps,
         learning_rate=arguments.learning_rate,
         per_device_train_batch_size=arguments.batch_size,
@@ -478,7 +425,7 @@ def train_language(
     )
     chats = VideoChats(arguments=arguments, tokenizer=tokenizer, config=model.config)
     collator = VideoChatCollator(pad_token_id=tokenizer.pad_token_id)
-    accuracy = Curriculum(chats, collator, every=arguments.evaluation_steps)
+    accuracy = HeldOutAccuracy(chats, collator, every=arguments.evaluation_steps)
     Trainer(model=model, args=options, train_dataset=chats, data_collator=collator, callbacks=[accuracy]).train()
 
 
