@@ -220,8 +220,10 @@ def test_two_processes_train_as_one_does_on_the_same_samples(kind, run_folder, a
 
 def begin_in_folders_of_their_own(rank: int, run_folder, out) -> None:
     give_up_after(60)
-    (out / "0" / "checkpoint-2").mkdir(parents=True, exist_ok=True)
-    mark_complete(out / "0" / "checkpoint-2")
+    if rank == 0:
+        (out / "0" / "checkpoint-2").mkdir(parents=True)
+        mark_complete(out / "0" / "checkpoint-2")
+    dist.barrier()
     with pytest.raises(ValueError, match=r"process 0 at checkpoint-2, process 1 at the beginning.*machines share"):
         train(arguments_of(run_folder, out / str(rank)))
 
