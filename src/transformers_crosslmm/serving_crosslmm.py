@@ -59,7 +59,7 @@ from .media_crosslmm import CrossLMMEncodedMedia
 from .modeling_crosslmm import CrossLMMForConditionalGeneration
 from .processing_crosslmm import CrossLMMProcessor
 from .video_decoding import VideoError, VideoLimits, _opened, decode_video
-from .video_processing_crosslmm import SAMPLING_KWARGS, CrossLMMVideoMetadata, FrameSampling
+from .video_processing_crosslmm import SAMPLING_KWARGS, CrossLMMVideoMetadata, FrameSampling, frame_chunk
 
 logger = logging.get_logger(__name__)
 
@@ -627,16 +627,7 @@ class VideoReader:
             )
         except StopIteration:
             raise VideoError("It has no frames.") from None
-        return video.frames, CrossLMMVideoMetadata(
-            total_num_frames=video.total_num_frames,
-            fps=video.fps,
-            duration=video.duration_seconds,
-            height=video.height,
-            width=video.width,
-            video_backend="pyav",
-            frames_indices=video.frame_indices,
-            frame_times=video.times,
-        )
+        return video.frames, frame_chunk(video, None).metadata
 
 
 def _version(file: Any) -> Hashable:
