@@ -2,10 +2,14 @@
 a tiny Qwen2 put together by `compose` (gates 0), all of which learn. Writes gate_learning_rate.json beside this file.
 
     python benchmarks/gate_learning_rate.py
+    python benchmarks/gate_learning_rate.py taught      # writes gate_learning_rate_taught.json
 
 A picture is noise with one patch in one of eight colours, never the middle one, which the pooled token is made of; the
 answer is the colour. So the shortest way from the patch to the answer is T2V. The loss is that of the answer and its
 end mark on pictures held out: ln 8 / 2 = 1.04 for who does not look.
+
+"taught" is the case of `adapt`: the language model learns the answers' form first, with all gates at 0, and then stays
+as it is, so that a branch which opens before it has learned would disturb something.
 """
 
 import json
@@ -15,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +29,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, Sigl
 from transformers_crosslmm import CrossLMMForConditionalGeneration, CrossLMMProcessor
 from transformers_crosslmm.conversion_crosslmm import compose, write_checkpoint
 from transformers_crosslmm.data_crosslmm import CrossLMMDataCollator
-from transformers_crosslmm.training_crosslmm import parameter_groups
+from transformers_crosslmm.training_crosslmm import parameter_groups, train_only
 from transformers_crosslmm.training_tiny_crosslmm import build_tokenizer
 
 STEPS, BATCH_SIZE, HELD_OUT = 200, 16, 256
@@ -118,7 +123,62 @@ def train(checkpoint: Path, *, learning_rate: float, gate_learning_rate: float, 
     return result
 
 
+def train_taught(checkpoint: Path) -> Iterator[dict]:
+    """Runs from one taught language model, measured twice; `first_loss` is the mean of the first thirty steps."""
+    collator = CrossLMMDataCollator(CrossLMMProcessor.from_pretrained(checkpoint))
+    model = CrossLMMForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+
+    def learn(parts: list[str], gate_learning_rate: float, seed: int) -> Iterator[float]:
+        train_only(model, parts)
+        groups = parameter_groups(model, learning_rate=1e-3, gate_learning_rate=gate_learning_rate)
+        optimizer = torch.optim.AdamW(groups)
+        rng = np.random.default_rng(seed)
+        while True:
+            loss = model.train()(**collator(draw_records(rng, BATCH_SIZE))).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield loss.item()
+
+    list(islice(learn(["language_model"], 1e-3, seed=99), 250))
+    taught = {name: value.clone() for name, value in model.state_dict().items()}
+    taught_loss = held_out_loss(model, collator)
+    for seed in range(3):
+        for gate_learning_rate in (1e-3, 1e-2):
+            model.load_state_dict(taught)
+            steps = learn(["projector", "v2v", "t2v"], gate_learning_rate, seed)
+            first = list(islice(steps, 30))
+            for done, more in ((300, 270), (600, 300), (1500, 900)):
+                list(islice(steps, more))
+                result = {"gate_learning_rate": gate_learning_rate, "seed": seed, "steps": done}
+                result |= {"loss": held_out_loss(model, collator), "taught_loss": taught_loss}
+                with switched_off(model, "t2v"):
+                    result["loss_without_t2v"] = held_out_loss(model, collator)
+                yield result | {"first_loss": float(np.mean(first))}
+
+
+def save(name: str, what: str, runs: list[dict]) -> None:
+    """Writes a result of `python benchmarks/NAME`, with where it was made."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    result = {
+        "what": what,
+        "command": f"python benchmarks/{name}",
+        "commit": commit,
+        "machine": f"{platform.machine()} CPU, 1 core, torch {torch.__version__}",
+        "runs": runs,
+    }
+    file = Path(__file__).parent / f"{name.replace('.py ', '_').removesuffix('.py')}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
+    if sys.argv[1:] == ["taught"]:
+        taught: list[dict] = []
+        with tempfile.TemporaryDirectory() as folder:
+            for result in train_taught(write_composition(Path(folder))):
+                taught.append(result)
+                save("gate_learning_rate.py taught", "the same, cross-attention after the language model", taught)
+        return
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = write_composition(Path(folder))
@@ -131,15 +191,11 @@ def main() -> None:
                         )
                     )
                     print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    result = {
-        "what": f"a composed tiny model after {STEPS} steps of {BATCH_SIZE}, gates at three learning rates",
-        "command": "python benchmarks/gate_learning_rate.py",
-        "commit": commit,
-        "machine": f"{platform.machine()} CPU, 1 core, torch {torch.__version__}",
-        "runs": runs,
-    }
-    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    save(
+        "gate_learning_rate.py",
+        f"a composed tiny model after {STEPS} steps of {BATCH_SIZE}, gates at three rates",
+        runs,
+    )
 
 
 if __name__ == "__main__":

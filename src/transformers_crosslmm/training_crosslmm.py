@@ -200,7 +200,7 @@ class CrossLMMTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Of the vision tower, if not the learning rate."}
     )
     gate_learning_rate: float = field(
-        default=1e-3, metadata={"help": "Of the gates: Adam moves a gate by no more than this in a step."}
+        default=1e-2, metadata={"help": "Of the gates: Adam moves a gate by no more than this in a step."}
     )
     global_batch_size: int | None = field(
         default=None, metadata={"help": "Samples per step over all processes; sets the gradient accumulation."}
