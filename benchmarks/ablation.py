@@ -62,7 +62,7 @@ LEVELS = ((1, 1), (2, 1))
 """Scenes of a video and things per scene: what a run begins with, and what it ends and is asked about."""
 LEVEL_ENDS = (0.25, 1.0)
 """The share of a run's steps after which each level ends; it is the same for all arms, whatever they have learned."""
-SIZES = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128}
+SIZES = {"num_hidden_layers": 4, "cross_attention_interval": 2, "hidden_size": 64, "intermediate_size": 128}
 BATCH_SIZE = 64
 LEARNING_RATE = 4e-3
 LEARNING = [part for part in PARTS if part != "vision_tower"]

@@ -126,7 +126,7 @@ def test_all_arms_of_a_seed_train_and_are_asked_on_the_same(ablation, monkeypatc
 
 
 def test_where_the_question_stands(ablation):
-    question = ablation.Question("colour", "Name the colour of the star in frame 2.", "red")
+    question = ablation.Question("colour", "Name the colour of the star in frame 2.", "red", ())
     _, config = ablation.tokenizer_and_base()
     placeholder = config.video_token_id
     after, before, both = (ablation.written(question, place, 3) for place in ("after", "before", "both"))

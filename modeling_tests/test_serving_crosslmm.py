@@ -237,7 +237,7 @@ def test_the_bundled_checkpoint_answers_as_the_pipeline_does(root):
     server = Server(TINY_CHECKPOINT, allowed_folders=(Path(__file__).parent.parent / "samples",))
     try:
         video = Path(__file__).parent.parent / "samples/shapes.mp4"
-        question = "What colour is the heart in frame 2?"
+        question = "What colour is the triangle in frame 4?"
         model, processor = load_model(TINY_CHECKPOINT, device="cpu"), load_processor(TINY_CHECKPOINT)
         inputs = processor.apply_chat_template(
             [user(question, video)],

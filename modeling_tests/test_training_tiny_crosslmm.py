@@ -1,5 +1,9 @@
 """The tiny run's parts: its tokenizer, its samples and its labels, each against what a user's call gives."""
 
+from collections import Counter
+from itertools import pairwise
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +12,7 @@ from transformers_crosslmm import CrossLMMProcessor
 from transformers_crosslmm.data_crosslmm import IGNORED, VideoChatCollator, chat_sample
 from transformers_crosslmm.procedural_videos import (
     COLOURS,
+    KINDS,
     NAMES,
     PLACES,
     Question,
@@ -17,6 +22,7 @@ from transformers_crosslmm.procedural_videos import (
 )
 from transformers_crosslmm.processing_crosslmm import CHAT_TEMPLATE
 from transformers_crosslmm.training_tiny_crosslmm import (
+    Curriculum,
     PatchLabelFrames,
     TinyArguments,
     VideoChats,
@@ -54,8 +60,8 @@ def test_a_training_sample_is_what_the_processor_makes_of_the_same_chat(chats, t
     size = chats.config.vision_config.image_size
     frames = np.stack([render_frame(video, k + 0.5, size=size) for k in range(5)])
     questions = [
-        Question("colour", "What colour is the seven in frame 2?", "red"),
-        Question("order", "Which comes first, the red star or the blue two?", "blue two"),
+        Question("colour", "What colour is the seven in frame 2?", "red", ()),
+        Question("order", "Which comes first, the red star or the blue two?", "blue two", ()),
     ]
     sample = chats.sample(questions, frames)
     batch = VideoChatCollator(tokenizer.pad_token_id)([sample])
@@ -79,7 +85,10 @@ def test_a_training_sample_is_what_the_processor_makes_of_the_same_chat(chats, t
 
 
 def test_only_the_answers_and_their_end_are_learned(chats, tokenizer):
-    questions = [Question("shape", "Name the red thing in frame 1.", "star"), Question("exists", "A star?", "yes")]
+    questions = [
+        Question("shape", "Name the red thing in frame 1.", "star", ()),
+        Question("exists", "A star?", "yes", ()),
+    ]
     sample = chats.sample(questions, np.zeros((1, 60, 60, 3), np.uint8))
     learned = [token for token in sample["labels"] if token != IGNORED]
     assert tokenizer.convert_ids_to_tokens(learned) == ["star", "<|im_end|>", "yes", "<|im_end|>"]
@@ -118,13 +127,103 @@ def test_the_same_seed_gives_the_same_samples(chats):
         assert np.array_equal(one["frames"], other["frames"])
 
 
-def test_videos_grow_to_eight_scenes(chats):
+def scenes_with_things(video) -> int:
+    return sum(map(bool, video.scenes))
+
+
+def test_clips_show_more_from_level_to_level(chats):
     rng = np.random.default_rng(0)
-    begin = {chats.num_seconds(rng, 0.0) for _ in range(100)}
-    end = [chats.num_seconds(rng, 1.0) for _ in range(400)]
-    assert max(begin) <= 3
-    assert max(end) == 8
-    assert end.count(8) > 200
+    chats.level = 2
+    clips = [chats.clip(rng) for _ in range(100)]
+    # Things in three scenes at most, or a last stay of four that begins in the second.
+    assert max(map(scenes_with_things, clips)) <= 6
+    chats.level = 12
+    clips = [chats.clip(rng) for _ in range(100)]
+    assert {clip.num_seconds for clip in clips} >= {2, 5, 8}
+    assert max(map(scenes_with_things, clips)) == 8
+    assert Counter(clip.num_seconds for clip in clips)[8] > 60
+
+
+def test_the_first_level_shows_stills_alone_and_of_two_things(chats):
+    rng = np.random.default_rng(3)
+    videos = [chats.video(rng) for _ in range(40)]
+    assert {tuple(map(len, video.scenes)) for video in videos} == {(2,)}
+    chats.level = 2
+    lengths = Counter(chats.video(rng).num_seconds == 1 for _ in range(300))
+    assert 70 < lengths[True] < 130  # a third of 300, give or take 3.7 standard deviations
+
+
+def test_questions_about_time_come_one_level_after_the_other(chats):
+    video = random_video(np.random.default_rng(2))
+    kinds = []
+    for chats.level in range(1, 6):
+        kinds.append(set(chats.kinds_of(video)))
+    assert [sorted(after - before) for before, after in pairwise(kinds)] == [
+        ["which_frame"], ["count"], ["order"], []
+    ]  # fmt: skip
+    assert kinds[-1] == set(KINDS)
+
+
+def test_stills_hold_several_things_and_are_not_asked_about_time(chats):
+    rng = np.random.default_rng(1)
+    chats.level = 9
+    stills = [chats.still(rng) for _ in range(60)]
+    assert {len(still.scenes) for still in stills} == {1}
+    assert {len(still.scenes[0]) for still in stills} == {2, 3, 4}
+    assert {question.kind for still in stills for question in chats.questions(rng, still)} == {
+        "colour", "shape", "place", "exists"
+    }  # fmt: skip
+
+
+class Parrot(torch.nn.Module):
+    """Says what it was told to: the labels, or nothing but the first token."""
+
+    def __init__(self, vocab_size: int, *, is_right: bool):
+        super().__init__()
+        self.vocab_size, self.is_right = vocab_size, is_right
+
+    def forward(self, input_ids, **inputs):
+        said = input_ids.roll(-1, dims=1) if self.is_right else torch.zeros_like(input_ids)
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(said, self.vocab_size).float())
+
+
+def steps_at_each_level(chats, tokenizer, *, is_right: bool, steps: int) -> Counter:
+    curriculum = Curriculum(chats, VideoChatCollator(tokenizer.pad_token_id), every=5, num_videos=6)
+    model = Parrot(len(tokenizer), is_right=is_right)
+    levels = Counter()
+    for step in range(1, steps + 1):
+        levels[chats.level] += 1
+        curriculum.on_step_end(None, SimpleNamespace(global_step=step), None, model=model)
+    return levels
+
+
+def test_the_level_goes_up_when_the_answers_are_right(chats, tokenizer):
+    assert steps_at_each_level(chats, tokenizer, is_right=True, steps=20) == {1: 5, 2: 5, 3: 5, 4: 5}
+
+
+def test_the_level_goes_up_after_a_fifteenth_of_the_steps_where_they_are_wrong(chats, tokenizer):
+    chats.arguments.steps = 150
+    assert steps_at_each_level(chats, tokenizer, is_right=False, steps=30) == {1: 10, 2: 10, 3: 10}
+
+
+def test_kinds_that_are_mistaken_are_asked_more(chats):
+    rng = np.random.default_rng(5)
+    videos = [random_video(rng) for _ in range(60)]
+    chats.level = 9
+    chats.mistakes = dict.fromkeys(KINDS, 0.1) | {"place": 0.9}
+    kinds = Counter(question.kind for video in videos for question in chats.questions(rng, video))
+    assert kinds["place"] == max(kinds.values())
+    assert set(kinds) == set(KINDS)
+
+
+def test_no_thing_comes_up_in_two_questions_of_a_chat(chats):
+    rng = np.random.default_rng(6)
+    chats.level = 9
+    for _ in range(40):
+        questions = chats.questions(rng, random_video(rng))
+        things = [thing for question in questions for thing in question.things]
+        assert things
+        assert len(set(things)) == len(things)
 
 
 def test_vision_never_learns_which_colour_goes_with_which_name():

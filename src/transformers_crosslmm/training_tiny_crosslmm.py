@@ -8,7 +8,8 @@ Two phases, both on `procedural_videos`, rendered as they are needed:
    palette's colours, where only the colour is learned, or in colours outside it, where only the name is: so nothing is
    ever learned about which colour goes with which name, and unseen combinations are nearly as easy as seen ones.
 2. *Language*: with the tower frozen, projector, Qwen2 and cross-attention learn to answer. A sample is a chat of
-   several questions about one video; videos begin with few scenes and end with eight.
+   several questions about one video, at the first level a still with two things. From level to level more kinds of
+   question, more things in a still, and clips that show more of them.
 
 Everything is seeded; on the same machine and versions the run repeats itself.
 """
@@ -40,6 +41,7 @@ from .data_crosslmm import IGNORED, VideoChatCollator, chat_sample
 from .modeling_crosslmm import CrossLMMForConditionalGeneration
 from .procedural_videos import (
     COLOURS,
+    FILLED,
     KINDS,
     MAX_SECONDS,
     NAMES,
@@ -47,8 +49,9 @@ from .procedural_videos import (
     WORDINGS,
     ProceduralVideo,
     Question,
+    Split,
+    Thing,
     ask,
-    ask_many,
     random_generator,
     random_video,
     render_frame,
@@ -62,17 +65,17 @@ class TinyArguments:
 
     output_dir: str = field(metadata={"help": "Folder for the trained checkpoint."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, videos and questions."})
-    vision_steps: int = field(default=3600, metadata={"help": "Steps of the first phase."})
+    vision_steps: int = field(default=2000, metadata={"help": "Steps of the first phase."})
     vision_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the first phase."})
     vision_batch_size: int = field(default=128, metadata={"help": "Frames per step of the first phase."})
     vision_tower: str | None = field(default=None, metadata={"help": "A saved tower instead of the first phase."})
-    steps: int = field(default=4000, metadata={"help": "Steps of the second phase."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the second phase."})
-    batch_size: int = field(default=16, metadata={"help": "Videos per step of the second phase."})
-    questions_per_video: int = field(default=6, metadata={"help": "Turns of the chat about each video."})
-    times_per_video: int = field(default=3, metadata={"help": "How often a video comes back, with new questions."})
+    steps: int = field(default=5500, metadata={"help": "Steps of the second phase."})
+    learning_rate: float = field(default=6e-4, metadata={"help": "Peak learning rate of the second phase."})
+    batch_size: int = field(default=24, metadata={"help": "Videos per step of the second phase."})
+    questions_per_video: int = field(default=4, metadata={"help": "Turns of the chat about each video."})
+    times_per_video: int = field(default=4, metadata={"help": "How often a video comes back, with new questions."})
     save_steps: int = field(default=1000, metadata={"help": "Steps between checkpoints of the second phase."})
-    evaluation_steps: int = field(default=500, metadata={"help": "Steps between looks at held-out questions."})
+    evaluation_steps: int = field(default=50, metadata={"help": "Steps between looks at held-out questions."})
     cross_attention: bool = field(default=True, metadata={"help": "False: the baseline without V2V and T2V."})
     pooling_mode: str = field(default="bilinear", metadata={"help": "bilinear or average."})
     threads: int = field(default=1, metadata={"help": "CPU threads."})
@@ -88,8 +91,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """
     texts = [
         word
-        for kind in KINDS
-        for wording in WORDINGS[kind]
+        for wordings in WORDINGS.values()
+        for wording in wordings
         for word in wording.format(name="", colour="", thing="", first="", second="", k="1").split(" ")
     ]
     answers = [*COLOURS, *NAMES, *PLACES, "yes", "no", *map(str, range(10)), "user", "assistant", "system"]
@@ -118,7 +121,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_config(
     tokenizer: PreTrainedTokenizerFast, *, cross_attention: bool = True, pooling_mode: str = "bilinear"
 ) -> CrossLMMConfig:
-    """60 × 60 pixels, 25 patches, one pooled token per frame; every second layer of six looks at the patches."""
+    """60 × 60 pixels, 25 patches, one pooled token per frame; all four layers look at the patches."""
     return CrossLMMConfig(
         vision_config={
             "hidden_size": 128,
@@ -132,13 +135,13 @@ def tiny_config(
             "vocab_size": math.ceil(len(tokenizer) / 64) * 64,
             "hidden_size": 128,
             "intermediate_size": 384,
-            "num_hidden_layers": 6,
+            "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 2048,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
             "initializer_range": 0.05,
-            "cross_attention_interval": 2,
+            "cross_attention_interval": 1,
             "use_v2v": cross_attention,
             "use_t2v": cross_attention,
             "v2v_scope": "frame",
@@ -160,26 +163,35 @@ def tiny_config(
 
 
 class PatchLabels(nn.Module):
-    """A vision tower with two linear read-outs per patch, on the features as the cross-attention sees them.
+    """A vision tower with fixed linear read-outs of colour, name and place, on the features as the cross-attention
+    sees them.
 
-    No read-out of the place: it is in the features anyway, and in the trials that asked for it the cross-attention
-    came to find things by colour and frame alone, and names as queries stayed unlearned for thousands of steps.
+    The read-outs are orthonormal and stay as they are, so that each of the three takes its own directions and a like
+    share of the features. With free ones most of the features' variance told names, and the cross-attention took long
+    to find things by their colour. They leave the fast dimensions of `visual_time` empty: time stands there alone.
     """
+
+    readout: torch.Tensor
 
     def __init__(self, tower: nn.Module, width: int):
         super().__init__()
         self.tower = tower
-        self.colour = nn.Linear(width, len(COLOURS) + 1)
-        self.name = nn.Linear(width, len(NAMES) + 1)
+        self.classes = [len(COLOURS) + 1, len(NAMES) + 1, len(PLACES) + 1]
+        readout = torch.zeros(sum(self.classes), width)
+        slow = torch.arange(width) % (width // 2) >= 24
+        readout[:, slow] = nn.init.orthogonal_(torch.empty(sum(self.classes), int(slow.sum())))
+        self.register_buffer("readout", readout)
 
-    def forward(self, pixel_values: torch.Tensor, colours: torch.Tensor, names: torch.Tensor) -> dict:
+    def forward(
+        self, pixel_values: torch.Tensor, colours: torch.Tensor, names: torch.Tensor, places: torch.Tensor
+    ) -> dict:
         """pixel_values (F, 3, S, S); labels (F, N): the last class for background, -100 where nothing is asked."""
         features = self.tower(pixel_values).last_hidden_state
         features = F.layer_norm(features, features.shape[-1:], eps=1e-6)
-        logits = self.colour(features), self.name(features)
+        logits = (features @ self.readout.T).split(self.classes, dim=-1)
         loss = sum(
             F.cross_entropy(predicted.flatten(0, 1), true.flatten(), ignore_index=IGNORED)
-            for predicted, true in zip(logits, (colours, names), strict=True)
+            for predicted, true in zip(logits, (colours, names, places), strict=True)
         )
         return {"loss": loss, "logits": logits}
 
@@ -225,21 +237,23 @@ class PatchLabelFrames(IterableDataset):
             order = np.random.default_rng([self.seed, index])
             for _ in range(self.times):
                 for i in order.permutation(len(samples)):
-                    frame, colours, names = samples[i]
+                    frame, colours, names, places = samples[i]
                     pixels = torch.from_numpy(frame).permute(2, 0, 1).float().div(127.5).sub(1.0)
-                    yield {"pixel_values": pixels, "colours": colours, "names": names}
+                    yield {"pixel_values": pixels, "colours": colours, "names": names, "places": places}
 
     def _labels(self, plain, painted, k: int, share: float) -> tuple[np.ndarray, ...]:
         centres = (np.arange(self.grid) + 0.5) / self.grid
         colours = np.full((self.grid, self.grid), len(COLOURS))
         names = np.full((self.grid, self.grid), len(NAMES))
+        places = np.full((self.grid, self.grid), len(PLACES))
         for before, after in zip(plain.scenes[k], painted.scenes[k], strict=True):
             x, y = (a + (b - a) * share for a, b in zip(after.start, after.end, strict=True))
             covered = np.maximum(abs(centres[None, :] - x), abs(centres[:, None] - y)) < after.radius
             is_palette = before.rgb == after.rgb
             colours[covered] = list(COLOURS).index(after.thing.colour) if is_palette else IGNORED
             names[covered] = IGNORED if is_palette else NAMES.index(after.thing.name)
-        return colours.ravel(), names.ravel()
+            places[covered] = PLACES.index(after.place)
+        return colours.ravel(), names.ravel(), places.ravel()
 
 
 def degrade(rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
@@ -258,35 +272,59 @@ def degrade(rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
 # --- phase 2: language ----------------------------------------------------------------------------------------------
 
 
+# In the order in which they are taught: who counts finds a thing's frames, who orders finds those of two.
+STILL_KINDS = ("colour", "shape", "place", "exists")
+CLIP_KINDS = (*STILL_KINDS, "which_frame", "count", "order")
+
+
 class VideoChats(IterableDataset):
     """Chats about procedural videos: `input_ids`, `labels`, `frames`.
 
-    num_samples: how many will be drawn; the number of scenes follows the share that has been.
+    What is shown and asked follows `level`, how often each kind is asked follows `mistakes`; `Curriculum` sets both.
     """
 
     def __init__(self, *, arguments: TinyArguments, tokenizer: PreTrainedTokenizerFast, config: CrossLMMConfig):
         self.arguments, self.tokenizer, self.config = arguments, tokenizer, config
-        self.num_samples = arguments.steps * arguments.batch_size
+        self.level = 1
+        self.mistakes = dict.fromkeys(KINDS, 1.0)
         self.turns: dict[tuple[Question, int], dict[str, list[int]]] = {}
 
     def __iter__(self) -> Iterator[dict]:
         arguments = self.arguments
-        videos_per_round = 32 * arguments.batch_size
-        drawn = index = 0
+        videos_per_round = 4 * arguments.batch_size
+        index = 0
         while True:
             videos = []
             for _ in range(videos_per_round):
                 rng = random_generator(seed=arguments.seed, split="train", index=index)
                 index += 1
-                video = random_video(rng, num_seconds=self.num_seconds(rng, drawn / self.num_samples))
+                video = self.video(rng)
                 videos.append((video, self.render(rng, video)))
             rng = np.random.default_rng([arguments.seed, index])
             for _ in range(arguments.times_per_video):
                 for i in rng.permutation(len(videos)):
                     video, frames = videos[i]
-                    questions = ask_many(rng, video, num_questions=arguments.questions_per_video)
-                    yield self.sample(questions, frames)
-                    drawn += 1
+                    yield self.sample(self.questions(rng, video), frames)
+
+    def questions(self, rng: np.random.Generator, video: ProceduralVideo) -> list[Question]:
+        """The turns of a chat, kinds drawn in proportion to `mistakes`.
+
+        No thing comes up in two of them: where the text before answers a question, nothing is learned about looking.
+        """
+        kinds = self.kinds_of(video)
+        share = np.array([self.mistakes[kind] for kind in kinds]) + 0.05
+        asked: list[Question] = []
+        said: set[Thing] = set()
+        for i in rng.choice(len(kinds), size=100, p=share / share.sum()):
+            question = ask(rng, video, kind=kinds[i])
+            if question is None:
+                continue
+            if said.isdisjoint(question.things):
+                asked.append(question)
+                said.update(question.things)
+            if len(asked) == self.arguments.questions_per_video:
+                break
+        return asked
 
     def render(self, rng: np.random.Generator, video: ProceduralVideo) -> np.ndarray:
         """One frame per second, all at the same moment of their seconds: (T, S, S, 3) uint8."""
@@ -294,18 +332,27 @@ class VideoChats(IterableDataset):
         size = self.config.vision_config.image_size
         return degrade(rng, np.stack([render_frame(video, moment, size=size) for moment in moments]))
 
-    def num_seconds(self, rng: np.random.Generator, progress: float) -> int:
-        """Scenes of the next video: 2 or 3 at first, then up to 5, then any number up to 8, at last mostly 8.
+    def kinds_of(self, video: ProceduralVideo) -> tuple[str, ...]:
+        """What may be asked about `video` at the present level."""
+        return STILL_KINDS if video.num_seconds == 1 else CLIP_KINDS[: len(STILL_KINDS) + self.level - 1]
 
-        Few scenes teach to find the frame that a question names: among two, a wrong one is wrong half the time.
+    def video(self, rng: np.random.Generator) -> ProceduralVideo:
+        """Stills at the first level, later two clips for every still."""
+        return self.still(rng) if self.level == 1 or rng.random() < 1 / 3 else self.clip(rng)
+
+    def clip(self, rng: np.random.Generator) -> ProceduralVideo:
+        """A video, mostly of eight seconds, with things in up to `level` + 1 of its scenes (or one stay more).
+
+        Where few scenes show anything, a wrong one is right by chance more often, and the frame's number is learned.
         """
-        if progress < 0.04:
-            return int(rng.integers(2, 4))
-        if progress < 0.13:
-            return int(rng.integers(2, 6))
-        if progress < 0.5:
-            return int(rng.integers(2, MAX_SECONDS + 1))
-        return MAX_SECONDS if rng.random() < 0.75 else int(rng.integers(3, MAX_SECONDS))
+        num_seconds = MAX_SECONDS if rng.random() < 0.7 else int(rng.integers(2, MAX_SECONDS + 1))
+        filled = min(FILLED, int(rng.integers(1, self.level + 2)) / num_seconds)
+        return random_video(rng, num_seconds=num_seconds, filled=filled)
+
+    def still(self, rng: np.random.Generator) -> ProceduralVideo:
+        """A video of one scene with several things, where only colour and name tell which is asked about."""
+        most = 2 if self.level == 1 else len(PLACES)
+        return random_video(rng, num_seconds=1, things_per_scene=int(rng.integers(2, most + 1)))
 
     def sample(self, questions: Sequence[Question], frames: np.ndarray) -> dict:
         """A chat of all `questions` about the video with these frames, which stands before the first."""
@@ -335,40 +382,59 @@ class VideoChats(IterableDataset):
         return self.turns[question, num_frames]
 
 
-class HeldOutAccuracy(TrainerCallback):
-    """Says now and then how many answers to questions on unseen combinations are right in every token, by kind.
+class Curriculum(TrainerCallback):
+    """Looks now and then how many answers are right in every token, by kind, and raises the level of `chats`.
 
-    The answers are those the model would choose with the truth before it, one question per video: a quick look, on
-    rendered frames. `evaluation_crosslmm` asks on real files, by `generate`.
+    The answers are those the model would choose with the truth before it, on rendered frames: to fresh questions of
+    the present level, which decide, and on unseen combinations at full length, which are only shown. A level that is
+    not learned ends after a fifteenth of all steps. `evaluation_crosslmm` asks on real files, by `generate`.
     """
 
-    def __init__(self, chats: VideoChats, collator: VideoChatCollator, *, every: int, num_videos: int = 30):
-        self.every, self.collator = every, collator
-        self.samples: list[tuple[str, dict]] = []
-        for index in range(num_videos):
-            rng = random_generator(seed=chats.arguments.seed, split="heldout", index=index)
-            video = random_video(rng, split="heldout")
-            frames = chats.render(rng, video)
-            for kind in KINDS:
-                if (question := ask(rng, video, kind=kind, split="heldout")) is not None:
-                    self.samples.append((kind, chats.sample([question], frames)))
+    def __init__(self, chats: VideoChats, collator: VideoChatCollator, *, every: int, num_videos: int = 40):
+        self.chats, self.collator, self.every, self.num_videos = chats, collator, every, num_videos
+        self.level_began = 0
+
+    def samples(self, split: Split, step: int) -> list[tuple[str, dict]]:
+        """One question of each kind per video, on its own."""
+        samples = []
+        for index in range(self.num_videos):
+            rng = random_generator(seed=self.chats.arguments.seed + 1, split=split, index=step * 1000 + index)
+            video = self.chats.video(rng) if split == "train" else random_video(rng, split=split)
+            frames = self.chats.render(rng, video)
+            for kind in self.chats.kinds_of(video) if split == "train" else KINDS:
+                if (question := ask(rng, video, kind=kind, split=split)) is not None:
+                    samples.append((kind, self.chats.sample([question], frames)))
+        return samples
 
     @torch.no_grad()
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % self.every:
-            return
-        model.eval()
+    def accuracy(self, model, samples: list[tuple[str, dict]]) -> dict[str, float]:
         right: dict[str, list[bool]] = {kind: [] for kind in KINDS}
-        for start in range(0, len(self.samples), 60):
-            kinds, samples = zip(*self.samples[start : start + 60], strict=True)
-            batch = self.collator(samples)
+        for start in range(0, len(samples), 60):
+            kinds, inputs = zip(*samples[start : start + 60], strict=True)
+            batch = self.collator(inputs)
             labels = batch.pop("labels")[:, 1:]
             predicted = model(**batch).logits[:, :-1].argmax(-1)
             for kind, is_right in zip(kinds, ((predicted == labels) | (labels == IGNORED)).all(-1), strict=True):
                 right[kind].append(bool(is_right))
+        return {kind: sum(marks) / len(marks) for kind, marks in right.items() if marks}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every:
+            return
+        model.eval()
+        for split in ("train", "heldout") if state.global_step % (5 * self.every) == 0 else ("train",):
+            shares = self.accuracy(model, self.samples(split, state.global_step))
+            text = "  ".join(f"{kind} {100 * share:.0f}" for kind, share in shares.items())
+            print(f"step {state.global_step}, level {self.chats.level}, {split}: {text}", flush=True)
+            if split == "heldout":
+                continue
+            for kind, share in shares.items():
+                self.chats.mistakes[kind] = (self.chats.mistakes[kind] + 1 - share) / 2
+            is_learned = sum(shares.values()) > 0.85 * len(shares)
+            if is_learned or state.global_step - self.level_began >= self.chats.arguments.steps / 15:
+                self.chats.level += 1
+                self.level_began = state.global_step
         model.train()
-        shares = "  ".join(f"{kind} {100 * sum(marks) / len(marks):.0f}" for kind, marks in right.items())
-        print(f"step {state.global_step}: {shares}", flush=True)
 
 
 def training_arguments(arguments: TinyArguments, folder: str, **options) -> TrainingArguments:
@@ -378,7 +444,6 @@ def training_arguments(arguments: TinyArguments, folder: str, **options) -> Trai
         seed=arguments.seed,
         use_cpu=True,
         bf16=True,
-        lr_scheduler_type="cosine",
         warmup_steps=100,
         weight_decay=0.02,
         adam_beta2=0.98,
@@ -399,6 +464,7 @@ def train_vision(arguments: TinyArguments, model: CrossLMMForConditionalGenerati
     options = training_arguments(
         arguments,
         "vision",
+        lr_scheduler_type="cosine",
         max_steps=arguments.vision_steps,
         learning_rate=arguments.vision_learning_rate,
         per_device_train_batch_size=arguments.vision_batch_size,
@@ -417,6 +483,9 @@ def train_language(
     options = training_arguments(
         arguments,
         "language",
+        # The levels go up while the rate is high; it falls in the last third.
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": arguments.steps // 3},
         max_steps=arguments.steps,
         learning_rate=arguments.learning_rate,
         per_device_train_batch_size=arguments.batch_size,
@@ -425,7 +494,7 @@ def train_language(
     )
     chats = VideoChats(arguments=arguments, tokenizer=tokenizer, config=model.config)
     collator = VideoChatCollator(pad_token_id=tokenizer.pad_token_id)
-    accuracy = HeldOutAccuracy(chats, collator, every=arguments.evaluation_steps)
+    accuracy = Curriculum(chats, collator, every=arguments.evaluation_steps)
     Trainer(model=model, args=options, train_dataset=chats, data_collator=collator, callbacks=[accuracy]).train()
 
 
