@@ -440,27 +440,6 @@ def ask(rng: np.random.Generator, video: ProceduralVideo, *, kind: str, split: S
     return Question(kind, wording.format(thing=thing), str(wanted), (thing,))
 
 
-def ask_many(
-    rng: np.random.Generator,
-    video: ProceduralVideo,
-    *,
-    num_questions: int,
-    kinds: Sequence[str] = KINDS,
-    split: Split = "train",
-) -> list[Question]:
-    """`num_questions` different questions, kinds as even as the video allows (fewer if it gives no more)."""
-    questions: dict[str, Question] = {}
-    for attempt in range(8 * num_questions):
-        if attempt % len(kinds) == 0:
-            order = rng.permutation(len(kinds))
-        question = ask(rng, video, kind=kinds[order[attempt % len(kinds)]], split=split)
-        if question is not None:
-            questions.setdefault(question.text, question)
-        if len(questions) == num_questions:
-            break
-    return list(questions.values())
-
-
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
