@@ -488,6 +488,8 @@ def train_language(
         lr_scheduler_kwargs={"num_decay_steps": arguments.steps // 3},
         max_steps=arguments.steps,
         learning_rate=arguments.learning_rate,
+        # Words as loud as this noise: without it some pairs that are never asked for, "red triangle", find nothing.
+        neftune_noise_alpha=5.0,
         per_device_train_batch_size=arguments.batch_size,
         save_steps=arguments.save_steps,
         save_only_model=True,
