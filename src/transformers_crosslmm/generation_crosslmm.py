@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +13,33 @@ from transformers.utils import logging
 from .cache_crosslmm import check_cache, visual_memory
 from .frame_weights_crosslmm import FrameWeights
 from .inputs_crosslmm import check_inputs, check_length
-from .media_crosslmm import assign_rows, expand_media
+from .media_crosslmm import CrossLMMEncodedMedia, assign_rows, expand_media
+from .vision_crosslmm import joined
 
 logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ChunkedMedia:
+    """Pooled tokens that a prefill in chunks hands out chunk by chunk, so that they are never there twice.
+
+    tokens: (n, C) of each modality. numbers: (B, L), which of them stands at a position, -1 where none does.
+    start: the position of the first column.
+    """
+
+    tokens: dict[str, torch.Tensor]
+    numbers: dict[str, torch.Tensor]
+    start: int
+
+    def chunk(self, position: int, length: int) -> dict[str, CrossLMMEncodedMedia]:
+        """What `length` positions from `position` on show."""
+        columns = slice(position - self.start, position - self.start + length)
+        media = {}
+        for modality, numbers in self.numbers.items():
+            tokens, shown = self.tokens[modality], numbers[:, columns]
+            if (shown := shown[shown >= 0]).numel():
+                media[modality] = CrossLMMEncodedMedia(pooler_output=(tokens[shown.to(tokens.device)],))
+        return media
 
 
 class CrossLMMGenerationMixin(GenerationMixin):
@@ -178,9 +203,12 @@ class CrossLMMGenerationMixin(GenerationMixin):
         is_first_iteration: bool | None = False,
         mm_encoder_outputs: dict | None = None,
         num_seen: int = 0,
+        chunked_media: ChunkedMedia | None = None,
         **kwargs,
     ) -> dict[str, Any]:
-        """num_seen: tokens of `input_ids` that the cache has seen, see `_assisted_decoding`."""
+        """num_seen: tokens of `input_ids` that the cache has seen, see `_assisted_decoding`.
+        chunked_media: what the chunks of a prefill show, see `_prefill_with_media`.
+        """
         if is_first_iteration and num_seen:
             next_sequence_length = input_ids.shape[1] - num_seen
         model_inputs = super().prepare_inputs_for_generation(
@@ -195,6 +223,9 @@ class CrossLMMGenerationMixin(GenerationMixin):
         has_seen_media = past_key_values is not None and not is_first_iteration and past_key_values.is_initialized
         if mm_encoder_outputs and not has_seen_media:
             model_inputs["mm_encoder_outputs"] = mm_encoder_outputs
+        if chunked_media is not None and past_key_values is not None:
+            position, length = int(past_key_values.get_seq_length()), model_inputs["input_ids"].shape[1]
+            model_inputs["mm_encoder_outputs"] = chunked_media.chunk(position, length)
         return model_inputs
 
     def _prefill(
@@ -234,15 +265,28 @@ class CrossLMMGenerationMixin(GenerationMixin):
         past_length = int(cache.get_seq_length())
         new_tokens = self._new_tokens(input_ids, model_kwargs, generation_config, past_length)
         masks = self.model.get_placeholder_mask(new_tokens, None)
-        model_kwargs["mm_encoder_outputs"] = media = self.model.own_pooled_tokens(media)
+        media = self.model.own_pooled_tokens(media)
         form = model_kwargs.get("cross_attention_cache") or self.config.text_config.cross_attention_cache
         memory = self.model.remember(media, masks, cache, past_length, form)
         memory.prefilling = True
+        tokens = {
+            modality: joined(iter(output.pooler_output), sum(map(len, output.pooler_output)))
+            for modality, output in media.items()
+        }
+        numbers = {
+            modality: (masks[modality].flatten().cumsum(0).view_as(masks[modality]) - 1).where(masks[modality], -1)
+            for modality in media
+        }
+        # Transformers would cut them itself, into copies of all chunks before the first one runs.
+        del model_kwargs["mm_encoder_outputs"]
+        model_kwargs["chunked_media"] = ChunkedMedia(tokens, numbers, start=past_length)
         try:
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
         finally:
             memory.prefilling = False
             memory.drop_states()
+            del model_kwargs["chunked_media"]
+            model_kwargs["mm_encoder_outputs"] = media
 
     def _assisted_decoding(
         self,
