@@ -148,6 +148,31 @@ def test_original_tokens_that_decoding_does_not_read_are_gone_after_prefill(
     assert probe.alive == [True, False, False, False]  # the prompt comes first, before the prefill
 
 
+class ShapesMade(TorchDispatchMode):
+    """The shapes of everything that operations write."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.shapes |= {t.shape for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)}
+        return result
+
+
+def test_a_prefill_in_chunks_makes_no_copy_of_all_pooled_tokens():
+    model = random_model(tiny_config())
+    inputs = model_inputs(make_sample(model.config, 3, ("video", 9), 4))
+    encoded = model.get_video_features(inputs.pop("pixel_values_videos"), inputs.pop("video_num_frames"))
+    (pooled,) = encoded.pooler_output
+    with ShapesMade() as made:
+        options = {"prefill_chunk_size": 5, "max_new_tokens": 2, "pad_token_id": 0}
+        model.generate(**inputs, mm_encoder_outputs={"video": encoded}, **options)
+    assert (5, pooled.shape[1]) in made.shapes and pooled.shape not in made.shapes
+
+
 # -- what training keeps ----------------------------------------------------------------------------------------------
 
 
