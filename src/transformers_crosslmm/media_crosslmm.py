@@ -148,8 +148,8 @@ def locate_media(
 
     masks: placeholders (B, L) of each modality, as many as the media fill.
     Returns the media of each row in the order in which they begin, with positions counted from the start of the cache;
-    the original tokens (F, N, D) in the order of rows and positions, each medium once; and the number of every frame
-    within its medium (F,).
+    the original tokens (F, N, D) in the order of rows and positions, each medium once, on the device of the masks (or
+    every layer of every step would copy them there); and the number of every frame within its medium (F,).
     """
     found: list[tuple[int, list[int], str, int]] = []  # row, positions, modality, medium
     for modality, output in media.items():
@@ -183,7 +183,7 @@ def locate_media(
         whole = range(positions[0], positions[-1] + 1)
         is_contiguous = len(whole) == len(positions)
         rows[row].append(Medium(whole if is_contiguous else tuple(positions), stretches[modality, medium]))
-    return rows, original, frame_numbers
+    return rows, original.to(masks[next(iter(media))].device), frame_numbers
 
 
 def save_encoded_media(media: EncodedMedia, path: str | os.PathLike) -> None:
