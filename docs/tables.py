@@ -297,7 +297,11 @@ def ablation_longer() -> str:
     every = kept("ablation.json")["runs"]
     rows = []
     for steps in sorted({run["steps"] for run in every}):
-        for name, words in (("both", "the base"), ("paper", "the paper's defaults")):
+        for name, words in (
+            ("both", "the base"),
+            ("no_time", "the base without `visual_time`"),
+            ("paper", "the paper's defaults"),
+        ):
             if runs := [run for run in every if (run["arm"], run["steps"]) == (name, steps)]:
                 (means, lows, highs), seeds = statistics["accuracy"](runs, name)
                 bounds = f"{share(lows[-1])} – {share(highs[-1])}"

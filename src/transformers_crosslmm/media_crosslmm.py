@@ -183,7 +183,9 @@ def locate_media(
         whole = range(positions[0], positions[-1] + 1)
         is_contiguous = len(whole) == len(positions)
         rows[row].append(Medium(whole if is_contiguous else tuple(positions), stretches[modality, medium]))
-    return rows, original.to(masks[next(iter(media))].device), frame_numbers
+    if not original.is_meta:  # where costs are counted, ids alone are real
+        original = original.to(masks[next(iter(media))].device)
+    return rows, original, frame_numbers
 
 
 def save_encoded_media(media: EncodedMedia, path: str | os.PathLike) -> None:
