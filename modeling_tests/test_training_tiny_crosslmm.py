@@ -216,7 +216,7 @@ def test_kinds_that_are_mistaken_are_asked_more(chats):
     assert set(kinds) == set(KINDS)
 
 
-def test_no_thing_comes_up_in_two_questions_of_a_chat(chats):
+def test_no_thing_and_no_kind_comes_up_in_two_questions_of_a_chat(chats):
     rng = np.random.default_rng(6)
     chats.level = 9
     for _ in range(40):
@@ -224,6 +224,7 @@ def test_no_thing_comes_up_in_two_questions_of_a_chat(chats):
         things = [thing for question in questions for thing in question.things]
         assert things
         assert len(set(things)) == len(things)
+        assert len({question.kind for question in questions}) == len(questions)
 
 
 def test_vision_never_learns_which_colour_goes_with_which_name():
