@@ -12,6 +12,7 @@ end mark on pictures held out: ln 8 / 2 = 1.04 for who does not look.
 as it is, so that a branch which opens before it has learned would disturb something.
 """
 
+import argparse
 import json
 import platform
 import subprocess
@@ -157,27 +158,30 @@ def train_taught(checkpoint: Path) -> Iterator[dict]:
                 yield result | {"first_loss": float(np.mean(first))}
 
 
-def save(name: str, what: str, runs: list[dict]) -> None:
-    """Writes a result of `python benchmarks/NAME`, with where it was made."""
+def save(case: str | None, what: str, runs: list[dict]) -> None:
+    """Writes the result of a case, with where it was made."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {
         "what": what,
-        "command": f"python benchmarks/{name}",
+        "command": " ".join(["python benchmarks/gate_learning_rate.py", *filter(None, [case])]),
         "commit": commit,
         "machine": f"{platform.machine()} CPU, 1 core, torch {torch.__version__}",
         "runs": runs,
     }
-    file = Path(__file__).parent / f"{name.replace('.py ', '_').removesuffix('.py')}.json"
+    file = Path(__file__).with_name("_".join(["gate_learning_rate", *filter(None, [case])]) + ".json")
     file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> None:
-    if sys.argv[1:] == ["taught"]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", nargs="?", choices=["taught"], help="the case of adapt; without it, all parts learn")
+    case = parser.parse_args().case
+    if case == "taught":
         taught: list[dict] = []
         with tempfile.TemporaryDirectory() as folder:
             for result in train_taught(write_composition(Path(folder))):
                 taught.append(result)
-                save("gate_learning_rate.py taught", "the same, cross-attention after the language model", taught)
+                save(case, "the same, cross-attention after the language model", taught)
         return
     runs = []
     with tempfile.TemporaryDirectory() as folder:
@@ -191,11 +195,7 @@ def main() -> None:
                         )
                     )
                     print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
-    save(
-        "gate_learning_rate.py",
-        f"a composed tiny model after {STEPS} steps of {BATCH_SIZE}, gates at three rates",
-        runs,
-    )
+    save(case, f"a composed tiny model after {STEPS} steps of {BATCH_SIZE}, gates at three learning rates", runs)
 
 
 if __name__ == "__main__":

@@ -49,24 +49,17 @@ NORMALISED = {"visual_norm": "layernorm", "visual_time": "sinusoidal"}
 WAYS = {
     "encoding": None,
     "7B, features, prefill in chunks": ("7B", {}, {"cross_attention_cache": "features", **IN_CHUNKS}),
-    "7B, features, prefill in chunks, grouped": (
-        "7B",
-        {},
-        {"cross_attention_cache": "features", **IN_CHUNKS},
-    ),
     "7B, features": ("7B", {}, {"cross_attention_cache": "features"}),
     "7B, kv, prefill in chunks": ("7B", {}, {"cross_attention_cache": "kv", **IN_CHUNKS}),
     "2B, features, prefill in chunks": ("2B", {}, {"cross_attention_cache": "features", **IN_CHUNKS}),
-    "2B, features, prefill in chunks, grouped": (
-        "2B",
-        {},
-        {"cross_attention_cache": "features", **IN_CHUNKS},
-    ),
     "2B, features, normalised, prefill in chunks": (
         "2B",
         NORMALISED,
         {"cross_attention_cache": "features", **IN_CHUNKS},
     ),
+}
+WAYS |= {
+    f"{name}, grouped": WAYS[name] for name in ("7B, features, prefill in chunks", "2B, features, prefill in chunks")
 }
 
 

@@ -22,12 +22,14 @@ WIDTH, PATCHES = 20, 25
 
 
 class BytesRead(TorchDispatchMode):
-    """Bytes that operations read of some tensors, whole or in part; views read nothing. Also the largest result."""
+    """Bytes that operations read of some tensors, whole or in part; views read nothing. Also the largest result, and
+    the shapes of all."""
 
     def __init__(self, *watched):
         super().__init__()
         self.read = {tensor.untyped_storage()._cdata: 0 for tensor in watched}
         self.largest = 0
+        self.shapes = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -35,8 +37,9 @@ class BytesRead(TorchDispatchMode):
             for tensor in torch.utils._pytree.tree_leaves((args, kwargs)):
                 if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata in self.read:
                     self.read[tensor.untyped_storage()._cdata] += tensor.nbytes
-            made = [t.nbytes for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
-            self.largest = max([self.largest, *made])
+            made = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+            self.largest = max([self.largest, *(tensor.nbytes for tensor in made)])
+            self.shapes |= {tensor.shape for tensor in made}
         return result
 
 
@@ -148,26 +151,12 @@ def test_original_tokens_that_decoding_does_not_read_are_gone_after_prefill(
     assert probe.alive == [True, False, False, False]  # the prompt comes first, before the prefill
 
 
-class ShapesMade(TorchDispatchMode):
-    """The shapes of everything that operations write."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            self.shapes |= {t.shape for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)}
-        return result
-
-
 def test_a_prefill_in_chunks_makes_no_copy_of_all_pooled_tokens():
     model = random_model(tiny_config())
     inputs = model_inputs(make_sample(model.config, 3, ("video", 9), 4))
     encoded = model.get_video_features(inputs.pop("pixel_values_videos"), inputs.pop("video_num_frames"))
     (pooled,) = encoded.pooler_output
-    with ShapesMade() as made:
+    with BytesRead() as made:
         options = {"prefill_chunk_size": 5, "max_new_tokens": 2, "pad_token_id": 0}
         model.generate(**inputs, mm_encoder_outputs={"video": encoded}, **options)
     assert (5, pooled.shape[1]) in made.shapes

@@ -223,7 +223,7 @@ class CrossLMMGenerationMixin(GenerationMixin):
         has_seen_media = past_key_values is not None and not is_first_iteration and past_key_values.is_initialized
         if mm_encoder_outputs and not has_seen_media:
             model_inputs["mm_encoder_outputs"] = mm_encoder_outputs
-        if chunked_media is not None and past_key_values is not None:
+        if chunked_media is not None:
             position, length = int(past_key_values.get_seq_length()), model_inputs["input_ids"].shape[1]
             model_inputs["mm_encoder_outputs"] = chunked_media.chunk(position, length)
         return model_inputs
@@ -268,18 +268,15 @@ class CrossLMMGenerationMixin(GenerationMixin):
         media = self.model.own_pooled_tokens(media)
         form = model_kwargs.get("cross_attention_cache") or self.config.text_config.cross_attention_cache
         memory = self.model.remember(media, masks, cache, past_length, form)
-        memory.prefilling = True
-        tokens = {
-            modality: joined(iter(output.pooler_output), sum(map(len, output.pooler_output)))
-            for modality, output in media.items()
-        }
-        numbers = {
-            modality: (masks[modality].flatten().cumsum(0).view_as(masks[modality]) - 1).where(masks[modality], -1)
-            for modality in media
-        }
+        tokens, numbers = {}, {}
+        for modality, output in media.items():
+            mask = masks[modality]
+            tokens[modality] = joined(iter(output.pooler_output), sum(map(len, output.pooler_output)))
+            numbers[modality] = (mask.flatten().cumsum(0).view_as(mask) - 1).where(mask, -1)
         # Transformers would cut them itself, into copies of all chunks before the first one runs.
         del model_kwargs["mm_encoder_outputs"]
         model_kwargs["chunked_media"] = ChunkedMedia(tokens, numbers, start=past_length)
+        memory.prefilling = True
         try:
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
         finally:
