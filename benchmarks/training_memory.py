@@ -93,7 +93,7 @@ def saved_by_step(model: CrossLMMForConditionalGeneration, num_frames: int) -> d
     pixels = torch.empty(num_frames, 3, size, size, dtype=model.dtype, device="meta")
     with SavedBytes(model.parameters()) as saved:
         encoded = base.get_video_features(pixels, return_dict=True)
-        states = base._visual_states(encoded.last_hidden_state, torch.arange(num_frames)).flatten(0, 1)
+        states, _ = base._visual_states(encoded.last_hidden_state, torch.arange(num_frames), is_lazy=False)
         memory = VisualMemory(
             "kv",
             config.patch_grid_size**2,

@@ -18,9 +18,18 @@ from transformers.models.siglip.modeling_siglip import SiglipAttention
 import flash_attn_stand_in
 from factories import random_model, tiny_config
 from numerics import assert_close_to_scale, assert_no_worse_than, distance
-from test_modeling_crosslmm import FLOAT32, INTERLEAVED, in_dtype, make_sample, model_inputs, reference
+from test_modeling_crosslmm import (
+    FLOAT32,
+    INTERLEAVED,
+    NORM_AND_TIME,
+    in_dtype,
+    make_sample,
+    model_inputs,
+    reference,
+)
 from transformers_crosslmm import CrossLMMForConditionalGeneration, attention_crosslmm, modeling_crosslmm
 from transformers_crosslmm.modeling_crosslmm import CrossLMMCrossAttentionBranch
+from transformers_crosslmm.vision_crosslmm import TokenNorm, frame_codes
 
 MORE = (7, ("video", 4), 3)
 
@@ -305,9 +314,10 @@ SMALL = 2 * 25 * 16 * 8 * 2 + 1  # bytes: two frames' keys and values in float64
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["kv", "features"])
 @pytest.mark.parametrize("scope", ["video", "frame", "causal"])
-def test_keys_made_piece_by_piece_give_the_same_answer(scope, form, monkeypatch):
+@pytest.mark.parametrize("text", [{}, NORM_AND_TIME], ids=["paper", "recommended"])
+def test_keys_made_piece_by_piece_give_the_same_answer(text, scope, form, monkeypatch):
     """Two frames at a time, over rows with several media, in float64: equal to rounding, prefill and decoding."""
-    model = random_model(tiny_config(text_config={"v2v_scope": scope})).double()
+    model = random_model(tiny_config(text_config={"v2v_scope": scope, **text})).double()
     samples, inputs = two_rows(model.config)
     inputs = in_dtype(inputs, torch.float64)
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
@@ -353,6 +363,46 @@ def test_the_plain_kernel_with_its_weight_equals_the_fast_one(dtype, monkeypatch
         assert_close_to_scale(
             weight[..., 0], (query.double() @ key.double().mT * 0.3).logsumexp(-1), relative=torch.finfo(dtype).eps * 4
         )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("at_once", [1, 3, 50], ids=lambda frames: f"{frames}-frames-at-once")
+def test_folding_a_norm_into_queries_and_scores_is_no_worse_than_normalising(at_once, dtype, monkeypatch):
+    """Tokens as encoders make them: a mean that is not zero, a few channels far larger than the rest, frames of very
+    different scale. The baseline normalises first, in plain formulas of the dtype under test."""
+    width, heads, groups, head_dim, frames, patches, rows = 40, 6, 2, 8, 7, 25, 3
+    spread = torch.ones(width).index_fill(0, torch.tensor([4, 17]), 40.0)
+    scales = torch.logspace(-1, 1, frames)[:, None, None]
+    tokens = ((torch.randn(frames, patches, width) * spread + 0.7) * scales).to(dtype)
+    query = torch.randn(rows, heads, head_dim, dtype=dtype)
+    key_weight, value_weight = ((torch.randn(width, groups, head_dim) / width**0.5).to(dtype) for _ in range(2))
+    dates = frame_codes(torch.arange(frames), width, visual_time="sinusoidal")
+    spans = (((0, 4 * patches),), ((0, 2 * patches), (5 * patches, frames * patches)))
+    segments = attention_crosslmm.Segments(torch.arange(rows), (2, 1), spans)
+    scaling = head_dim**-0.5
+
+    def formulas(precision):
+        x = torch.nn.functional.layer_norm(tokens.double(), (width,), eps=1e-6) + dates[:, None]
+        x = x.to(precision).flatten(0, 1)
+        repeats = heads // groups
+        key, value = (
+            torch.einsum("pd,dge->gpe", x, w.to(precision)).repeat_interleave(repeats, 0)
+            for w in (key_weight, value_weight)
+        )
+        outputs = []
+        for row, span in zip(range(rows), (spans[0], spans[0], spans[1]), strict=True):
+            seen = torch.cat([torch.arange(start, end) for start, end in span])
+            scores = torch.einsum("he,hpe->hp", query[row].to(precision), key[:, seen]) * scaling
+            outputs.append(torch.einsum("hp,hpe->he", scores.softmax(-1), value[:, seen]))
+        return torch.stack(outputs)
+
+    monkeypatch.setattr(attention_crosslmm, "CHUNK_BYTES", 4 * 2 * heads * patches * at_once)
+    norm = TokenNorm.of(tokens, dates.float())
+    folded = attention_crosslmm.folded_attention(
+        query, tokens.flatten(0, 1), key_weight, value_weight, scaling, segments, norm
+    )
+    assert_no_worse_than(folded, formulas(dtype), formulas(torch.float64))
 
 
 def test_training_makes_all_keys_at_once_and_its_gradients_do_not_change(monkeypatch):

@@ -464,15 +464,16 @@ def test_generation_compiles_without_graph_breaks():
     assert model.generate(**inputs, **options, prefill_chunk_size=7).tolist() == expected.tolist()
 
 
-def shallow_model(form):
-    return random_model(tiny_config(text_config={"cross_attention_cache": form, "num_hidden_layers": 3}))
+def shallow_model(form, **text):
+    return random_model(tiny_config(text_config={"cross_attention_cache": form, "num_hidden_layers": 3, **text}))
 
 
+@pytest.mark.parametrize("text", [{}, NORM_AND_TIME], ids=["paper", "recommended"])
 @each_form
-def test_two_graphs_decode_videos_of_any_length(form):
+def test_two_graphs_decode_videos_of_any_length(form, text):
     """A step is one graph, used for all steps; a video of another length makes it dynamic, and that is all."""
     torch.compiler.reset()
-    model = shallow_model(form)
+    model = shallow_model(form, **text)
     graphs = []
 
     def counting(graph, example_inputs):

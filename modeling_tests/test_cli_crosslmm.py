@@ -340,12 +340,12 @@ def test_info_knows_the_paper_sizes(run):
     assert "3,584" in result.stdout
 
 
-def test_normalised_features_cost_their_bytes_twice_until_the_prefill_ends():
+def test_normalising_costs_bytes_until_the_prefill_ends_where_keys_are_kept():
     plain, normed = (
         count_costs(CrossLMMConfig.from_preset("2B", flavour=flavour)) for flavour in ("paper", "recommended")
     )
     assert plain.prefill_bytes_per_frame == {"kv": 729 * 1152 * 2, "features": 0}
-    assert normed.prefill_bytes_per_frame == {"kv": 2 * 729 * 1152 * 2, "features": 729 * 1152 * 2}
+    assert normed.prefill_bytes_per_frame == {"kv": 2 * 729 * 1152 * 2, "features": 0}
 
 
 # --- conversations --------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from factories import random_model, tiny_config
 from test_modeling_crosslmm import make_sample, model_inputs
 from test_training_crosslmm import gradients, labelled
+from transformers_crosslmm import attention_crosslmm, modeling_crosslmm, vision_crosslmm
 from transformers_crosslmm.cache_crosslmm import visual_memory
 
 BLOCKS = (0, 2, 4)  # layers that look back
@@ -124,11 +125,8 @@ class Probe:
 
 
 @pytest.mark.parametrize("prefill_chunk_size", [None, 8], ids=["whole", "chunks"])
-@pytest.mark.parametrize(("form", "text"), [("kv", {}), ("features", NORMALISED)], ids=["kv", "normalised"])
-def test_original_tokens_that_decoding_does_not_read_are_gone_after_prefill(
-    form, text, prefill_chunk_size, monkeypatch
-):
-    model = random_model(tiny_config(text_config=text))
+def test_original_tokens_that_decoding_does_not_read_are_gone_after_prefill(prefill_chunk_size, monkeypatch):
+    model = random_model(tiny_config())
     encode, probe = model.model.get_video_features, Probe()
 
     @functools.wraps(encode)
@@ -141,7 +139,7 @@ def test_original_tokens_that_decoding_does_not_read_are_gone_after_prefill(
     inputs = model_inputs(make_sample(model.config, 3, ("video", 3), 4))
     model.generate(
         **inputs,
-        cross_attention_cache=form,
+        cross_attention_cache="kv",
         prefill_chunk_size=prefill_chunk_size,
         min_new_tokens=3,
         max_new_tokens=3,
@@ -149,6 +147,30 @@ def test_original_tokens_that_decoding_does_not_read_are_gone_after_prefill(
         pad_token_id=0,
     )
     assert probe.alive == [True, False, False, False]  # the prompt comes first, before the prefill
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", [(3, ("video", 21), 4), (3, ("video", 19), 1, ("image", 1), 4)], ids=str)
+def test_no_normalised_copy_of_the_original_tokens_is_made(layout, monkeypatch):
+    """With room for the keys of two frames, neither prefill nor a step makes anything of the size of all patches."""
+    for module in (attention_crosslmm, modeling_crosslmm):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 2 * 25 * (2 * 16 + WIDTH) * 4)
+    monkeypatch.setattr(vision_crosslmm, "FRAMES_AT_ONCE", 2)
+    model = random_model(tiny_config(text_config=NORMALISED, vision_chunk_size=2), attn_implementation="sdpa")
+    inputs = model_inputs(make_sample(model.config, *layout))
+    media = {"video": model.get_video_features(inputs.pop("pixel_values_videos"), inputs.pop("video_num_frames"))}
+    if "pixel_values" in inputs:
+        media["image"] = model.get_image_features(inputs.pop("pixel_values"))
+    with BytesRead() as made:
+        cache = model(**inputs, mm_encoder_outputs=media, cross_attention_cache="features", use_cache=True)
+        cache = cache.past_key_values
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache, use_cache=True)
+    patches = sum(len(output.last_hidden_state) for output in media.values()) * PATCHES
+    whole = {shape for shape in made.shapes if shape[-1:] == (WIDTH,) and shape.numel() >= patches * WIDTH}
+    joined = {torch.Size([patches // PATCHES, PATCHES, WIDTH])} if len(media) > 1 else set()
+    assert whole == joined  # media of two kinds are laid one after the other, once
+    memory = visual_memory(cache, list(BLOCKS))
+    assert torch.equal(memory.states, torch.cat([media[name].last_hidden_state for name in media]).flatten(0, 1))
 
 
 def test_a_prefill_in_chunks_makes_no_copy_of_all_pooled_tokens():
@@ -207,7 +229,8 @@ def test_checkpointed_training_keeps_pixels_patches_and_one_state_per_layer(text
     """Keys, values and activations of the encoder are made again. Of a frame stay its pixels, its patches (again if
     normalised), and its pooled tokens as inputs of each layer and around projector and last norm."""
     pixels, patches, layers = 3 * 33 * 33, PATCHES * WIDTH, 9 * 5 * 48
-    must = pixels + patches * (2 if text else 1) + layers
+    dates = 2 * WIDTH if text else 0  # of each frame, in float32
+    must = pixels + patches * (2 if text else 1) + layers + dates
     # The projector's three inputs; the last norm's input in float32 and its output; a few numbers per token.
     around = 9 * (WIDTH + 2 * 48) + 9 * (2 * 48 + 48 + 8)
     kept = saved_per_frame(True, text)

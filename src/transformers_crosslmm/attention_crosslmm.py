@@ -11,10 +11,14 @@ Shapes: Q packed queries, P packed patches, H query heads, G key/value heads, E 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import repeat
 
 import torch
 from torch import nn
 from transformers.utils.generic import is_flash_attention_requested
+
+from .vision_crosslmm import TokenNorm
 
 # Stretches [start, end) of the packed patches, ascending and not adjacent.
 Span = tuple[tuple[int, int], ...]
@@ -148,9 +152,8 @@ def packed_attention(
 
 
 def attention_piece_by_piece(
-    keys_values: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    keys_values: Callable[[int, int], tuple[torch.Tensor, torch.Tensor]],
     query: torch.Tensor,
-    features: torch.Tensor,
     scaling: float,
     segments: Segments,
     *,
@@ -159,15 +162,16 @@ def attention_piece_by_piece(
     """The same attention when the keys and values of all patches would be too many to hold: they are made for some
     patches at a time, and what the pieces give is merged by their log-sum-exp. For inference.
 
-    keys_values: features (p, D) to two of (p, G, E). query (Q, H, E), features (P, D); returns (Q, H, E).
+    keys_values: a stretch of patches, [start, end), to two of (end - start, G, E). query (Q, H, E); returns (Q, H, E).
     """
     precise = torch.promote_types(query.dtype, torch.float32)
     merged = query.new_zeros(query.shape, dtype=precise)
     total = query.new_full((*query.shape[:2], 1), -torch.inf, dtype=precise)
-    for start in range(0, len(features), patches_at_once):
-        piece = features[start : start + patches_at_once]
-        key, value = keys_values(piece)
-        for rows, lengths, spans in _runs(segments.between(start, start + len(piece)), may_differ=False):
+    first, last = segments.reach()
+    for start in range(first, last, patches_at_once):
+        end = min(start + patches_at_once, last)
+        key, value = keys_values(start, end)
+        for rows, lengths, spans in _runs(segments.between(start, end), may_differ=False):
             if not spans[0]:
                 continue
             keys, values = _keys_of_run(key, value, spans)
@@ -202,10 +206,39 @@ def _plain_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in plain operations, in float32 or better: attention (…, R, E) and log-sum-exp (…, R, 1)."""
     scores = (query @ key.mT).to(torch.promote_types(query.dtype, torch.float32)).mul_(scaling)
+    shares, mass, weight = _shares(scores)
+    return (shares.to(value.dtype) @ value) / mass, weight
+
+
+def _attention_over_tokens(
+    query: torch.Tensor, tokens: torch.Tensor, norm: TokenNorm | None, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_plain_attention` of (R, D) over tokens (P, D) as keys and values, once `norm` is applied to them. It is not:
+    with m the mean over D, q . (x - m(x)) = (q - m(q)) . x, so queries are centred and scores scaled in the tokens'
+    place, and what comes out is centred likewise."""
+    if norm is None:
+        return _plain_attention(query, tokens, tokens, scaling)
+    precise, frames = norm.codes.dtype, len(norm.codes)
+    scale = norm.scale.flatten()
+    exactly = query.to(precise)
+    centred = (exactly - exactly.mean(-1, keepdim=True)).to(query.dtype)
+    scores = (centred @ tokens.mT).to(precise) * (scaling * scale)
+    by_date = scaling * (exactly @ norm.codes.mT)  # (R, F)
+    scores = (scores.unflatten(-1, (frames, -1)) + by_date[..., None]).flatten(-2)
+    shares, mass, weight = _shares(scores)
+    context = ((shares * scale).to(tokens.dtype) @ tokens).to(precise)
+    context = context - context.mean(-1, keepdim=True)
+    dates = shares.unflatten(-1, (frames, -1)).sum(-1) @ norm.codes
+    return (context + dates) / mass, weight
+
+
+def _shares(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A softmax in parts, of scores (…, P) that it overwrites: what each patch gets, unnormalised, their sum (…, 1)
+    and the log-sum-exp (…, 1)."""
     highest = scores.detach().amax(-1, keepdim=True)
     shares = scores.sub_(highest).exp_()
     mass = shares.sum(-1, keepdim=True)
-    return (shares.to(value.dtype) @ value) / mass, highest + mass.log()
+    return shares, mass, highest + mass.log()
 
 
 def _merge(
@@ -269,25 +302,38 @@ def folded_attention(
     value_weight: torch.Tensor,
     scaling: float,
     segments: Segments,
+    norm: TokenNorm | None = None,
 ) -> torch.Tensor:
     """The same attention without keys or values: the key projection moves to the query, the value projection behind.
 
     query (Q, H, E), features (P, D), key_weight and value_weight (D, G, E); returns (Q, H, E). With k = x W_k and
     v = x W_v: q . k = (W_k q) . x and sum p v = (sum p x) W_v, so one copy of the features serves every layer, read
-    twice.
+    twice. `norm` is what makes x of the features; None where they are it already.
     """
     groups = key_weight.shape[1]
     grouped = query.unflatten(1, (groups, -1))  # (Q, G, H/G, E)
     folded = torch.einsum("qgre,dge->qgrd", grouped, key_weight).flatten(1, 2)  # (Q, H, D)
+    step = 1 if norm is None else norm.scale.shape[1]
     outputs, row = [], 0
     for length, span in zip(segments.lengths, segments.spans, strict=True):
         queries = folded[row : row + length].flatten(0, 1)  # (length x H, D)
-        patches_at_once = max(1, CHUNK_BYTES // (4 * len(queries)))
-        pieces = [piece for start, end in span for piece in features[start:end].split(patches_at_once)]
-        context, weight = _plain_attention(queries, pieces[0], pieces[0], scaling)
-        for piece in pieces[1:]:
-            context, weight = _merge(context, weight, *_plain_attention(queries, piece, piece, scaling))
+        at_once = max(1, CHUNK_BYTES // (4 * len(queries) * step)) * step
+        pieces = _pieces(features, norm, span, at_once)
+        attended = (_attention_over_tokens(queries, *piece, scaling) for piece in pieces)
+        context, _ = reduce(lambda one, other: _merge(*one, *other), attended)
         outputs.append(context.to(query.dtype).unflatten(0, (length, groups, -1)))
         row += length
     context = torch.cat(outputs) if len(outputs) > 1 else outputs[0]  # (Q, G, H/G, D)
     return torch.einsum("qgrd,dge->qgre", context, value_weight).flatten(1, 2)
+
+
+def _pieces(
+    features: torch.Tensor, norm: TokenNorm | None, span: Span, at_once: int
+) -> Iterator[tuple[torch.Tensor, TokenNorm | None]]:
+    """The patches of a span, at most `at_once` at a time, in whole frames, and what normalises them."""
+    for start, end in span:
+        tokens = features[start:end].split(at_once)
+        if norm is None:
+            yield from zip(tokens, repeat(None))
+        else:
+            yield from zip(tokens, norm.between(start, end).split(at_once), strict=True)

@@ -15,6 +15,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from .attention_crosslmm import Segments, Span, merge_span
+from .vision_crosslmm import TokenNorm
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class VisualMemory:
     form: "kv" (layers keep T2V keys and values; `states` goes after prefill) or "features" (`states` stays).
     patches_per_frame, tokens_per_frame: N and s x s.
     rows: the media of each row, in the order in which they begin.
-    states: (patches from `first_patch` on, D), what K and V are made of; None once no longer needed.
+    states: (patches from `first_patch` on, D), the original tokens; None once no longer needed.
+    norm: what makes of them what K and V are made of; None where they are that already.
     num_patches: patches seen so far, whether or not `states` still holds them.
     prefilling: placeholders of known media are still to come (chunked prefill).
     folding: per layer, the key and value projections as matrices (D, G, E), for decoding from features.
@@ -51,6 +53,7 @@ class VisualMemory:
     tokens_per_frame: int
     rows: list[list[Medium]]
     states: torch.Tensor | None = None
+    norm: TokenNorm | None = None
     first_patch: int = 0
     num_patches: int = 0
     prefilling: bool = False
@@ -66,12 +69,13 @@ class VisualMemory:
         memo[id(self)] = fork
         return fork
 
-    def append(self, rows: list[list[Medium]], states: torch.Tensor) -> None:
+    def append(self, rows: list[list[Medium]], states: torch.Tensor, norm: TokenNorm | None = None) -> None:
         """Adds the media of this call; their `patches` count from 0 within `states` (patches, D)."""
         if self.form == "features" and self.states is not None:
             self.states = torch.cat([self.states, states])
+            self.norm = None if self.norm is None or norm is None else self.norm.followed_by(norm)
         else:
-            self.first_patch, self.states = self.num_patches, states
+            self.first_patch, self.states, self.norm = self.num_patches, states, norm
         for known, new in zip(self.rows, rows, strict=True):
             for medium in new:
                 start, end = medium.patches
@@ -82,7 +86,21 @@ class VisualMemory:
     def drop_states(self) -> None:
         """After prefill the keys and values of the layers are all that "kv" needs."""
         if self.form == "kv" and not self.prefilling and self.states is not None:
-            self.states = None
+            self.states = self.norm = None
+
+    def whole_frames(self, most: int) -> int:
+        """The patches, about `most`, of whole frames; of one at least."""
+        return max(1, most // self.patches_per_frame) * self.patches_per_frame
+
+    def tokens(self, states: torch.Tensor, start: int, end: int) -> torch.Tensor:
+        """What K and V of the patches [start, end) are made of: (end - start, D).
+
+        states: those of the memory, on the device where they are wanted.
+        """
+        start, end = start - self.first_patch, end - self.first_patch
+        if self.norm is None:
+            return states[start:end]
+        return self.norm.between(start, end).to(states.device).applied(states[start:end])
 
     def select(self, indices: list[int]) -> None:
         """Row i becomes the former row `indices[i]`."""
@@ -96,12 +114,14 @@ class VisualMemory:
         self.rows = [[medium for medium in media if medium.start < length] for media in self.rows]
         self.num_patches = max((medium.patches[1] for media in self.rows for medium in media), default=0)
         if self.states is not None:
-            self.states = self.states[: max(self.num_patches - self.first_patch, 0)]
+            left = max(self.num_patches - self.first_patch, 0)
+            self.states = self.states[:left]
+            self.norm = None if self.norm is None else self.norm.between(0, left)
         self._seen_by_all.clear()
 
     def clear(self) -> None:
         self.rows = []
-        self.states = None
+        self.states = self.norm = None
         self.first_patch = self.num_patches = 0
         self.prefilling = False
         self.folding.clear()

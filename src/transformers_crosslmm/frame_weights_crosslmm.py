@@ -160,7 +160,7 @@ def _scores(
 
     def patches(start: int, end: int) -> torch.Tensor:
         assert states is not None  # these two ways have no keys to look at
-        return states[start - memory.first_patch : end - memory.first_patch]
+        return memory.tokens(states, start, end)
 
     if cache_layer is not None and memory.form == "features":
         key_weight, _ = memory.folding[branch.layer_idx]

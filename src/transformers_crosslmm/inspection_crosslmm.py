@@ -23,8 +23,8 @@ class CheckpointCosts:
     max_positions: the context, rope scaling included.
     cache_bytes_per_frame: what generation keeps for T2V, by form ("kv", "features").
     language_bytes_per_frame: what the language model's own cache keeps for a frame's pooled tokens.
-    prefill_bytes_per_frame: what is there besides until the prefill ends, by form: the original tokens, and, where the
-        config normalises them, the normalised ones.
+    prefill_bytes_per_frame: what is there besides until the prefill ends, by form: with "kv" the original tokens, and,
+        where the config normalises them, the normalised ones that keys and values are made of.
     """
 
     dtype: torch.dtype
@@ -102,7 +102,7 @@ def count_costs(config: CrossLMMConfig) -> CheckpointCosts:
         max_positions=text.max_sequence_length,
         cache_bytes_per_frame=dict(zip(CROSS_ATTENTION_CACHES, (keys_values, original), strict=True)),
         language_bytes_per_frame=config.tokens_per_frame * text.num_hidden_layers * key_value,
-        prefill_bytes_per_frame=dict(zip(CROSS_ATTENTION_CACHES, (original + normalised, normalised), strict=True)),
+        prefill_bytes_per_frame=dict(zip(CROSS_ATTENTION_CACHES, (original + normalised, 0), strict=True)),
     )
 
 

@@ -8,14 +8,12 @@ Shapes: B rows, L language tokens (pooled visual + text), F frames of all media,
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Qwen2Model
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -53,7 +51,15 @@ from .configuration_crosslmm import CrossLMMConfig, CrossLMMTextConfig
 from .generation_crosslmm import CrossLMMGenerationMixin
 from .inputs_crosslmm import check_inputs, check_pixels, frames_per_video
 from .media_crosslmm import locate_media, media_index
-from .vision_crosslmm import CrossLMMMultiModalProjector, CrossLMMVisionTower, joined, normalised_tokens, per_medium
+from .vision_crosslmm import (
+    CrossLMMMultiModalProjector,
+    CrossLMMVisionTower,
+    TokenNorm,
+    frame_codes,
+    joined,
+    normalised_tokens,
+    per_medium,
+)
 
 
 @dataclass
@@ -138,11 +144,12 @@ class CrossLMMCrossAttentionBranch(nn.Module):
         """
         query = self.split_heads(self.q_proj(normed[segments.queries]))  # (Q, H, E)
         if cache_layer is None or (memory.form == "features" and self.projecting_is_cheaper(segments)):
-            attended = self.attend(query, states, segments, memory.first_patch, memory.patches_per_frame)
+            attended = self.attend(query, states, segments, memory)
         elif memory.form == "kv":
             attended = packed_attention(self.attention(), self, query, *cache_layer.read_cross(query.device), segments)
         else:
-            attended = folded_attention(query, states, *memory.folding[self.layer_idx], self.scaling, segments)
+            norm = None if memory.norm is None else memory.norm.to(query.device)
+            attended = folded_attention(query, states, *memory.folding[self.layer_idx], self.scaling, segments, norm)
         return self.gate(self.o_proj(attended.flatten(1)))
 
     def attention(self) -> Callable:
@@ -150,19 +157,21 @@ class CrossLMMCrossAttentionBranch(nn.Module):
         return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
 
     def attend(
-        self, query: torch.Tensor, states: torch.Tensor, segments: Segments, first_patch: int, patches_per_frame: int
+        self, query: torch.Tensor, states: torch.Tensor, segments: Segments, memory: VisualMemory
     ) -> torch.Tensor:
         """Attention over patches whose keys and values are made for the purpose: all at once, or, when these would be
         many and no gradient needs them, for some frames at a time."""
+
+        def keys_values(start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.keys_values(memory.tokens(states, start, end))
+
         first, last = segments.reach()
-        states, segments = states[first - first_patch : last - first_patch], segments.between(first, last)
-        frame_bytes = 2 * patches_per_frame * self.k_proj.out_features * query.element_size()
-        patches_at_once = max(1, CHUNK_BYTES // frame_bytes) * patches_per_frame
-        if torch.is_grad_enabled() or patches_at_once >= len(states):
-            return packed_attention(self.attention(), self, query, *self.keys_values(states), segments)
-        return attention_piece_by_piece(
-            self.keys_values, query, states, self.scaling, segments, patches_at_once=patches_at_once
-        )
+        width = 2 * self.k_proj.out_features + (0 if memory.norm is None else states.shape[-1])
+        at_once = memory.whole_frames(CHUNK_BYTES // (width * states.element_size()))
+        if not torch.is_grad_enabled() and at_once < last - first:
+            return attention_piece_by_piece(keys_values, query, self.scaling, segments, patches_at_once=at_once)
+        key, value = keys_values(first, last)
+        return packed_attention(self.attention(), self, query, key, value, segments.between(first, last))
 
     def projecting_is_cheaper(self, segments: Segments) -> bool:
         """Whether projecting the patches costs less than folding: folded scores run over D instead of E."""
@@ -178,7 +187,7 @@ class CrossLMMCrossAttentionBranch(nn.Module):
         """
         known = cache_layer.num_cross_patches
         if memory.form == "kv" and known < memory.num_patches:
-            cache_layer.append_cross(*self.keys_values(states[known - memory.first_patch :]))
+            cache_layer.append_cross(*self.keys_values(memory.tokens(states, known, memory.num_patches)))
         elif memory.form == "features" and self.layer_idx not in memory.folding:
             identity = torch.eye(states.shape[-1], dtype=states.dtype, device=states.device)
             memory.folding[self.layer_idx] = self.keys_values(identity)
@@ -536,19 +545,25 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
             if cache is not None:
                 layers = text_config.cross_attention_layer_indices
                 attach_visual_memory(cache, memory, layers, text_config.num_hidden_layers)
-        memory.append(rows, self._visual_states(original, frame_numbers).flatten(0, 1))
+        is_lazy = not torch.is_grad_enabled() if memory.states is None else memory.norm is not None
+        memory.append(rows, *self._visual_states(original, frame_numbers, is_lazy=is_lazy))
         return memory
 
-    def _visual_states(self, original: torch.Tensor, frame_numbers: torch.Tensor) -> torch.Tensor:
-        """What K and V are made of: the original tokens (F, N, D), normalised and dated if the config says so."""
-        text_config, size = self.config.text_config, self.config.vision_chunk_size
+    def _visual_states(
+        self, original: torch.Tensor, frame_numbers: torch.Tensor, *, is_lazy: bool
+    ) -> tuple[torch.Tensor, TokenNorm | None]:
+        """What K and V are made of, (P, D): the original tokens (F, N, D), normalised and dated if the config says so.
+        When `is_lazy`, they are as they came, and what does that comes with them."""
+        text_config = self.config.text_config
+        original = original.to(self.language_model.dtype)
         if text_config.visual_norm == "none":
-            return original.to(self.language_model.dtype)
-        make = partial(normalised_tokens, visual_time=text_config.visual_time, dtype=self.language_model.dtype)
-        if self.training and self.language_model.gradient_checkpointing:
-            make = partial(checkpoint, make, use_reentrant=False)
-        chunks = zip(original.split(size), frame_numbers.split(size), strict=True)
-        return joined((make(chunk, numbers) for chunk, numbers in chunks), len(original))
+            return original.flatten(0, 1), None
+        codes = frame_codes(frame_numbers, original.shape[-1], visual_time=text_config.visual_time)
+        codes = codes.to(original.device, torch.promote_types(original.dtype, torch.float32))
+        if is_lazy:
+            return original.flatten(0, 1), TokenNorm.of(original, codes)
+        is_checkpointed = self.training and self.language_model.gradient_checkpointing
+        return normalised_tokens(original, codes, is_checkpointed=is_checkpointed).flatten(0, 1), None
 
     def _visual_context(
         self,
@@ -604,7 +619,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         """One black frame through encoder, projector and cross-attention, with weight zero."""
         output = self._encode(self._black_frame(inputs_embeds.device), [1])
         inputs_embeds = inputs_embeds + 0.0 * output.pooler_output[0].sum().to(inputs_embeds.dtype)
-        states = self._visual_states(output.last_hidden_state, torch.zeros(1)).flatten(0, 1)
+        states, _ = self._visual_states(output.last_hidden_state, torch.zeros(1), is_lazy=False)
         memory = VisualMemory("kv", len(states), self.config.tokens_per_frame, rows=[], num_patches=len(states))
         nobody = Segments.dummy(len(states), inputs_embeds.device)
         return inputs_embeds, states, VisualContext(memory, nobody, nobody)

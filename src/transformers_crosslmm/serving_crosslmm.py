@@ -705,6 +705,8 @@ def _tensors_of(cache: DynamicCache) -> Iterator[Any]:
         yield from vars(layer).values()
         if hasattr(layer, "memory"):
             yield layer.memory.states
+            if layer.memory.norm is not None:
+                yield from (layer.memory.norm.scale, layer.memory.norm.codes)
             for pair in layer.memory.folding.values():
                 yield from pair
 

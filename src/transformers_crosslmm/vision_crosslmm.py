@@ -1,6 +1,12 @@
-"""From frames to tokens: the vision tower, the projector, and how chunks of frames become one tensor."""
+"""From frames to tokens: the vision tower, the projector, what normalises and dates original tokens, and how chunks of
+frames become one tensor.
+
+Shapes: F frames, N patches per frame, D vision width, C language width.
+"""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import torch
@@ -12,6 +18,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
 from .configuration_crosslmm import CrossLMMConfig
+
+NORM_EPS = 1e-6
+"""Of the LayerNorm that `visual_norm` names."""
+
+FRAMES_AT_ONCE = 16
+"""Frames whose original tokens are in float32 at a time, while they are normalised."""
 
 
 class CrossLMMVisionEmbeddings(SiglipVisionEmbeddings):
@@ -61,20 +73,70 @@ class CrossLMMMultiModalProjector(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(pooled)))
 
 
-def normalised_tokens(
-    original: torch.Tensor, frame_numbers: torch.Tensor, *, visual_time: str, dtype: torch.dtype
-) -> torch.Tensor:
-    """LayerNorm of the original tokens (f, N, D) without parameters, and the date of their frames (f,) if
-    `visual_time` says so."""
-    precise = original if original.dtype == torch.float64 else original.float()
-    states = F.layer_norm(precise, precise.shape[-1:], eps=1e-6)
-    if visual_time == "sinusoidal":
-        half = states.shape[-1] // 2
-        steps = torch.arange(half, dtype=torch.float64) * (2.0 / states.shape[-1])
-        angles = frame_numbers.double()[:, None] * 10_000.0**-steps
-        code = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (f, D)
-        states += code[:, None].to(states.device, states.dtype)
-    return states.to(dtype)
+@dataclass(frozen=True)
+class TokenNorm:
+    """LayerNorm without parameters, and the date, of original tokens: applied where they are read, so that nobody
+    keeps a normalised copy of them all.
+
+    scale: (F, N), one over the standard deviation of each token. codes: (F, D), what its date adds to each frame.
+    Both in float32 or better.
+    """
+
+    scale: torch.Tensor
+    codes: torch.Tensor
+
+    @classmethod
+    def of(cls, original: torch.Tensor, codes: torch.Tensor) -> "TokenNorm":
+        """For tokens (F, N, D) of frames with these codes."""
+        variances = (precisely(some).var(-1, correction=0) for some in original.split(FRAMES_AT_ONCE))
+        return cls((joined(variances, len(original)) + NORM_EPS).rsqrt(), codes)
+
+    def to(self, device: torch.device) -> "TokenNorm":
+        return self if self.codes.device == device else TokenNorm(self.scale.to(device), self.codes.to(device))
+
+    def followed_by(self, other: "TokenNorm") -> "TokenNorm":
+        """That of these frames, and others behind them."""
+        return TokenNorm(torch.cat([self.scale, other.scale]), torch.cat([self.codes, other.codes]))
+
+    def between(self, first: int, last: int) -> "TokenNorm":
+        """That of the tokens [first, last), counted through all frames; whole frames."""
+        frames = slice(first // self.scale.shape[1], last // self.scale.shape[1])
+        return TokenNorm(self.scale[frames], self.codes[frames])
+
+    def split(self, at_once: int) -> list["TokenNorm"]:
+        """That of `at_once` tokens at a time; whole frames."""
+        frames = at_once // self.scale.shape[1]
+        return [TokenNorm(*part) for part in zip(self.scale.split(frames), self.codes.split(frames), strict=True)]
+
+    def applied(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (F x N, D), normalised and dated."""
+        return normalised_tokens(tokens.view(*self.scale.shape, -1), self.codes).flatten(0, 1)
+
+
+def precisely(tokens: torch.Tensor) -> torch.Tensor:
+    return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+
+
+def normalised_tokens(original: torch.Tensor, codes: torch.Tensor, *, is_checkpointed: bool = False) -> torch.Tensor:
+    """LayerNorm of original tokens (F, N, D) without parameters, and the codes (F, D) of their frames on top; made
+    again in the backward pass when `is_checkpointed`."""
+
+    def normalised(some: torch.Tensor, its_codes: torch.Tensor) -> torch.Tensor:
+        states = F.layer_norm(precisely(some), some.shape[-1:], eps=NORM_EPS)
+        return (states + its_codes[:, None]).to(some.dtype)
+
+    make = partial(checkpoint, normalised, use_reentrant=False) if is_checkpointed else normalised
+    chunks = zip(original.split(FRAMES_AT_ONCE), codes.split(FRAMES_AT_ONCE), strict=True)
+    return joined((make(*chunk) for chunk in chunks), len(original))
+
+
+def frame_codes(frame_numbers: torch.Tensor, width: int, *, visual_time: str) -> torch.Tensor:
+    """What the date of each frame (f,), its number within its medium, adds to its tokens: (f, width), float64."""
+    if visual_time == "none":
+        return torch.zeros(len(frame_numbers), width, dtype=torch.float64)
+    steps = torch.arange(width // 2, dtype=torch.float64) * (2.0 / width)
+    angles = frame_numbers.double()[:, None] * 10_000.0**-steps
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 def joined(parts: Iterator[torch.Tensor], length: int) -> torch.Tensor:
