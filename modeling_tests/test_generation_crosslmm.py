@@ -12,7 +12,7 @@ from transformers import DynamicCache, GenerationConfig, TextIteratorStreamer
 from factories import random_model, tiny_config, tiny_tokenizer
 from numerics import assert_close_to_scale
 from test_modeling_crosslmm import INTERLEAVED, NORM_AND_TIME, ONE_VIDEO, make_sample, model_inputs, plain_qwen2
-from transformers_crosslmm import load_encoded_media, save_encoded_media
+from transformers_crosslmm import generation_crosslmm, load_encoded_media, save_encoded_media
 
 FORMS = ["kv", "features"]
 SCOPES = ["video", "frame", "causal"]
@@ -543,6 +543,46 @@ def test_chunked_prefill_in_other_modes(form, kwargs):
     inputs = batch_of(model.config, BATCH)
     expected = written(model, inputs, **kwargs)
     assert written(model, inputs, **kwargs, prefill_chunk_size=11).tolist() == expected.tolist()
+
+
+LONG = {
+    "ids": ({}, True),
+    "beams": ({"num_beams": 3}, True),
+    "one piece asked for": ({"prefill_chunk_size": 10**6}, False),
+    "no cache": ({"use_cache": False}, False),
+    "all hidden states": ({"output_hidden_states": True, "return_dict_in_generate": True}, False),
+    "embeddings": ({}, False),
+}
+
+
+@pytest.mark.parametrize(("kwargs", "is_cut"), LONG.values(), ids=LONG)
+def test_a_long_prompt_with_media_is_prefilled_in_chunks_where_it_can_be(kwargs, is_cut, request, monkeypatch):
+    model = tiny_model()
+    inputs = batch_of(model.config, BATCH)
+    if "embeddings" in request.node.name:
+        inputs = inputs | {"inputs_embeds": model.get_input_embeddings()(inputs.pop("input_ids")).detach()}
+    options = kwargs | {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    expected = model.generate(**inputs, **options)
+    lengths = []
+    run = model.model.language_model.forward
+    monkeypatch.setattr(
+        model.model.language_model,
+        "forward",
+        lambda *args, **kw: lengths.append(kw["inputs_embeds"].shape[1]) or run(*args, **kw),
+    )
+    monkeypatch.setattr(generation_crosslmm, "PREFILL_TOKENS", 11)
+    actual = model.generate(**inputs, **options)
+    assert actual.sequences.tolist() == expected.sequences.tolist()
+    assert (lengths[0] == 11) is is_cut
+    if kwargs.get("output_hidden_states"):
+        length = inputs["input_ids"].shape[1]
+        assert [states.shape[1] for states in actual.hidden_states[0]] == [length] * (
+            model.config.text_config.num_hidden_layers + 1
+        )
+    # Without media the language model is Qwen2, as it is.
+    lengths.clear()
+    model.generate(torch.arange(10, 36)[None], max_new_tokens=2)
+    assert lengths == [26, 1]
 
 
 # -- encode once ------------------------------------------------------------------------------------------------------

@@ -18,6 +18,10 @@ from .vision_crosslmm import joined
 
 logger = logging.get_logger(__name__)
 
+PREFILL_TOKENS = 4096
+"""Most tokens of a prompt with media that run at once, unless `prefill_chunk_size` says otherwise: activations, of
+the MLP above all, then stop growing with the video."""
+
 
 @dataclass(frozen=True)
 class ChunkedMedia:
@@ -242,6 +246,19 @@ class CrossLMMGenerationMixin(GenerationMixin):
                 media["last_hidden_state"] = None  # as an item: an attribute that is set to None stays one
         return outputs
 
+    @staticmethod
+    def _prefill_chunk_size(
+        input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict
+    ) -> int | None:
+        """What the caller says; else PREFILL_TOKENS for a prompt that is longer and can be cut. None for one piece."""
+        if generation_config.prefill_chunk_size is not None or input_ids.shape[1] <= PREFILL_TOKENS:
+            return generation_config.prefill_chunk_size
+        is_ids = model_kwargs.get("inputs_embeds") is None
+        # The states of all chunks but the last would be lost.
+        wants_states = generation_config.output_hidden_states or generation_config.output_attentions
+        can_be_cut = is_ids and model_kwargs.get("past_key_values") is not None and not wants_states
+        return PREFILL_TOKENS if can_be_cut else None
+
     def _prefill_with_media(
         self,
         input_ids: torch.LongTensor,
@@ -250,13 +267,15 @@ class CrossLMMGenerationMixin(GenerationMixin):
         is_first_iteration: bool,
     ):
         media = model_kwargs.get("mm_encoder_outputs")
-        if generation_config.prefill_chunk_size is None or not media:
+        chunk_size = self._prefill_chunk_size(input_ids, generation_config, model_kwargs)
+        if chunk_size is None or not media:
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
         generation_config = copy.copy(generation_config)
         if not is_first_iteration:
             # A draft. The model that it serves prefills in one piece as well, and `generate` would drop its media.
             generation_config.prefill_chunk_size = None
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        generation_config.prefill_chunk_size = chunk_size
         # Who looks at what differs from chunk to chunk: nothing that compiling could use twice.
         generation_config.disable_compile = True
         # A chunk carries the pooled tokens of its own placeholders only; the patches of all media, and where these
