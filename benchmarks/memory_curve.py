@@ -5,12 +5,12 @@
 
 Widths are the real ones (SigLIP2 so400m at 384 pixels; Qwen2.5 1.5B or 7B), depths are not: one block of the encoder
 and two layers of the language model, of which one looks back; bfloat16, on a CPU. To encode, frames come a chunk at a
-time, as a stream decodes them. To answer, original tokens are made up, and `generate` writes NEW_TOKENS tokens. Every
-point is a process of its own, forked from one with the model ready: the peak of its resident memory over what it held
-then, original tokens included. What cross-attention makes for the moment is bounded (`CHUNK_BYTES`); the bound is set
-low here, from 64 MiB to 2, so that growth is what it is where the bound is reached. "Grouped": Transformers' sdpa is
-told to leave keys that several heads share as they are, as flash attention does; else it repeats them for each head
-wherever there is a mask.
+time, as a stream decodes them. To answer, original tokens are made up, and `generate` writes NEW_TOKENS tokens, as it
+comes ("features": a prompt of more than PREFILL_TOKENS is prefilled in chunks) or as the name says. Every point is a
+process of its own, forked from one with the model ready: the peak of its resident memory over what it held then,
+original tokens included. What is made for the moment is bounded (`CHUNK_BYTES`, PREFILL_TOKENS), and all points lie
+where the bounds are reached. "Grouped": Transformers' sdpa is told to leave keys that several heads share as they are,
+as flash attention does; else it repeats them for each head wherever there is a mask.
 """
 
 import ctypes
@@ -28,38 +28,28 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.utils import logging
 
-from transformers_crosslmm import (
-    CrossLMMConfig,
-    CrossLMMForConditionalGeneration,
-    attention_crosslmm,
-    encode_video,
-    modeling_crosslmm,
-)
+from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration, encode_video
 
 HERE = Path(__file__).resolve().parent
 RESULTS, CHART = HERE / "memory_curve.json", HERE.parent / "docs" / "images" / "memory_curve.png"
-FRAMES = (160, 280, 400)
+FRAMES = (500, 750, 1000)
 ENCODED = (32, 64)
 TEXT_TOKENS, NEW_TOKENS = 32, 3
-CHUNK = 256  # tokens of a chunked prefill
 GOAL = 1.75
 M_MMAP_THRESHOLD = -3
-IN_CHUNKS = {"prefill_chunk_size": CHUNK}
+FEATURES, KV = {"cross_attention_cache": "features"}, {"cross_attention_cache": "kv"}
+SMALL_CHUNKS, ONE_PIECE = {"prefill_chunk_size": 256}, {"prefill_chunk_size": 10**6}
 NORMALISED = {"visual_norm": "layernorm", "visual_time": "sinusoidal"}
 WAYS = {
     "encoding": None,
-    "7B, features, prefill in chunks": ("7B", {}, {"cross_attention_cache": "features", **IN_CHUNKS}),
-    "7B, features": ("7B", {}, {"cross_attention_cache": "features"}),
-    "7B, kv, prefill in chunks": ("7B", {}, {"cross_attention_cache": "kv", **IN_CHUNKS}),
-    "2B, features, prefill in chunks": ("2B", {}, {"cross_attention_cache": "features", **IN_CHUNKS}),
-    "2B, features, normalised, prefill in chunks": (
-        "2B",
-        NORMALISED,
-        {"cross_attention_cache": "features", **IN_CHUNKS},
-    ),
-}
-WAYS |= {
-    f"{name}, grouped": WAYS[name] for name in ("7B, features, prefill in chunks", "2B, features, prefill in chunks")
+    "7B, features": ("7B", {}, FEATURES),
+    "7B, features, chunks of 256, grouped": ("7B", {}, FEATURES | SMALL_CHUNKS),
+    "7B, features, one piece": ("7B", {}, FEATURES | ONE_PIECE),
+    "7B, kv": ("7B", {}, KV),
+    "2B, features": ("2B", {}, FEATURES),
+    "2B, features, chunks of 256, grouped": ("2B", {}, FEATURES | SMALL_CHUNKS),
+    "2B, features, normalised": ("2B", NORMALISED, FEATURES),
+    "2B, features, normalised, chunks of 256, grouped": ("2B", NORMALISED, FEATURES | SMALL_CHUNKS),
 }
 
 
@@ -169,8 +159,6 @@ def measure(name: str) -> dict:
 def main() -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    for module in (attention_crosslmm, modeling_crosslmm):
-        module.CHUNK_BYTES = 2**21
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)  # a tensor that goes gives its memory back at once
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
     about = {"command": "python benchmarks/memory_curve.py", "commit": commit, "torch": torch.__version__}
