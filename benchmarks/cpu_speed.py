@@ -6,7 +6,8 @@
 Weights are random, both models run eagerly in float32 on one thread, `generate` writes NEW_TOKENS tokens, and a
 streamer takes the time of each: CPU time, which other processes do not change much. Rounds alternate between the
 models; figures are medians. The prediction is the ratio of the multiply-accumulates that `torch.utils.flop_counter`
-counts, with attention in plain matrix products.
+counts, with attention in plain matrix products. As not all kernels multiply at one rate, a profile of each prefill
+also says how much of its time goes into them (matrix products, convolution, attention), and how much beside.
 """
 
 import argparse
@@ -35,10 +36,11 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "cpu_speed.json"
 TEXT_TOKENS, NEW_TOKENS = 24, 21
 VIDEO_TOKEN, VOCABULARY = 7, 1000
+KERNELS = {"mm", "addmm", "bmm", "mkldnn_convolution", "_scaled_dot_product_flash_attention_for_cpu"}
 SIZES = {
     # rounds; frames; patch grid and blocks of the encoder; layers of the language model; every 4th looks back
-    "tiny": {"rounds": 9, "frames": 8, "grid": 12, "blocks": 2, "layers": 8, "width": 64, "mlp": 192, "heads": 4},
-    "mid": {"rounds": 3, "frames": 8, "grid": 27, "blocks": 2, "layers": 8, "width": 384, "mlp": 1024, "heads": 6},
+    "tiny": {"rounds": 15, "frames": 8, "grid": 12, "blocks": 2, "layers": 8, "width": 64, "mlp": 192, "heads": 4},
+    "mid": {"rounds": 9, "frames": 8, "grid": 27, "blocks": 2, "layers": 8, "width": 384, "mlp": 1024, "heads": 6},
 }
 
 
@@ -141,6 +143,18 @@ def count(model, inputs: dict, **options) -> dict[str, float]:
     return counts
 
 
+@torch.no_grad()
+def profiled(model, inputs: dict, **options) -> dict[str, float]:
+    """Milliseconds of a prefill in kernels that multiply, and beside them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(**inputs, **options, use_cache=True, logits_to_keep=1)
+    times = {"kernels": 0.0, "beside": 0.0}
+    for event in profile.key_averages():
+        part = "kernels" if event.key.removeprefix("aten::") in KERNELS else "beside"
+        times[part] += event.self_cpu_time_total / 1000
+    return times
+
+
 def measure(size: dict) -> dict:
     set_seed(0)
     ways = {
@@ -155,11 +169,12 @@ def measure(size: dict) -> dict:
         model = build(size, "sdpa")
         models[name] = (model, inputs_of(model, size), options)
         write(*models[name][:2], **options)  # warm
-    times: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in ways}
+    parts = ("prefill", "decode", "kernels", "beside")
+    times: dict[str, dict[str, list[float]]] = {name: {part: [] for part in parts} for name in ways}
     for _ in range(size["rounds"]):
         for name, (model, inputs, options) in models.items():
-            for part, milliseconds in write(model, inputs, **options).items():
-                times[name][part].append(milliseconds)
+            for part, ms in (write(model, inputs, **options) | profiled(model, inputs, **options)).items():
+                times[name][part].append(ms)
     medians = {
         name: {part: statistics.median(values) for part, values in parts.items()} for name, parts in times.items()
     }
@@ -170,14 +185,15 @@ def measure(size: dict) -> dict:
                 "measured": round(medians[name][part] / medians[peer][part], 3),
                 "predicted": round(counted[name][part] / counted[peer][part], 3),
             }
-            for part in parts
+            for part in counted[name]
         }
-        for name, parts in medians.items()
+        | {f"prefill, {part}": {"measured": round(medians[name][part] / medians[peer][part], 3)} for part in parts[2:]}
+        for name in ways
         if name != peer
     }
     return {
         "size": size,
-        "milliseconds": {name: {part: round(ms, 3) for part, ms in parts.items()} for name, parts in medians.items()},
+        "milliseconds": {name: {part: round(ms, 3) for part, ms in own.items()} for name, own in medians.items()},
         "million_multiply_accumulates": counted,
         "time_against_llava_onevision": ratios,
     }

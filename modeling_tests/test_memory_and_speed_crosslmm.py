@@ -18,6 +18,7 @@ from transformers_crosslmm.cache_crosslmm import visual_memory
 
 BLOCKS = (0, 2, 4)  # layers that look back
 WIDTH, PATCHES = 20, 25
+NORMALISED = {"visual_norm": "layernorm", "visual_time": "sinusoidal"}
 
 # -- a decode step ----------------------------------------------------------------------------------------------------
 
@@ -44,9 +45,9 @@ class BytesRead(TorchDispatchMode):
         return result
 
 
-def decoding(form, dtype, *layouts):
+def decoding(form, dtype, *layouts, **text):
     """A model that has seen these rows, and its cache."""
-    model = random_model(tiny_config(), attn_implementation="sdpa").to(dtype)
+    model = random_model(tiny_config(text_config=text or None), attn_implementation="sdpa").to(dtype)
     inputs = model_inputs(*(make_sample(model.config, *layout, seed=seed) for seed, layout in enumerate(layouts)))
     inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
     return model, model(**inputs, use_cache=True, cross_attention_cache=form).past_key_values
@@ -74,8 +75,9 @@ def test_a_step_reads_keys_and_values_once(dtype, layouts):
 @torch.no_grad()
 @pytest.mark.parametrize("layouts", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_step_reads_features_twice_per_layer(dtype, layouts):
-    model, cache = decoding("features", dtype, *layouts)
+@pytest.mark.parametrize("text", [{}, NORMALISED], ids=["paper", "recommended"])
+def test_a_step_reads_features_twice_per_layer(text, dtype, layouts):
+    model, cache = decoding("features", dtype, *layouts, **text)
     states = visual_memory(cache, list(BLOCKS)).states
     with BytesRead(states) as bytes_read:
         model(input_ids=torch.full((len(layouts), 1), 5), past_key_values=cache, use_cache=True)
@@ -107,8 +109,6 @@ def test_the_check_of_pixels_makes_nothing_of_their_size():
 
 
 # -- what generation holds --------------------------------------------------------------------------------------------
-
-NORMALISED = {"visual_norm": "layernorm", "visual_time": "sinusoidal"}
 
 
 class Probe:
