@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import random
+import re
 import socket
 import struct
 import subprocess
@@ -394,7 +395,6 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 
 def fuzz(folder: Path, count: int, seed: int, seconds_each: float = 20.0) -> dict:
     """Decode `count` mutants in this process; what came of them. The caller limits memory and time."""
-    import resource
     import time
     import warnings
 
@@ -425,7 +425,9 @@ def fuzz(folder: Path, count: int, seed: int, seconds_each: float = 20.0) -> dic
             outcome = f"uncaught {error!r}"
         slowest = max(slowest, time.monotonic() - began)
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not `ru_maxrss`, which begins with what the parent held when it forked.
+    status = Path("/proc/self/status").read_text()
+    peak = int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
     return {"mutants": count, "seed": seed, "outcomes": outcomes, "slowest_seconds": slowest, "peak_memory_mb": peak}
 
 
