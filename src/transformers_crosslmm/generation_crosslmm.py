@@ -104,6 +104,12 @@ class CrossLMMGenerationMixin(GenerationMixin):
             return model_kwargs
         is_ids = model_input_name == "input_ids"
         new_tokens = self._new_tokens(inputs_tensor, model_kwargs, generation_config, past_length, is_ids=is_ids)
+        if not new_tokens.shape[1]:
+            raise ValueError(
+                f"`past_key_values` has seen {past_length} tokens, and the {inputs_tensor.shape[1]} given hold none "
+                "behind them. Give the whole sequence, or the new tokens alone with an `attention_mask` that covers "
+                "the cached ones too."
+            )
         ids, embeds = (new_tokens, None) if is_ids else (None, new_tokens)
         media, masks, _ = check_inputs(
             self.config,

@@ -8,6 +8,7 @@ Shapes: B rows, L language tokens (pooled visual + text), F frames of all media,
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -60,6 +61,11 @@ from .vision_crosslmm import (
     normalised_tokens,
     per_medium,
 )
+
+if TYPE_CHECKING:
+    # Not used. Where a checkpoint brings its code, Transformers copies what the model's file names when it is saved
+    # again, and its config names the pipeline.
+    from .pipeline_crosslmm import VideoTextToTextPipeline  # noqa: F401
 
 
 @dataclass
