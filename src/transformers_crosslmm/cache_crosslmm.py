@@ -207,6 +207,7 @@ class VisualCacheLayer(CacheLayerMixin):
             torch._dynamo.mark_static_address(keys, guard=False)
             torch._dynamo.mark_static_address(values, guard=False)
         self.cross_keys, self.cross_values = keys, values
+        self._fetched = None  # a copy of what was here before
 
     @property
     def num_cross_patches(self) -> int:
