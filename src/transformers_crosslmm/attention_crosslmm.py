@@ -16,6 +16,7 @@ from itertools import repeat
 
 import torch
 from torch import nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from transformers.utils.generic import is_flash_attention_requested
 
 from .vision_crosslmm import TokenNorm
@@ -188,10 +189,13 @@ def _attention_with_weight(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention (B, G, R, E) of R rows, and the log-sum-exp of their scores (B, G, R, 1)."""
-    device, half = query.device.type, query.dtype in (torch.float16, torch.bfloat16)
-    if device == "cpu":
+    if query.device.type == "cpu":
         output, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scaling)
-    elif device == "cuda" and half and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256:
+    elif (
+        query.is_cuda
+        and query.shape[-1] % 8 == 0
+        and can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, False))
+    ):  # in half precision, up to a width, and not on every GPU
         output, weight, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scaling)
     else:
         rows = max(1, CHUNK_BYTES // (4 * key.shape[:3].numel()))
