@@ -10,9 +10,9 @@ Shapes: Q packed queries, P packed patches, H query heads, G key/value heads, E 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
-from itertools import repeat
+from itertools import accumulate, repeat
 
 import torch
 from torch import nn
@@ -53,6 +53,7 @@ class Segments:
     lengths: tuple[int, ...]
     spans: tuple[Span, ...]
     is_dummy: bool = False
+    _ends: dict[tuple, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def dummy(cls, num_patches: int, device: torch.device) -> "Segments":
@@ -74,6 +75,18 @@ class Segments:
 
     def to(self, device: torch.device) -> "Segments":
         return self if self.queries.device == device else replace(self, queries=self.queries.to(device))
+
+    def ends(self, lengths: list[int]) -> torch.Tensor:
+        """Where stretches of these lengths end, 0 first, on the device of the queries. Kept, because layers and steps
+        ask for the same again, and a GPU stops for whatever is uploaded to it."""
+        key = (*lengths, self.queries.device)
+        ends = self._ends.get(key)
+        if ends is None:
+            sums = [0, *accumulate(lengths)]
+            ends = torch.tensor(sums, dtype=torch.int32, device=self.queries.device)
+            if not torch.compiler.is_compiling():  # what a CUDA graph has made must not outlive it
+                self._ends[key] = ends
+        return ends
 
     def reach(self) -> tuple[int, int]:
         """First patch that any query sees, and the one behind the last."""
@@ -130,8 +143,8 @@ def packed_attention(
             count = 1
             key_lengths = [span_length(span) for span in spans]
             extra = {
-                "cu_seq_lens_q": _cumulative(lengths, query.device),
-                "cu_seq_lens_k": _cumulative(key_lengths, query.device),
+                "cu_seq_lens_q": segments.ends(lengths),
+                "cu_seq_lens_k": segments.ends(key_lengths),
                 "max_length_q": max(lengths),
                 "max_length_k": max(key_lengths),
             }
@@ -290,13 +303,6 @@ def _runs(segments: Segments, *, may_differ: bool) -> Iterator[tuple[slice, list
     for lengths, spans in runs:
         yield slice(row, row + sum(lengths)), lengths, spans
         row += sum(lengths)
-
-
-def _cumulative(lengths, device: torch.device) -> torch.Tensor:
-    ends = [0]
-    for length in lengths:
-        ends.append(ends[-1] + length)
-    return torch.tensor(ends, dtype=torch.int32, device=device)
 
 
 def folded_attention(
