@@ -197,6 +197,8 @@ class CrossLMMCrossAttentionBranch(nn.Module):
         elif memory.form == "features" and self.layer_idx not in memory.folding:
             identity = torch.eye(states.shape[-1], dtype=states.dtype, device=states.device)
             memory.folding[self.layer_idx] = self.keys_values(identity)
+        if memory.form == "features":
+            cache_layer.stay(states, *memory.folding[self.layer_idx])
 
 
 class CrossLMMCrossAttention(nn.Module):
