@@ -17,7 +17,7 @@ from factories import random_model, tiny_config
 from numerics import assert_close_to_scale, assert_no_worse_than
 from pretend_gpu import pretend_gpus
 from test_modeling_crosslmm import FLOAT32, INTERLEAVED, NORM_AND_TIME, in_dtype, make_sample, model_inputs, reference
-from transformers_crosslmm import attention_crosslmm, encode_video, modeling_crosslmm
+from transformers_crosslmm import attention_crosslmm, encode_video, generation_crosslmm, modeling_crosslmm
 from transformers_crosslmm.attention_crosslmm import Segments
 from transformers_crosslmm.cache_crosslmm import visual_memory
 
@@ -133,6 +133,27 @@ def test_a_medium_on_the_cpu_is_asked_again_on_the_gpu(gpu):
             media = {"video": encoded}
             tokens = model.generate(ids, mm_encoder_outputs=media, cross_attention_cache=form, **options)
             assert tokens.tolist() == expected
+
+
+@pytest.mark.parametrize(("attn_implementation", "is_cut"), [("sdpa", False), ("eager", True)])
+def test_a_long_prompt_stays_whole_where_chunks_would_lose_the_fast_kernel(
+    attn_implementation, is_cut, gpu, monkeypatch
+):
+    model = random_model(tiny_config(), attn_implementation=attn_implementation)
+    inputs = model_inputs(make_sample(model.config, 3, ("video", 4), 4))
+    options = {"max_new_tokens": 2, "do_sample": False}
+    expected = model.generate(**inputs, **options).tolist()
+    monkeypatch.setattr(generation_crosslmm, "PREFILL_TOKENS", 17)
+    lengths = []
+    run = model.model.language_model.forward
+    monkeypatch.setattr(
+        model.model.language_model,
+        "forward",
+        lambda *args, **kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]) or run(*args, **kwargs),
+    )
+    with gpu():
+        assert model.to("cuda").generate(**moved(inputs), **options).tolist() == expected
+    assert lengths[0] == (17 if is_cut else inputs["input_ids"].shape[1])
 
 
 WAYS = {

@@ -437,11 +437,12 @@ def _free_memory() -> None:
 
 def matrix_rate(device: torch.device) -> float:
     """Floating-point operations per second of a large matrix product, the most that a model can hope for."""
-    side = 8192 if device.type == "cuda" else 1024
+    # On a GPU a quarter of a second of them, of which the later half counts: its clock takes time to rise.
+    side, times = (8192, 200) if device.type == "cuda" else (1024, 8)
     one, other = torch.randn(2, side, side, device=device, dtype=_dtype(device))
     clock = Clock(device)
-    seconds = [clock.seconds(lambda: one @ other) for _ in range(8)]
-    return 2 * side**3 / statistics.median(seconds[2:])
+    seconds = [clock.seconds(lambda: one @ other) for _ in range(times)]
+    return 2 * side**3 / statistics.median(seconds[times // 2 :])
 
 
 def time_file(frames: int, folder: Path) -> dict[str, float]:
@@ -595,10 +596,12 @@ def run(
     device: str | None = None,
     repeats: int = 3,
     on_step: Callable[[str], None] = lambda step: None,
+    on_results: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
     """Everything: counts, and times at toy size or on a GPU.
 
     names: of models, all when there are none. frames: `FRAMES`, and for CrossLMM `LONG`, when there are none.
+    on_results: called with all that has been found so far, part after part: a run on a GPU takes a while.
     """
     chosen, place = choose(names), torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     ours = [contender for contender in chosen if isinstance(contender, CrossLMM)]
@@ -607,34 +610,39 @@ def run(
         for number in frames or (FRAMES + LONG if contender in ours else FRAMES):
             on_step(f"Counting {contender.name}, {number} frames")
             results["counted"].append(count(contender, number, size=size))
+    on_results(results)
     if size == "full" and place.type != "cuda":
         return results
+
+    def keep(part: str, found: Any) -> None:
+        results[part] = found
+        on_results(results)
+
     frames = frames or (FRAMES if size == "full" else (8, 16))
-    results["matrix_rate"] = rate = matrix_rate(place)
-    results["timed"] = time_models(chosen, frames, size=size, device=place, repeats=repeats, on_step=on_step)
-    results["memory"] = measure_memory(chosen, frames, size=size, device=place, on_step=on_step)
+    keep("matrix_rate", rate := matrix_rate(place))
+    timed = time_models(chosen, frames, size=size, device=place, repeats=repeats, on_step=on_step)
     macs = {(row["model"], row["frames"]): row["macs"]["total"] for row in results["counted"]}
-    for row in (row for row in results["timed"] if "seconds" in row):
+    for row in (row for row in timed if "seconds" in row):
         row["share_of_matrix_rate"] = 2 * macs[row["model"], row["frames"]] / row["seconds"]["prefill"] / rate
+    keep("timed", timed)
+    keep("memory", measure_memory(chosen, frames, size=size, device=place, on_step=on_step))
     long_frames = LONG[-1] if size == "full" else 4 * max(frames)
+    place_and_size = {"size": size, "device": place}
     with tempfile.TemporaryDirectory() as folder:
         on_step("A video from its file")
-        results["file"] = [{"frames": number, "seconds": time_file(number, Path(folder))} for number in frames]
+        keep("file", [{"frames": number, "seconds": time_file(number, Path(folder))} for number in frames])
         for contender in ours:
             on_step(f"{contender.name}, {long_frames} frames")
-            results.setdefault("long_video", []).append(
-                unless_too_large(time_long_video, contender, long_frames, size=size, device=place)
-            )
+            found = unless_too_large(time_long_video, contender, long_frames, **place_and_size)
+            keep("long_video", [*results.get("long_video", ()), found])
         for contender in ours[:1]:  # a 7B's optimiser does not fit one GPU
             on_step(f"{contender.name}, a training step")
-            results["training_step"] = unless_too_large(
-                time_training_step, contender, min(frames), size=size, device=place, rate=rate
-            )
+            found = unless_too_large(time_training_step, contender, min(frames), **place_and_size, rate=rate)
+            keep("training_step", found)
         for contender in ([one for one in ours if one.preset == "7B"] or ours)[:1]:
             on_step(f"{contender.name}, from disk")
-            results["cold_start"] = unless_too_large(
-                time_cold_start, contender, Path(folder) / "model", size=size, device=place
-            )
+            found = unless_too_large(time_cold_start, contender, Path(folder) / "model", **place_and_size)
+            keep("cold_start", found)
     return results
 
 

@@ -252,9 +252,8 @@ class CrossLMMGenerationMixin(GenerationMixin):
                 media["last_hidden_state"] = None  # as an item: an attribute that is set to None stays one
         return outputs
 
-    @staticmethod
     def _prefill_chunk_size(
-        input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict
+        self, input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict
     ) -> int | None:
         """What the caller says; else PREFILL_TOKENS for a prompt that is longer and can be cut. None for one piece."""
         if generation_config.prefill_chunk_size is not None or input_ids.shape[1] <= PREFILL_TOKENS:
@@ -263,7 +262,9 @@ class CrossLMMGenerationMixin(GenerationMixin):
         # The states of all chunks but the last would be lost.
         wants_states = generation_config.output_hidden_states or generation_config.output_attentions
         can_be_cut = is_ids and model_kwargs.get("past_key_values") is not None and not wants_states
-        return PREFILL_TOKENS if can_be_cut else None
+        # Chunks need a mask, and with one `sdpa` takes none of a GPU's fast kernels: there time is the dearer.
+        is_slowed = self.config.text_config._attn_implementation == "sdpa" and input_ids.device.type == "cuda"
+        return PREFILL_TOKENS if can_be_cut and not is_slowed else None
 
     def _prefill_with_media(
         self,
