@@ -505,10 +505,11 @@ class CrossLMMDataCollator:
     def _encoded(self, sample: Mapping[str, Any]) -> Mapping[str, Any]:
         if "input_ids" not in sample:
             return encode_chat(self.processor, sample, media_root=self.media_root, max_length=self.max_length)
-        if "labels" not in sample:
+        missing = "labels" if "labels" not in sample else "pixels" if _lost_its_media(sample) else None
+        if missing:
             raise ValueError(
-                "A sample has `input_ids` and no `labels`: something before the collator made tokens of its chat, and "
-                'left the media out. With TRL pass `dataset_kwargs={"skip_prepare_dataset": True}`.'
+                f"A sample has `input_ids` and no {missing}: something before the collator made tokens of its chat, "
+                'and left the media out. With TRL pass `dataset_kwargs={"skip_prepare_dataset": True}`.'
             )
         return sample
 
@@ -516,6 +517,14 @@ class CrossLMMDataCollator:
     def _padding(self) -> int:
         tokenizer: Any = self.processor.tokenizer
         return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _lost_its_media(sample: Mapping[str, Any]) -> bool:
+    """Whether the chat that still stands beside a sample's tokens has media, and the sample has no pixels."""
+    has_pixels = any(sample.get(name) is not None for name in ("pixel_values_videos", "pixel_values"))
+    if has_pixels or not (sample.get("conversations") or sample.get("messages")):
+        return False
+    return any(part["type"] != "text" for message in chat_of(sample) for part in message["content"])
 
 
 # --- datasets -------------------------------------------------------------------------------------------------------
