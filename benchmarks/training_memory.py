@@ -2,17 +2,28 @@
 
     python benchmarks/training_memory.py         # -> benchmarks/training_memory.json, docs/images/training_memory.png
 
-Counted, not timed: full-size models on the meta device, bfloat16, everything trains. `saved_tensors_hooks` sees every
-tensor that autograd saves; storages count once, weights not at all, and attention keeps what a flash kernel keeps.
-What a backward pass makes for the moment (one layer and one chunk of frames at a time) comes on top, and was not
-measured on a GPU.
+Counted: full-size models on the meta device in which everything trains. `saved_tensors_hooks` sees every tensor that
+autograd saves; storages count once, weights not at all, and attention keeps what a flash kernel keeps. What a backward
+pass makes for the moment (one layer and one chunk of frames at a time) comes on top.
+
+Measured, to see whether the count is right: the same steps on a CPU, with the widths of `memory_curve.py` and its few
+layers, each in a process of its own. Resident memory between forward and backward is what is kept, and stands beside
+what the same small model is counted to keep; the peaks of the backward pass, first through the language model and then
+through the encoder, have what it makes for the moment as well.
 """
 
+import copy
 import json
+import os
+import platform
 import subprocess
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
+from memory_curve import NORMALISED, forget_peak, in_child, memory, prepare
+from memory_curve import model_of as shallow_model_of
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface
 
@@ -26,8 +37,15 @@ FRAMES = (32, 64, 128)
 TEXT_TOKENS = 64
 WAYS = {
     "plain": {"checkpointing": False},
-    "checkpointing": {"checkpointing": True},
-    "checkpointing, visual_norm and visual_time": {"checkpointing": True, "flavour": "recommended"},
+    "checkpointing": {},
+    "checkpointing, visual_norm and visual_time": {"flavour": "recommended"},
+    "checkpointing, float32": {"dtype": torch.float32},
+}
+MEASURED_FRAMES = (32, 48, 64)
+MEASURED_WAYS = {
+    "checkpointing": {},
+    "checkpointing, visual_norm and visual_time": {"text": NORMALISED},
+    "checkpointing, bfloat16 on float32 weights": {"dtype": torch.float32, "autocast": True},
 }
 
 
@@ -72,14 +90,15 @@ class SavedBytes(saved_tensors_hooks):
         return sum(storage.nbytes() for storage in self.storages.values())
 
 
-def model_of(preset: str, *, checkpointing: bool, flavour: str = "paper") -> CrossLMMForConditionalGeneration:
-    config = CrossLMMConfig.from_preset(preset, flavour=flavour)
+def model_of(
+    config: CrossLMMConfig, *, checkpointing: bool = True, dtype: torch.dtype = torch.bfloat16
+) -> CrossLMMForConditionalGeneration:
     with torch.device("meta"):
         model = CrossLMMForConditionalGeneration._from_config(
-            config, dtype=torch.bfloat16, attn_implementation="kept_as_by_kernels"
+            copy.deepcopy(config), dtype=dtype, attn_implementation="kept_as_by_kernels"
         ).train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
     return model
 
 
@@ -121,21 +140,75 @@ def saved_by_step(model: CrossLMMForConditionalGeneration, num_frames: int) -> d
     return {"network": saved.total, "head and loss": head.total}
 
 
-def measure(preset: str) -> dict:
+def growth(values: dict[int, float]) -> float:
+    """Per frame, from the fewest to the most."""
+    (first, least), *_, (last, most) = values.items()
+    return (most - least) / (last - first)
+
+
+def count(preset: str) -> dict:
     results = {}
     for name, way in WAYS.items():
-        model = model_of(preset, **way)
+        way = dict(way)
+        model = model_of(CrossLMMConfig.from_preset(preset, flavour=way.pop("flavour", "paper")), **way)
         counts = {frames: saved_by_step(model, frames) for frames in FRAMES}
-        first, last = FRAMES[0], FRAMES[-1]
+        network, head = ({frames: count[part] for frames, count in counts.items()} for part in counts[FRAMES[0]])
         results[name] = {
-            "gigabytes": {frames: round(count["network"] / 1e9, 3) for frames, count in counts.items()},
-            "megabytes_per_frame": round(
-                (counts[last]["network"] - counts[first]["network"]) / (last - first) / 1e6, 2
-            ),
-            "head_and_loss_megabytes_per_frame": round(
-                (counts[last]["head and loss"] - counts[first]["head and loss"]) / (last - first) / 1e6, 2
-            ),
+            "gigabytes": {frames: round(size / 1e9, 3) for frames, size in network.items()},
+            "megabytes_per_frame": round(growth(network) / 1e6, 2),
+            "head_and_loss_megabytes_per_frame": round(growth(head) / 1e6, 2),
         }
+    return results
+
+
+def step(model: CrossLMMForConditionalGeneration, num_frames: int, *, autocast: bool) -> dict[str, float]:
+    """MB over what the process held before: between forward and backward, and at most while the language model and
+    while the encoder run backwards."""
+    config, held = model.config, memory("VmRSS")
+    tokens, size = num_frames * config.tokens_per_frame, config.vision_config.image_size
+    ids = torch.cat([torch.full((tokens,), config.video_token_id), torch.arange(10, 10 + TEXT_TOKENS)])[None]
+    pixels = torch.full((num_frames, 3, size, size), 0.5, dtype=model.dtype)
+    points = {}
+
+    def note(what: str, field: str = "VmHWM") -> None:
+        if what not in points:
+            points[what] = round(memory(field) - held, 1)
+            forget_peak()
+
+    def begin_with_the_encoder(module, pixels, encoded):  # when the first gradient of a chunk is there
+        encoded.last_hidden_state.register_hook(lambda _: note("language model"))
+
+    hook = model.model.vision_tower.register_forward_hook(begin_with_the_encoder)
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        loss = model(input_ids=ids, labels=ids, pixel_values_videos=pixels).loss
+    note("kept", "VmRSS")
+    loss.backward()
+    note("encoder")
+    hook.remove()
+    model.zero_grad()
+    return points
+
+
+def measure(preset: str) -> dict:
+    results = {}
+    for name, way in MEASURED_WAYS.items():
+        dtype = way.get("dtype", torch.bfloat16)
+        model = shallow_model_of(preset, way.get("text", {}), dtype).train()
+        model.activation_checkpointing_enable()
+        once = partial(step, model, autocast=way.get("autocast", False))
+        once(2)  # what is made once is made before
+        points = {frames: in_child(partial(once, frames)) for frames in MEASURED_FRAMES}
+        shadow = model_of(model.config, dtype=dtype)
+        counted = {frames: sum(saved_by_step(shadow, frames).values()) / 1e6 for frames in MEASURED_FRAMES}
+        results[name] = {
+            "megabytes": points,
+            "counted_megabytes_per_frame": round(growth(counted), 2),
+            "megabytes_per_frame": {
+                what: round(growth({frames: point[what] for frames, point in points.items()}), 2)
+                for what in points[MEASURED_FRAMES[0]]
+            },
+        }
+        print(preset, name, json.dumps(results[name]), flush=True)
     return results
 
 
@@ -162,13 +235,15 @@ def draw(sizes: dict) -> None:
 
 
 def main() -> None:
+    prepare()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
     about = {"command": "python benchmarks/training_memory.py", "commit": commit, "torch": torch.__version__}
-    about |= {"device": "meta: counted, nothing computed", "dtype": "bfloat16"}
-    sizes = {preset: measure(preset) for preset in ("2B", "7B")}
-    RESULTS.write_text(json.dumps({"about": about, "sizes": sizes}, indent=1) + "\n")
-    draw(sizes)
+    about |= {"machine": f"{platform.machine()}, one of {os.cpu_count()} cores"}
+    sizes = {preset: count(preset) for preset in ("2B", "7B")}
     print(json.dumps(sizes, indent=1))
+    measured = {preset: measure(preset) for preset in ("2B", "7B")}
+    RESULTS.write_text(json.dumps({"about": about, "sizes": sizes, "measured": measured}, indent=1) + "\n")
+    draw(sizes)
 
 
 if __name__ == "__main__":

@@ -150,8 +150,9 @@ def test_after_200_steps_a_composed_model_needs_the_t2v_that_was_closed(tmp_path
 
 
 @pytest.mark.parametrize("stage", ["adapt", "stage2_instruct"])
-def test_the_counted_cost_of_a_training_step_is_what_pytorch_counts(stage):
+def test_the_counted_cost_of_a_training_step_is_what_pytorch_counts(stage, monkeypatch):
     """`benchmarks/adapt_cost.py`, whose closed form leaves out the gradients of the first layers' inputs."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     benchmark = runpy.run_path(str(BENCHMARKS / "adapt_cost.py"))
     text_config = {"hidden_size": 192, "intermediate_size": 448}
     config = tiny_config(text_config=text_config, vision_config={"hidden_size": 64, "intermediate_size": 144})
