@@ -249,6 +249,17 @@ def test_a_stopped_run_goes_on_with_the_same_losses_and_passes_over_what_was_cut
     assert last_complete_checkpoint(tmp_path) == str(newest)
 
 
+def test_a_stopped_run_does_not_go_on_with_other_rates_or_with_the_moments_of_other_parameters(run_folder, tmp_path):
+    """As V2V has T2V's shapes, an optimiser would take the one's moments for the other's."""
+    options = {"trained_parts": ["projector", "v2v"], "learning_rate": 1e-3}
+    train(arguments_of(run_folder, tmp_path, **options))
+    for change in ({"trained_parts": ["projector", "t2v"]}, {"learning_rate": 1e-4}):
+        with pytest.raises(ValueError, match=r"not what it was in .*checkpoint-4[^$]*as `model`"):
+            train(arguments_of(run_folder, tmp_path, **(options | change)))
+    begun_anew = {"model": str(tmp_path / "checkpoint-4"), "trained_parts": ["projector", "t2v"]}
+    assert len(losses(train(arguments_of(run_folder, tmp_path / "new", **begun_anew)))) == 4
+
+
 def test_only_checkpoints_with_all_that_was_saved_are_complete(tmp_path):
     for step in (5, 20, 100):
         folder = tmp_path / f"checkpoint-{step}"

@@ -344,7 +344,10 @@ def _listed(record: Mapping, kind: str) -> list[Any]:
 def _message(turn: Any) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
         raise UnusableSample(f"a turn is an object; got {type(turn).__name__}.")
-    role, content = (turn.get("role", turn.get("from")), turn.get("content", turn.get("value")))
+    role, content = (
+        turn[ours] if turn.get(ours) is not None else turn.get(llavas)  # `datasets` fills in what a turn lacks
+        for ours, llavas in (("role", "from"), ("content", "value"))
+    )
     if not isinstance(role, str) or role not in ROLES:
         raise UnusableSample(f"a turn is said by one of {', '.join(ROLES)}; got {role!r}.")
     if isinstance(content, str):
@@ -505,7 +508,7 @@ class CrossLMMDataCollator:
     def _encoded(self, sample: Mapping[str, Any]) -> Mapping[str, Any]:
         if "input_ids" not in sample:
             return encode_chat(self.processor, sample, media_root=self.media_root, max_length=self.max_length)
-        missing = "labels" if "labels" not in sample else "pixels" if _lost_its_media(sample) else None
+        missing = "`labels`" if "labels" not in sample else "pixels" if _lost_its_media(sample) else None
         if missing:
             raise ValueError(
                 f"A sample has `input_ids` and no {missing}: something before the collator made tokens of its chat, "
@@ -521,10 +524,12 @@ class CrossLMMDataCollator:
 
 def _lost_its_media(sample: Mapping[str, Any]) -> bool:
     """Whether the chat that still stands beside a sample's tokens has media, and the sample has no pixels."""
-    has_pixels = any(sample.get(name) is not None for name in ("pixel_values_videos", "pixel_values"))
-    if has_pixels or not (sample.get("conversations") or sample.get("messages")):
+    if any(sample.get(name) is not None for name in ("pixel_values_videos", "pixel_values")):
         return False
-    return any(part["type"] != "text" for message in chat_of(sample) for part in message["content"])
+    contents = [turn.get("content") for turn in sample.get("messages") or ()]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    named = any(sample.get(name) for name in ("image", "images", "video", "videos"))
+    return named or any(part.get("type") in ("image", "video") for part in parts)
 
 
 # --- datasets -------------------------------------------------------------------------------------------------------
