@@ -3,7 +3,8 @@
     python benchmarks/adapt_cost.py              # 10 GB of memory, and a quarter of an hour
 
 Counted, for the real 2B and 7B: what learns, the bytes that `crosslmm train` keeps for it (weights and gradients in
-float32, AdamW's two moments), and the multiply-accumulates of a step on one sample. Measured, on a CPU and on one
+float32, AdamW's two moments), and the multiply-accumulates of a step on one sample, what checkpointing makes again
+among them. Measured, on a CPU and on one
 thread: whole steps of `adapt` as its recipe has them (bfloat16 on float32 weights, checkpointing), on a real 2B with
 random weights, and the memory they take; stage 2 of it does not fit here. Timed at a toy size: steps of either stage
 in turns, for their ratio alone.
@@ -35,21 +36,23 @@ TOY_FRAMES, REPEATS = 4, 5
 MEASURED_FRAMES, MEASURED_TEXT_TOKENS, MEASURED_STEPS = 16, 64, 3
 
 
-def recipe_of(stage: str) -> dict[str, Any]:
-    return yaml.safe_load((RECIPES / f"{stage}.yaml").read_text())
-
-
 def parts_of(stage: str) -> list[str]:
-    return recipe_of(stage)["trained_parts"]
+    return yaml.safe_load((RECIPES / f"{stage}.yaml").read_text())["trained_parts"]
 
 
 def training_macs(
-    config: CrossLMMConfig, parts: list[str], *, frames: int = FRAMES, text_tokens: int = TEXT_TOKENS
+    config: CrossLMMConfig,
+    parts: list[str],
+    *,
+    frames: int = FRAMES,
+    text_tokens: int = TEXT_TOKENS,
+    checkpointing: bool = True,
 ) -> int:
     """Of forward and backward on one sample, with cross-attention and projector among the parts that learn.
 
     A matrix product costs its forward once more for the gradient of its input, where anything below it learns, and
-    once more for that of its weights, where they learn. A product of two activations has two inputs.
+    once more for that of its weights, where they learn. A product of two activations has two inputs. Checkpointing
+    runs the layers of the language model once more, and the blocks of an encoder that learns twice.
     """
     forward = multiply_accumulates(config, frames, text_tokens=text_tokens)
     forward["head"] *= frames * config.tokens_per_frame + text_tokens  # the loss wants logits everywhere
@@ -62,6 +65,9 @@ def training_macs(
         "keys and values": 3 if has_vision else 2,
         "folding": 0,  # the other form of the cache, for inference
     }
+    if checkpointing:
+        again = {"vision": 2 * has_vision, "projector": 0, "head": 0, "folding": 0}
+        times = {part: times.get(part, 3) + again.get(part, 1) for part in forward}
     return sum(macs * times.get(part, 3) for part, macs in forward.items())
 
 
@@ -100,19 +106,18 @@ def measured() -> dict[str, Any]:
 
     The first step warms up and is looked through; Adam's moments are there from its end on.
     """
-    recipe = recipe_of("adapt")
+    parts = parts_of("adapt")
     without = memory("VmRSS")
     config = CrossLMMConfig.from_preset("2B")
     config.text_config.gate_init = 1.0
     model = CrossLMMForConditionalGeneration(config).train()
-    train_only(model, recipe["trained_parts"])
-    if recipe["activation_checkpointing"]:
-        model.activation_checkpointing_enable()
+    train_only(model, parts)
+    model.activation_checkpointing_enable()
     optimizer = optimizer_of(model)
     batch = batch_of(config, MEASURED_FRAMES, MEASURED_TEXT_TOKENS)
 
     def loss() -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe["bf16"]):
+        with torch.autocast("cpu", torch.bfloat16):
             return model(**batch).loss
 
     def peak(part: Callable[[], T]) -> tuple[T, float]:
@@ -143,7 +148,7 @@ def measured() -> dict[str, Any]:
         "cpu_seconds_per_sample": round(statistics.median(seconds), 1),
         "peak_gigabytes": {"forward": forward, "backward": backward, "optimizer": update},
         "kept_for_backward_gigabytes": kept,
-        "macs_per_sample": training_macs(config, recipe["trained_parts"], **shape),
+        "macs_per_sample": training_macs(config, parts, **shape),
     }
 
 
@@ -155,6 +160,7 @@ def timed() -> dict[str, float]:
     runs = {}
     for stage in STAGES:
         model = CrossLMMForConditionalGeneration(config).train()
+        model.activation_checkpointing_enable()
         train_only(model, parts_of(stage))
         runs[stage] = model, optimizer_of(model)
     seconds: dict[str, list[float]] = {stage: [] for stage in STAGES}

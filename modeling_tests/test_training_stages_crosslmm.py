@@ -149,8 +149,9 @@ def test_after_200_steps_a_composed_model_needs_the_t2v_that_was_closed(tmp_path
     assert result["loss_without_t2v"] > result["loss"] + 0.5
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("stage", ["adapt", "stage2_instruct"])
-def test_the_counted_cost_of_a_training_step_is_what_pytorch_counts(stage, monkeypatch):
+def test_the_counted_cost_of_a_training_step_is_what_pytorch_counts(stage, checkpointing, monkeypatch):
     """`benchmarks/adapt_cost.py`, whose closed form leaves out the gradients of the first layers' inputs."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     benchmark = runpy.run_path(str(BENCHMARKS / "adapt_cost.py"))
@@ -159,10 +160,18 @@ def test_the_counted_cost_of_a_training_step_is_what_pytorch_counts(stage, monke
     frames, text_tokens, parts = 7, 11, benchmark["parts_of"](stage)
     model = random_model(config, attn_implementation="eager").train()
     train_only(model, parts)
+    if checkpointing:
+        model.activation_checkpointing_enable()
     ids = torch.tensor([[config.video_token_id] * frames * config.tokens_per_frame + [3] * text_tokens])
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids, pixel_values_videos=torch.rand(frames, 3, 33, 33)).loss.backward()
-    expected = benchmark["training_macs"](config, parts, frames=frames, text_tokens=text_tokens)
+    shape = {"frames": frames, "text_tokens": text_tokens}
+    expected = benchmark["training_macs"](config, parts, **shape, checkpointing=checkpointing)
+    if checkpointing:  # a layer is run again up to its last product, a chunk of frames up to its last block
+        expected -= config.text_config.num_hidden_layers * ids.shape[1] * 192 * 448
+        if "vision_tower" in parts:
+            patches, blocks, product = frames * config.patch_grid_size**2, config.num_vision_blocks, 64 * 144
+            expected -= patches * (blocks * product + 4 * 64 * 64 + 2 * product)
     assert counter.get_total_flops() / 2 == pytest.approx(expected, rel=0.01)
 
 
