@@ -4,10 +4,9 @@
 
 Counted, for the real 2B and 7B: what learns, the bytes that `crosslmm train` keeps for it (weights and gradients in
 float32, AdamW's two moments), and the multiply-accumulates of a step on one sample, what checkpointing makes again
-among them. Measured, on a CPU and on one
-thread: whole steps of `adapt` as its recipe has them (bfloat16 on float32 weights, checkpointing), on a real 2B with
-random weights, and the memory they take; stage 2 of it does not fit here. Timed at a toy size: steps of either stage
-in turns, for their ratio alone.
+among them. Measured, on a CPU and one thread: steps of `adapt` as its recipe has them (bfloat16 on float32 weights,
+checkpointing), on a real 2B with random weights, and the memory they take; a step of stage 2 would take 32 GB. Timed
+at a toy size: steps of either stage in turns, for their ratio alone.
 """
 
 import json
