@@ -2,9 +2,9 @@
 
     python benchmarks/training_memory.py         # -> benchmarks/training_memory.json, docs/images/training_memory.png
 
-Counted: full-size models on the meta device in which everything trains. `saved_tensors_hooks` sees every tensor that
-autograd saves; storages count once, weights not at all, and attention keeps what a flash kernel keeps. What a backward
-pass makes for the moment (one layer and one chunk of frames at a time) comes on top.
+Counted: full-size models on the meta device, in which everything trains, or what `adapt` trains. `saved_tensors_hooks`
+sees every tensor that autograd saves; storages count once, weights not at all, and attention keeps what a flash kernel
+keeps. What a backward pass makes for the moment (one layer and one chunk of frames at a time) comes on top.
 
 Measured, to see whether the count is right: the same steps on a CPU, with the widths of `memory_curve.py` and its few
 layers, each in a process of its own. Resident memory between forward and backward is what is kept, and stands beside
@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -30,22 +31,26 @@ from transformers import AttentionInterface
 from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration
 from transformers_crosslmm.cache_crosslmm import Medium, VisualMemory
 from transformers_crosslmm.modeling_crosslmm import VisualContext
+from transformers_crosslmm.training_crosslmm import PARTS, train_only
 
 HERE = Path(__file__).resolve().parent
 RESULTS, CHART = HERE / "training_memory.json", HERE.parent / "docs" / "images" / "training_memory.png"
 FRAMES = (32, 64, 128)
 TEXT_TOKENS = 64
+ADAPT = ("projector", "v2v", "t2v")  # recipes/adapt.yaml
 WAYS = {
     "plain": {"checkpointing": False},
     "checkpointing": {},
     "checkpointing, visual_norm and visual_time": {"flavour": "recommended"},
     "checkpointing, float32": {"dtype": torch.float32},
+    "checkpointing, float32, adapt": {"dtype": torch.float32, "parts": ADAPT},
 }
 MEASURED_FRAMES = (32, 48, 64)
 MEASURED_WAYS = {
     "checkpointing": {},
     "checkpointing, visual_norm and visual_time": {"text": NORMALISED},
     "checkpointing, bfloat16 on float32 weights": {"dtype": torch.float32, "autocast": True},
+    "checkpointing, bfloat16 on float32 weights, adapt": {"dtype": torch.float32, "autocast": True, "parts": ADAPT},
 }
 
 
@@ -91,7 +96,11 @@ class SavedBytes(saved_tensors_hooks):
 
 
 def model_of(
-    config: CrossLMMConfig, *, checkpointing: bool = True, dtype: torch.dtype = torch.bfloat16
+    config: CrossLMMConfig,
+    *,
+    checkpointing: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    parts: Sequence[str] = PARTS,
 ) -> CrossLMMForConditionalGeneration:
     with torch.device("meta"):
         model = CrossLMMForConditionalGeneration._from_config(
@@ -99,6 +108,7 @@ def model_of(
         ).train()
     if checkpointing:
         model.activation_checkpointing_enable()
+    train_only(model, parts)
     return model
 
 
@@ -176,14 +186,15 @@ def step(model: CrossLMMForConditionalGeneration, num_frames: int, *, autocast: 
             forget_peak()
 
     def begin_with_the_encoder(module, pixels, encoded):  # when the first gradient of a chunk is there
-        encoded.last_hidden_state.register_hook(lambda _: note("language model"))
+        if encoded.last_hidden_state.requires_grad:
+            encoded.last_hidden_state.register_hook(lambda _: note("language model"))
 
     hook = model.model.vision_tower.register_forward_hook(begin_with_the_encoder)
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
         loss = model(input_ids=ids, labels=ids, pixel_values_videos=pixels).loss
     note("kept", "VmRSS")
     loss.backward()
-    note("encoder")
+    note("encoder" if "language model" in points else "language model")
     hook.remove()
     model.zero_grad()
     return points
@@ -195,10 +206,12 @@ def measure(preset: str) -> dict:
         dtype = way.get("dtype", torch.bfloat16)
         model = shallow_model_of(preset, way.get("text", {}), dtype).train()
         model.activation_checkpointing_enable()
+        parts = way.get("parts", PARTS)
+        train_only(model, parts)
         once = partial(step, model, autocast=way.get("autocast", False))
         once(2)  # what is made once is made before
         points = {frames: in_child(partial(once, frames)) for frames in MEASURED_FRAMES}
-        shadow = model_of(model.config, dtype=dtype)
+        shadow = model_of(model.config, dtype=dtype, parts=parts)
         counted = {frames: sum(saved_by_step(shadow, frames).values()) / 1e6 for frames in MEASURED_FRAMES}
         results[name] = {
             "megabytes": points,
