@@ -335,7 +335,8 @@ class CrossLMMTrainer(Trainer):
                 f"{resume_from_checkpoint} was not saved to its end (or not by CrossLMMTrainer): it cannot be resumed."
             )
         self._agree_on(resume_from_checkpoint)
-        self.what_learns = describe(self.model, self.parameter_groups(self.model))
+        model = cast(nn.Module, self.model)
+        self.what_learns = describe(model, self.parameter_groups(model))
         if resume_from_checkpoint:
             self._refuse_another_recipe(Path(cast(str, resume_from_checkpoint)))
         self.model.config.untrained = False
