@@ -1,6 +1,7 @@
 """What a training step keeps for its backward pass per frame of video, with and without gradient checkpointing.
 
-    python benchmarks/training_memory.py         # -> benchmarks/training_memory.json, docs/images/training_memory.png
+    python benchmarks/training_memory.py               # -> training_memory.json, docs/images/training_memory.png
+    python benchmarks/training_memory.py "2B, mixed"   # this way alone is measured again
 
 Counted: full-size models on the meta device, in which everything trains, or what `adapt` trains. `saved_tensors_hooks`
 sees every tensor that autograd saves; storages count once, weights not at all, and attention keeps what a flash kernel
@@ -17,6 +18,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -45,12 +47,17 @@ WAYS = {
     "checkpointing, float32": {"dtype": torch.float32},
     "checkpointing, float32, adapt": {"dtype": torch.float32, "parts": ADAPT},
 }
-MEASURED_FRAMES = (32, 48, 64)
+MEASURED_FRAMES = (16, 32, 48)
+MIXED = {"dtype": torch.float32, "autocast": True}  # bfloat16 on float32 weights, as `crosslmm train` has it
 MEASURED_WAYS = {
-    "checkpointing": {},
-    "checkpointing, visual_norm and visual_time": {"text": NORMALISED},
-    "checkpointing, bfloat16 on float32 weights": {"dtype": torch.float32, "autocast": True},
-    "checkpointing, bfloat16 on float32 weights, adapt": {"dtype": torch.float32, "autocast": True, "parts": ADAPT},
+    f"{preset}, {name}": {"preset": preset, **way}
+    for preset in ("2B", "7B")
+    for name, way in {
+        "bfloat16": {},
+        "bfloat16, visual_norm and visual_time": {"text": NORMALISED},
+        "mixed": MIXED,
+        "mixed, adapt": {**MIXED, "parts": ADAPT},
+    }.items()
 }
 
 
@@ -200,29 +207,30 @@ def step(model: CrossLMMForConditionalGeneration, num_frames: int, *, autocast: 
     return points
 
 
-def measure(preset: str) -> dict:
-    results = {}
-    for name, way in MEASURED_WAYS.items():
-        dtype = way.get("dtype", torch.bfloat16)
-        model = shallow_model_of(preset, way.get("text", {}), dtype).train()
-        model.activation_checkpointing_enable()
-        parts = way.get("parts", PARTS)
-        train_only(model, parts)
-        once = partial(step, model, autocast=way.get("autocast", False))
-        once(2)  # what is made once is made before
-        points = {frames: in_child(partial(once, frames)) for frames in MEASURED_FRAMES}
-        shadow = model_of(model.config, dtype=dtype, parts=parts)
-        counted = {frames: sum(saved_by_step(shadow, frames).values()) / 1e6 for frames in MEASURED_FRAMES}
-        results[name] = {
-            "megabytes": points,
-            "counted_megabytes_per_frame": round(growth(counted), 2),
-            "megabytes_per_frame": {
-                what: round(growth({frames: point[what] for frames, point in points.items()}), 2)
-                for what in points[MEASURED_FRAMES[0]]
-            },
-        }
-        print(preset, name, json.dumps(results[name]), flush=True)
-    return results
+def measure(
+    preset: str,
+    *,
+    text: dict | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    autocast: bool = False,
+    parts: Sequence[str] = PARTS,
+) -> dict:
+    model = shallow_model_of(preset, text or {}, dtype).train()
+    model.activation_checkpointing_enable()
+    train_only(model, parts)
+    once = partial(step, model, autocast=autocast)
+    once(2)  # what is made once is made before
+    points = {frames: in_child(partial(once, frames)) for frames in MEASURED_FRAMES}
+    shadow = model_of(model.config, dtype=dtype, parts=parts)
+    counted = {frames: sum(saved_by_step(shadow, frames).values()) / 1e6 for frames in MEASURED_FRAMES}
+    return {
+        "megabytes": points,
+        "counted_megabytes_per_frame": round(growth(counted), 2),
+        "megabytes_per_frame": {
+            what: round(growth({frames: point[what] for frames, point in points.items()}), 2)
+            for what in points[MEASURED_FRAMES[0]]
+        },
+    }
 
 
 def draw(sizes: dict) -> None:
@@ -252,11 +260,14 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
     about = {"command": "python benchmarks/training_memory.py", "commit": commit, "torch": torch.__version__}
     about |= {"machine": f"{platform.machine()}, one of {os.cpu_count()} cores"}
-    sizes = {preset: count(preset) for preset in ("2B", "7B")}
-    print(json.dumps(sizes, indent=1))
-    measured = {preset: measure(preset) for preset in ("2B", "7B")}
-    RESULTS.write_text(json.dumps({"about": about, "sizes": sizes, "measured": measured}, indent=1) + "\n")
-    draw(sizes)
+    kept = json.loads(RESULTS.read_text())
+    if not sys.argv[1:]:
+        kept = {"about": about, "sizes": {preset: count(preset) for preset in ("2B", "7B")}, "measured": {}}
+        draw(kept["sizes"])
+    for name in sys.argv[1:] or MEASURED_WAYS:
+        kept["measured"][name] = {"about": about, **measure(**MEASURED_WAYS[name])}
+        print(name, json.dumps(kept["measured"][name]), flush=True)
+        RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":
