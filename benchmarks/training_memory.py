@@ -44,19 +44,18 @@ WAYS = {
     "plain": {"checkpointing": False},
     "checkpointing": {},
     "checkpointing, visual_norm and visual_time": {"flavour": "recommended"},
-    "checkpointing, float32": {"dtype": torch.float32},
-    "checkpointing, float32, adapt": {"dtype": torch.float32, "parts": ADAPT},
+    "checkpointing, mixed": {"mixed": True},
+    "checkpointing, mixed, adapt": {"mixed": True, "parts": ADAPT},
 }
 MEASURED_FRAMES = (16, 32, 48)
-MIXED = {"dtype": torch.float32, "autocast": True}  # bfloat16 on float32 weights, as `crosslmm train` has it
 MEASURED_WAYS = {
     f"{preset}, {name}": {"preset": preset, **way}
     for preset in ("2B", "7B")
     for name, way in {
         "bfloat16": {},
         "bfloat16, visual_norm and visual_time": {"text": NORMALISED},
-        "mixed": MIXED,
-        "mixed, adapt": {**MIXED, "parts": ADAPT},
+        "mixed": {"mixed": True},
+        "mixed, adapt": {"mixed": True, "parts": ADAPT},
     }.items()
 }
 
@@ -85,13 +84,13 @@ class SavedBytes(saved_tensors_hooks):
     def __init__(self, known):
         self.known = {tensor.untyped_storage()._cdata for tensor in known}
         self.storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
-        super().__init__(self._pack, lambda tensor: tensor)
+        super().__init__(self.note, lambda tensor: tensor)
 
     def __enter__(self) -> "SavedBytes":
         super().__enter__()
         return self
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+    def note(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.known:
             self.storages[storage._cdata] = storage
@@ -102,16 +101,21 @@ class SavedBytes(saved_tensors_hooks):
         return sum(storage.nbytes() for storage in self.storages.values())
 
 
+def dtype_of(mixed: bool) -> torch.dtype:
+    return torch.float32 if mixed else torch.bfloat16
+
+
 def model_of(
     config: CrossLMMConfig,
     *,
     checkpointing: bool = True,
-    dtype: torch.dtype = torch.bfloat16,
+    mixed: bool = False,
     parts: Sequence[str] = PARTS,
 ) -> CrossLMMForConditionalGeneration:
+    """mixed: float32 weights, for bfloat16 by autocast, as `crosslmm train` has it; otherwise all is bfloat16."""
     with torch.device("meta"):
         model = CrossLMMForConditionalGeneration._from_config(
-            copy.deepcopy(config), dtype=dtype, attn_implementation="kept_as_by_kernels"
+            copy.deepcopy(config), dtype=dtype_of(mixed), attn_implementation="kept_as_by_kernels"
         ).train()
     if checkpointing:
         model.activation_checkpointing_enable()
@@ -120,7 +124,8 @@ def model_of(
 
 
 def saved_by_step(model: CrossLMMForConditionalGeneration, num_frames: int) -> dict[str, int]:
-    """Bytes that the network keeps, and what the head and the loss keep on top.
+    """Bytes that the network keeps, and what the head and the loss keep on top. A model in float32 is counted as under
+    autocast: what checkpointing keeps is the stream, in float32, but for the original tokens, in bfloat16.
 
     As `forward` does it, part by part: on the meta device nobody can look where the placeholders are.
     """
@@ -128,6 +133,7 @@ def saved_by_step(model: CrossLMMForConditionalGeneration, num_frames: int) -> d
     size, tokens = config.vision_config.image_size, num_frames * config.tokens_per_frame
     pixels = torch.empty(num_frames, 3, size, size, dtype=model.dtype, device="meta")
     with SavedBytes(model.parameters()) as saved:
+        saved.note(pixels)  # the batch is there to the end of the step, whether autograd wants it or not
         encoded = base.get_video_features(pixels, return_dict=True)
         states, _ = base._visual_states(encoded.last_hidden_state, torch.arange(num_frames), is_lazy=False)
         memory = VisualMemory(
@@ -154,7 +160,8 @@ def saved_by_step(model: CrossLMMForConditionalGeneration, num_frames: int) -> d
         logits = model.lm_head(hidden)
         labels = torch.zeros(1, length, dtype=torch.long, device="meta")
         model.loss_function(logits=logits, labels=labels, vocab_size=config.text_config.vocab_size)
-    return {"network": saved.total, "head and loss": head.total}
+    network = saved.total - (states.numel() * 2 if states.dtype == torch.float32 else 0)
+    return {"network": network, "head and loss": head.total}
 
 
 def growth(values: dict[int, float]) -> float:
@@ -178,7 +185,7 @@ def count(preset: str) -> dict:
     return results
 
 
-def step(model: CrossLMMForConditionalGeneration, num_frames: int, *, autocast: bool) -> dict[str, float]:
+def step(model: CrossLMMForConditionalGeneration, num_frames: int, *, mixed: bool) -> dict[str, float]:
     """MB over what the process held before: between forward and backward, and at most while the language model and
     while the encoder run backwards."""
     config, held = model.config, memory("VmRSS")
@@ -197,7 +204,7 @@ def step(model: CrossLMMForConditionalGeneration, num_frames: int, *, autocast: 
             encoded.last_hidden_state.register_hook(lambda _: note("language model"))
 
     hook = model.model.vision_tower.register_forward_hook(begin_with_the_encoder)
-    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+    with torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext():
         loss = model(input_ids=ids, labels=ids, pixel_values_videos=pixels).loss
     note("kept", "VmRSS")
     loss.backward()
@@ -211,17 +218,16 @@ def measure(
     preset: str,
     *,
     text: dict | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    autocast: bool = False,
+    mixed: bool = False,
     parts: Sequence[str] = PARTS,
 ) -> dict:
-    model = shallow_model_of(preset, text or {}, dtype).train()
+    model = shallow_model_of(preset, text or {}, dtype_of(mixed)).train()
     model.activation_checkpointing_enable()
     train_only(model, parts)
-    once = partial(step, model, autocast=autocast)
+    once = partial(step, model, mixed=mixed)
     once(2)  # what is made once is made before
     points = {frames: in_child(partial(once, frames)) for frames in MEASURED_FRAMES}
-    shadow = model_of(model.config, dtype=dtype, parts=parts)
+    shadow = model_of(model.config, mixed=mixed, parts=parts)
     counted = {frames: sum(saved_by_step(shadow, frames).values()) / 1e6 for frames in MEASURED_FRAMES}
     return {
         "megabytes": points,
