@@ -1,5 +1,4 @@
-"""The tables of docs/benchmarks.md, docs/cost.md, docs/ablation.md and the tiny checkpoint's card, made of the results
-that benchmarks/ keeps.
+"""The tables of docs/ and of the tiny checkpoint's card, made of the results that benchmarks/ keeps.
 
 python docs/tables.py      # writes them anew where they differ; a test compares
 """
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "docs" / name for name in ("benchmarks.md", "cost.md", "ablation.md")] + [
+PAGES = [ROOT / "docs" / name for name in ("benchmarks.md", "cost.md", "ablation.md", "memory-and-speed.md")] + [
     ROOT / "src" / "transformers_crosslmm" / "tiny_checkpoint" / "README.md"
 ]
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -190,7 +189,8 @@ def video_fuzz() -> str:
     return (
         f"{markdown(['damaged file', 'files', 'share'], rows)}\n{mutants:,} damaged files of {len(results['files'])} "
         f"kinds; slowest {results['slowest_seconds']:.2f} s, most memory {results['peak_memory_mb']:.0f} MB; "
-        f"processes that died: {results['processes_that_died']}. PyAV {results['pyav']}, FFmpeg {results['ffmpeg']}.\n"
+        f"processes that died: {results['processes_that_died']}. `{results['command']}`, commit "
+        f"{results['commit'][:7]}, {results['machine']}; PyAV {results['pyav']}, FFmpeg {results['ffmpeg']}.\n"
     )
 
 
@@ -393,6 +393,53 @@ def cost_cpu() -> str:
     )
 
 
+def cpu_speed() -> str:
+    """Time of ours over LLaVA-OneVision's; for a prefill also of the kernels that multiply, and of all beside them."""
+    results = kept("cpu_speed.json")
+    before, now = results["before"], results["now"]
+    forms = {"CrossLMM, kv": '"kv"', "CrossLMM, features": '"features"'}
+    words = {
+        "prefill, kernels": "prefill, kernels alone",
+        "prefill, beside": "prefill, beside kernels",
+        "decode": "step",
+    }
+    rows = []
+    for size in ("mid", "tiny"):
+        for model, form in forms.items():
+            measured = now[size]["time_against_llava_onevision"][model]
+            earlier = before[size]["time_against_llava_onevision"][model]
+            for part in ("prefill", "prefill, kernels", "prefill, beside", "decode"):
+                was = f"{earlier[part]['measured']:.2f}" if part in earlier else ""
+                predicted = f"{measured[part]['predicted']:.2f}" if "predicted" in measured[part] else ""
+                rows.append(
+                    [f"{size}, {form}, {words.get(part, part)}", was, f"{measured[part]['measured']:.2f}", predicted]
+                )
+    return (
+        f"{markdown(['', 'before', 'now', 'predicted'], rows)}\n`{now['command']}`, commits {before['commit'][:7]} "
+        f"(before) and {now['commit'][:7]} (now), {now['machine']}; torch {now['torch']}.\n"
+    )
+
+
+def memory_curve() -> str:
+    curves = kept("memory_curve.json")
+    rows = [
+        [
+            name,
+            f"{curve['growth_mb_per_frame']:.2f}",
+            f"{curve['language_models_own_mb_per_frame']:.2f}",
+            f"{curve['growth_without_it']:.2f}",
+        ]
+        for name, curve in curves.items()
+    ]
+    *_, last = curves.values()
+    frames, about = ", ".join(f"{int(count):,}" for count in last["peak_mb"]), last["about"]
+    return (
+        f"{markdown(['MB per frame', 'growth', 'of which the language model keeps', 'the rest'], rows)}\n"
+        f"`{about['command']}`, commit {about['commit'][:7]}, {about['machine']}; torch {about['torch']}; {frames} "
+        "frames.\n"
+    )
+
+
 def origin(results: dict[str, Any]) -> str:
     about = results["about"]
     return (
@@ -419,6 +466,8 @@ TABLES: dict[str, Callable[[], str]] = {
         cost_counted,
         cost_closed_form,
         cost_cpu,
+        cpu_speed,
+        memory_curve,
         ablation_arms,
         ablation_effects,
         ablation_longer,

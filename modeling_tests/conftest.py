@@ -19,6 +19,12 @@ def fixed_seeds():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def float32_is_float32():
+    """Convolutions on a GPU would otherwise round float32 to ten bits, of which no tolerance here knows."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def pytest_runtest_setup(item):
     """Skip `gpu` tests without a GPU; with CROSSLMM_EXPECT_GPU=1 a missing GPU is a failure."""
     if item.get_closest_marker("gpu") is None or torch.cuda.is_available():

@@ -256,8 +256,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool) -
     key, value = (tokens.float().repeat_interleave(shared, dim=1) for tokens in (k, v))
     scores = torch.einsum("lhe,mhe->hlm", q.float(), key) * scale
     if causal:
-        rows, columns = torch.arange(len(q))[:, None], torch.arange(len(k))[None]
-        scores = scores.masked_fill(columns > rows + len(k) - len(q), float("-inf"))
+        rows, columns = (torch.arange(len(one), device=q.device) for one in (q, k))
+        scores = scores.masked_fill(columns > rows[:, None] + len(k) - len(q), float("-inf"))
     return torch.einsum("hlm,mhe->lhe", scores.softmax(-1), value).to(q.dtype)
 
 

@@ -44,6 +44,13 @@ def text_truncated(inputs):
         inputs[name] = inputs[name][:, :20]
 
 
+def text_within_a_frame(inputs):
+    """The last of the second row's placeholders changes places with the text behind it."""
+    (places,) = (inputs["input_ids"][1] == 128).nonzero(as_tuple=True)
+    last = int(places[-1])
+    inputs["input_ids"][1, [last, last + 1]] = inputs["input_ids"][1, [last + 1, last]]
+
+
 def counts_that_do_not_add_up(inputs):
     inputs["video_num_frames"] = torch.tensor([3, 3])
 
@@ -157,6 +164,7 @@ CASES = [
     (a_frame_lost, ValueError, "holds 45 video.*fill 36"),
     (a_frame_too_many, ValueError, "holds 45 video.*fill 54"),
     (text_truncated, ValueError, "without truncation"),
+    (text_within_a_frame, ValueError, r"9 placeholders of a frame must follow each other.*frame 4 of this call"),
     (counts_that_do_not_add_up, ValueError, r"add up to the 5 frames.*got \[3, 3\]"),
     (an_empty_video, ValueError, r"positive.*got \[5, 0\]"),
     (a_negative_count, ValueError, r"positive.*got \[6, -1\]"),
@@ -316,6 +324,25 @@ def test_positions_counted_from_the_mask_are_taken(padding_side, shared_model):
     logits = shared_model(**inputs, position_ids=positions).logits
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(logits[real], shared_model(**inputs).logits[real], rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_that_does_not_cover_the_call_is_refused(idle_model):
+    inputs = good_inputs(idle_model.config)
+    inputs["attention_mask"] = inputs["attention_mask"][:, :-2]
+    length = inputs["input_ids"].shape[1]
+    with pytest.raises(ValueError, match=f"`attention_mask` must cover the {length} tokens.*got {length - 2} columns"):
+        idle_model(**inputs)
+
+
+@pytest.mark.parametrize("mask", [{}, {"attention_mask": torch.ones(1, 3, dtype=torch.long)}], ids=["none", "short"])
+def test_new_tokens_alone_need_a_mask_of_the_whole(mask, shared_model):
+    inputs = model_inputs(make_sample(shared_model.config, *FIRST))
+    cache = shared_model(**inputs, use_cache=True).past_key_values
+    length = inputs["input_ids"].shape[1]
+    with pytest.raises(ValueError, match=f"has seen {length} tokens, and the 3 given hold none behind them"):
+        shared_model.generate(torch.tensor([[5, 6, 7]]), past_key_values=cache, max_new_tokens=2, **mask)
+    whole = torch.ones(1, length + 3, dtype=torch.long)
+    shared_model.generate(torch.tensor([[5, 6, 7]]), past_key_values=cache, attention_mask=whole, max_new_tokens=2)
 
 
 def test_ids_and_embeddings_together_or_neither_are_refused(idle_model):

@@ -4,6 +4,7 @@ import json
 from concurrent.futures import Future
 from functools import cache
 from itertools import count as count_from
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from transformers_crosslmm import CrossLMMConfig, benchmarking_crosslmm
 from transformers_crosslmm.benchmarking_crosslmm import (
     FRAMES,
     PAPER,
+    Clock,
     PartTimer,
+    Runner,
     choose,
     count,
     multiply_accumulates,
@@ -151,6 +154,35 @@ def test_time_is_charged_to_the_innermost_part():
     assert timer.seconds() == {"all": 4, "some": 2, "rest": 3}
 
 
+def test_a_second_gpu_is_asked_for_its_own_time_and_memory(monkeypatch):
+    """The current GPU is another."""
+    asked = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: torch.device) -> None:
+            asked.append(stream)
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 1500.0
+
+    second = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+    for name in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: asked.append(device) or len(asked))
+    assert Clock(second).seconds(lambda: None) == 1.5
+    runner = Runner.__new__(Runner)
+    runner.model, runner.answer = SimpleNamespace(device=second), lambda new_tokens: None
+    assert runner.peak_bytes() == 1
+    assert asked == [second] * 5
+
+
 class ThisProcess:
     """Stands for an executor whose processes would each import everything again."""
 
@@ -195,6 +227,30 @@ def test_a_run_at_toy_size_has_everything_that_one_on_a_gpu_has(monkeypatch):
     heading, *rows = table(results)
     assert [row[0] for row in rows] == [ours, ours, peer, peer]
     assert {len(row) for row in rows} == {len(heading)}
+
+
+def test_what_does_not_fit_is_said_and_the_rest_is_kept(monkeypatch):
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    def times(runner):
+        if runner.contender.name != fits and len(runner.inputs["input_ids"][0]) > 100:
+            out_of_memory()
+        return {"prefill": 0.5, "second_question": 0.25, "decode_step": 0.125}
+
+    fits, too_large = names = ["CrossLMM-7B video features", "LLaVA-OneVision-7B"]
+    monkeypatch.setattr(Runner, "times", times)
+    monkeypatch.setattr(benchmarking_crosslmm, "ProcessPoolExecutor", ThisProcess)
+    for measure in ("_peaks", "time_long_video", "time_training_step", "time_cold_start"):
+        monkeypatch.setattr(benchmarking_crosslmm, measure, out_of_memory)
+    results = run(names, [1], size="toy", device="cpu", repeats=2)
+    mine, its = results["timed"]
+    assert mine["seconds"]["prefill"] == 0.5
+    assert its["model"] == too_large
+    rows = [its, *results["memory"], *results["long_video"], results["training_step"], results["cold_start"]]
+    assert len(rows) == 6
+    assert all("Tried to allocate" in row["out_of_memory"] for row in rows)
+    assert [row[-1] for row in table(results)[1:]] == ["0.125", ""]
 
 
 @pytest.mark.slow

@@ -370,6 +370,36 @@ def test_a_conversation_answers_as_the_whole_chat_would(model, processor, folder
         assert text == said
 
 
+@pytest.mark.parametrize("turns_before", [0, 1])
+@pytest.mark.parametrize("interrupted", ["while answering", "between two layers"])
+def test_an_interrupted_question_leaves_no_trace(turns_before, interrupted, model, processor, folder, monkeypatch):
+    """Ctrl-C, a listener that fails, memory that runs out: in the middle of a prefill or of the answer."""
+
+    class Interruption(BaseException):
+        pass
+
+    def interrupt(*_, **__):
+        raise Interruption
+
+    def asked(conversation):
+        return conversation.ask("What is it?", max_new_tokens=5), list(conversation.token_ids)
+
+    conversations = [
+        VideoConversation(model, processor, read_video(processor, str(folder / "clip.mp4"), num_frames=3))
+        for _ in "ab"
+    ]
+    for conversation in conversations:
+        for turn in range(turns_before):
+            conversation.ask(f"Turn {turn}?", max_new_tokens=4)
+    undisturbed, disturbed = conversations
+    with monkeypatch.context() as patched:
+        if interrupted == "between two layers":
+            patched.setattr(model.model.language_model.layers[2], "forward", interrupt)
+        with pytest.raises(Interruption):
+            disturbed.ask("A question of quite another length, is it not?", max_new_tokens=6, on_text=interrupt)
+    assert asked(disturbed) == asked(undisturbed)
+
+
 def test_an_end_mark_is_written_once_and_is_no_part_of_the_answer(model, processor, folder):
     video = read_video(processor, str(folder / "clip.mp4"), num_frames=2)
     said = VideoConversation(model, processor, video)

@@ -287,12 +287,20 @@ def test_time_needs_an_even_width():
     [
         ({"vision_config": CLIPVisionConfig()}, "SigLIP.*got 'clip_vision_model'"),
         ({"text_config": Qwen2Config()}, "`text_config` must be a `CrossLMMTextConfig`.*got Qwen2Config"),
+        ({"text_config": {"model_type": "llama"}}, "`text_config` must describe a Qwen2.*got 'llama'"),
     ],
-    ids=["vision", "text"],
+    ids=["vision", "text", "text-fields"],
 )
 def test_backbones_of_another_kind_are_refused(parts, text):
     with pytest.raises(MISTAKE, match=text):
         CrossLMMConfig(**parts)
+
+
+def test_fields_of_a_qwen2_become_a_crosslmms():
+    fields = Qwen2Config(hidden_size=24, num_attention_heads=3, num_key_value_heads=1).to_dict()
+    config = CrossLMMConfig(text_config=fields)
+    assert (type(config.text_config), config.text_config.hidden_size) == (CrossLMMTextConfig, 24)
+    assert config.to_dict()["text_config"]["model_type"] == "crosslmm_text"
 
 
 def test_a_mistake_in_a_saved_config_fails_when_it_is_loaded(tmp_path):

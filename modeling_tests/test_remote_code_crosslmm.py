@@ -98,10 +98,11 @@ report["refused"]["pipeline"] = refusal(lambda: pipeline("video-text-to-text", m
 loaded = {auto.__name__: auto.from_pretrained(folder, trust_remote_code=True) for auto in autos}
 report["loaded"] = {name: type(part).__name__ for name, part in loaded.items()}
 pipe = pipeline("video-text-to-text", model=folder, trust_remote_code=True)
-report["answer"] = pipe(videos=clip, text=settings.pop("question"), **settings)
+question = settings.pop("question")
+report["answer"] = pipe(videos=clip, text=question, **settings)
 report["modules"] = sorted({type(part).__module__.split(".")[0] for part in (pipe, pipe.model, pipe.processor)})
 
-model, processor = pipe.model, loaded["AutoProcessor"]
+model, processor = loaded["AutoModelForImageTextToText"], loaded["AutoProcessor"]
 chat = [{"role": "user", "content": [{"type": "video", "path": clip}, {"type": "text", "text": "what?"}]}]
 as_tensors = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
 inputs = processor.apply_chat_template(chat, add_generation_prompt=True, **as_tensors)
@@ -112,6 +113,8 @@ model.save_pretrained(again)
 processor.save_pretrained(again)
 resaved = AutoModelForImageTextToText.from_pretrained(again, trust_remote_code=True)
 AutoProcessor.from_pretrained(again, trust_remote_code=True)
+pipe = pipeline("video-text-to-text", model=again, trust_remote_code=True)
+report["answer_again"] = pipe(videos=clip, text=question, **settings)
 with torch.no_grad():
     report["logits_again"] = resaved(**inputs).logits[0, -1].tolist()
 print()  # ends the line of the question whether to trust
@@ -149,6 +152,7 @@ def test_a_fresh_environment_without_this_package_runs_the_code_of_the_folder(
         expected = here.model(**inputs).logits[0, -1]
     torch.testing.assert_close(torch.tensor(report["logits"]), expected, rtol=1e-5, atol=1e-5)
     assert report["logits_again"] == report["logits"]
+    assert report["answer_again"] == report["answer"]
 
 
 def test_the_installed_package_needs_no_trust(exported, clip, monkeypatch):

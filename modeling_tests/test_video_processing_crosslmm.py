@@ -428,6 +428,13 @@ MISTAKES = {
         "got 2 for 1 frames",
     ),
     "times of a part": (FRAME[None], {"times": [1.0], "end_seconds": 2.0}, ValueError, "`times` names every moment"),
+    "no most frames": (FRAME[None], {"max_frames": 0}, ValueError, "must be at least 1; got 0"),
+    "no most frames of many": (
+        FRAME[None],
+        {"max_frames": 0, "num_frames": 3},
+        ValueError,
+        "must be at least 1; got 0",
+    ),
     "no times": (FRAME[None], {"times": []}, ValueError, "at least one moment"),
     "crop": (
         FRAME[None],
@@ -451,6 +458,12 @@ MISTAKES = {
 def test_mistakes_are_named(videos, options, error, message):
     with pytest.raises(error, match=message):
         processor()(videos, **options)
+
+
+@pytest.mark.parametrize("saved", [{"fps": 0}, {"max_frames": 0}, {"num_frames": 0}], ids=str)
+def test_zero_is_no_default(saved):
+    with pytest.raises(ValueError, match=r"must be (at least 1|a positive number); got 0"):
+        processor(**saved)(np.stack([FRAME] * 4), video_metadata={"fps": 2, "total_num_frames": 4})
 
 
 def test_a_mistake_in_the_last_video_is_found_before_the_first_is_read():

@@ -320,7 +320,8 @@ def bench(
     device: Device = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds behind each median time.")] = 3,
     output: Annotated[
-        Path | None, typer.Option(help="A JSON file for all of it.", dir_okay=False, show_default="none")
+        Path | None,
+        typer.Option(help="A JSON file for all of it, part after part.", dir_okay=False, show_default="none"),
     ] = None,
 ) -> None:
     """Count and time what a video costs, beside LLaVA-OneVision, Qwen2.5-VL and Qwen3-VL.
@@ -340,6 +341,10 @@ def bench(
         _import_package(steps)
         from transformers_crosslmm import benchmarking_crosslmm
 
+        def save(results: dict) -> None:
+            if output is not None:
+                output.write_text(json.dumps(results, indent=1) + "\n")
+
         results = benchmarking_crosslmm.run(
             [name for name in models.split(",") if name],
             [int(number) for number in frames.split(",") if number],
@@ -347,9 +352,8 @@ def bench(
             device=device,
             repeats=repeats,
             on_step=steps.begin,
+            on_results=save,
         )
-    if output is not None:
-        output.write_text(json.dumps(results, indent=1) + "\n")
     rows = benchmarking_crosslmm.table(results)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, *numbers in rows:

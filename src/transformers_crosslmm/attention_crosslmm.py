@@ -10,12 +10,13 @@ Shapes: Q packed queries, P packed patches, H query heads, G key/value heads, E 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
-from itertools import repeat
+from itertools import accumulate, repeat
 
 import torch
 from torch import nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from transformers.utils.generic import is_flash_attention_requested
 
 from .vision_crosslmm import TokenNorm
@@ -52,6 +53,7 @@ class Segments:
     lengths: tuple[int, ...]
     spans: tuple[Span, ...]
     is_dummy: bool = False
+    _ends: dict[tuple, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def dummy(cls, num_patches: int, device: torch.device) -> "Segments":
@@ -73,6 +75,18 @@ class Segments:
 
     def to(self, device: torch.device) -> "Segments":
         return self if self.queries.device == device else replace(self, queries=self.queries.to(device))
+
+    def ends(self, lengths: list[int]) -> torch.Tensor:
+        """Where stretches of these lengths end, 0 first, on the device of the queries. Kept, because layers and steps
+        ask for the same again, and a GPU stops for whatever is uploaded to it."""
+        key = (*lengths, self.queries.device)
+        ends = self._ends.get(key)
+        if ends is None:
+            sums = [0, *accumulate(lengths)]
+            ends = torch.tensor(sums, dtype=torch.int32, device=self.queries.device)
+            if not torch.compiler.is_compiling():  # what a CUDA graph has made must not outlive it
+                self._ends[key] = ends
+        return ends
 
     def reach(self) -> tuple[int, int]:
         """First patch that any query sees, and the one behind the last."""
@@ -129,8 +143,8 @@ def packed_attention(
             count = 1
             key_lengths = [span_length(span) for span in spans]
             extra = {
-                "cu_seq_lens_q": _cumulative(lengths, query.device),
-                "cu_seq_lens_k": _cumulative(key_lengths, query.device),
+                "cu_seq_lens_q": segments.ends(lengths),
+                "cu_seq_lens_k": segments.ends(key_lengths),
                 "max_length_q": max(lengths),
                 "max_length_k": max(key_lengths),
             }
@@ -188,10 +202,13 @@ def _attention_with_weight(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention (B, G, R, E) of R rows, and the log-sum-exp of their scores (B, G, R, 1)."""
-    device, half = query.device.type, query.dtype in (torch.float16, torch.bfloat16)
-    if device == "cpu":
+    if query.device.type == "cpu":
         output, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scaling)
-    elif device == "cuda" and half and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256:
+    elif (
+        query.is_cuda
+        and query.shape[-1] % 8 == 0
+        and can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, False))
+    ):  # in half precision, up to a width, and not on every GPU
         output, weight, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scaling)
     else:
         rows = max(1, CHUNK_BYTES // (4 * key.shape[:3].numel()))
@@ -286,13 +303,6 @@ def _runs(segments: Segments, *, may_differ: bool) -> Iterator[tuple[slice, list
     for lengths, spans in runs:
         yield slice(row, row + sum(lengths)), lengths, spans
         row += sum(lengths)
-
-
-def _cumulative(lengths, device: torch.device) -> torch.Tensor:
-    ends = [0]
-    for length in lengths:
-        ends.append(ends[-1] + length)
-    return torch.tensor(ends, dtype=torch.int32, device=device)
 
 
 def folded_attention(

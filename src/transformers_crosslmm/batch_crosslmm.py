@@ -28,7 +28,6 @@ import torch
 
 from . import TINY_CHECKPOINT
 from .conversation_crosslmm import VideoConversation, load_model, load_processor
-from .inputs_crosslmm import check_length
 from .modeling_crosslmm import CrossLMMForConditionalGeneration
 from .processing_crosslmm import CrossLMMProcessor
 from .video_decoding import DecodedVideo, VideoDecodeWarning, VideoLimits, iter_video
@@ -220,9 +219,6 @@ class PrefilledVideo(VideoConversation):
     def __init__(
         self, model: CrossLMMForConditionalGeneration, processor: CrossLMMProcessor, video: VideoStream
     ) -> None:
-        video.begin()
-        text_config: Any = model.config.text_config
-        check_length(video.expected_num_frames * processor.tokens_per_frame + 1, text_config, None)
         super().__init__(model, processor, video)
         parts = [{"type": "video", "video": video.source}, {"type": "text", "text": "?"}]
         ids = super()._new_ids({"role": "user", "content": parts})

@@ -197,17 +197,17 @@ class Clock:
     """Seconds of a device; on a CPU those of the process, which other work on the machine disturbs least."""
 
     def __init__(self, device: torch.device) -> None:
-        self.is_cuda = device.type == "cuda"
+        self.device = device
 
     def now(self) -> Any:
-        if not self.is_cuda:
+        if self.device.type != "cuda":
             return time.process_time()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))  # of this GPU, which need not be the current one
         return event
 
     def between(self, start: Any, end: Any) -> float:
-        if not self.is_cuda:
+        if self.device.type != "cuda":
             return end - start
         end.synchronize()
         return start.elapsed_time(end) / 1000
@@ -323,11 +323,12 @@ class Runner:
     def peak_bytes(self) -> int:
         """Most memory that an answer of `NEW_TOKENS` takes beyond weights and pixels: of a GPU's allocator, or what
         the process has resident (Linux)."""
-        if self.model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+        device = self.model.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
             self.answer(NEW_TOKENS)
-            return torch.cuda.max_memory_allocated() - before
+            return torch.cuda.max_memory_allocated(device) - before
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before = _resident_bytes("VmRSS")
         self.answer(NEW_TOKENS)
@@ -364,7 +365,8 @@ def time_models(
     repeats: int,
     on_step: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """A row per model and number of frames: medians of `repeats` rounds, in each of which all models run in turn."""
+    """A row per model and number of frames: medians of `repeats` rounds, in each of which all models run in turn. The
+    row of one for which memory is too small says so."""
     models = {}
     for contender in chosen:
         if contender.model_name not in models:
@@ -372,17 +374,38 @@ def time_models(
     runners = [Runner(contender, models[contender.model_name]) for contender in chosen]
     rows = []
     for count_of_frames in frames:
-        rounds: dict[str, list[dict[str, float]]] = defaultdict(list)
+        rounds: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        too_large: dict[str, dict[str, Any]] = {}
         for turn in range(1 + repeats):  # the first warms up
             for runner in runners:
-                on_step(f"{runner.contender.name}, {count_of_frames} frames, round {turn} of {repeats}")
-                runner.show(count_of_frames)
-                rounds[runner.contender.name].append(runner.times())
-                runner.inputs = {}
-        for name, (_, *measured) in rounds.items():
-            seconds = {what: statistics.median(times[what] for times in measured) for what in measured[0]}
-            rows.append({"model": name, "frames": count_of_frames, "seconds": seconds})
+                name = runner.contender.name
+                if name in too_large:
+                    continue
+                on_step(f"{name}, {count_of_frames} frames, round {turn} of {repeats}")
+                try:
+                    runner.show(count_of_frames)
+                    rounds[name].append(runner.times())
+                except torch.OutOfMemoryError as error:
+                    too_large[name] = {"out_of_memory": str(error)}
+                runner.inputs, runner.cache = {}, None
+        for runner in runners:
+            name = runner.contender.name
+            row = {"model": name, "frames": count_of_frames}
+            if name not in too_large:
+                _, *measured = rounds[name]
+                row["seconds"] = {what: statistics.median(times[what] for times in measured) for what in measured[0]}
+            rows.append(row | too_large.get(name, {}))
     return rows
+
+
+def unless_too_large(measure: Callable[..., dict[str, Any]], contender: Any, *args: Any, **kwargs: Any) -> dict:
+    """What `measure` finds of a contender or, when memory is too small for that, these words: what a run has found
+    before would be lost with the error."""
+    _free_memory()
+    try:
+        return measure(contender, *args, **kwargs)
+    except torch.OutOfMemoryError as error:
+        return {"model": contender.name, "out_of_memory": str(error)}
 
 
 def measure_memory(
@@ -394,16 +417,16 @@ def measure_memory(
     on_step: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Peaks of each model, alone in a process of its own, and what a frame adds to them."""
-    rows: list[dict[str, Any]] = []
-    _free_memory()
-    for contender in chosen:
+
+    def measured(contender: Contender) -> dict[str, Any]:
         on_step(f"{contender.name}, memory")
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             peaks = process.submit(_peaks, contender.name, frames, size, str(device)).result()
         growth = (peaks[-1] - peaks[0]) / (frames[-1] - frames[0]) if len(frames) > 1 else None
         by_frames = dict(zip(frames, peaks, strict=True))
-        rows.append({"model": contender.name, "peak_bytes": by_frames, "bytes_per_frame": growth})
-    return rows
+        return {"model": contender.name, "peak_bytes": by_frames, "bytes_per_frame": growth}
+
+    return [unless_too_large(measured, contender) for contender in chosen]
 
 
 def _free_memory() -> None:
@@ -414,11 +437,12 @@ def _free_memory() -> None:
 
 def matrix_rate(device: torch.device) -> float:
     """Floating-point operations per second of a large matrix product, the most that a model can hope for."""
-    side = 8192 if device.type == "cuda" else 1024
+    # On a GPU a quarter of a second of them, of which the later half counts: its clock takes time to rise.
+    side, times = (8192, 200) if device.type == "cuda" else (1024, 8)
     one, other = torch.randn(2, side, side, device=device, dtype=_dtype(device))
     clock = Clock(device)
-    seconds = [clock.seconds(lambda: one @ other) for _ in range(8)]
-    return 2 * side**3 / statistics.median(seconds[2:])
+    seconds = [clock.seconds(lambda: one @ other) for _ in range(times)]
+    return 2 * side**3 / statistics.median(seconds[times // 2 :])
 
 
 def time_file(frames: int, folder: Path) -> dict[str, float]:
@@ -459,7 +483,6 @@ def time_training_step(
     contender: CrossLMM, frames: int, *, size: str, device: torch.device, rate: float
 ) -> dict[str, Any]:
     """A step of stage 2 with one sample: everything learns, bfloat16 on float32 weights, activations made twice."""
-    _free_memory()
     model = build(contender, size, device, torch.float32).train()
     model.activation_checkpointing_enable()
     groups = parameter_groups(model, learning_rate=1e-5, gate_learning_rate=1e-3, vision_learning_rate=2e-6)
@@ -573,10 +596,12 @@ def run(
     device: str | None = None,
     repeats: int = 3,
     on_step: Callable[[str], None] = lambda step: None,
+    on_results: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
     """Everything: counts, and times at toy size or on a GPU.
 
     names: of models, all when there are none. frames: `FRAMES`, and for CrossLMM `LONG`, when there are none.
+    on_results: called with all that has been found so far, part after part: a run on a GPU takes a while.
     """
     chosen, place = choose(names), torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     ours = [contender for contender in chosen if isinstance(contender, CrossLMM)]
@@ -585,36 +610,45 @@ def run(
         for number in frames or (FRAMES + LONG if contender in ours else FRAMES):
             on_step(f"Counting {contender.name}, {number} frames")
             results["counted"].append(count(contender, number, size=size))
+    on_results(results)
     if size == "full" and place.type != "cuda":
         return results
+
+    def keep(part: str, found: Any) -> None:
+        results[part] = found
+        on_results(results)
+
     frames = frames or (FRAMES if size == "full" else (8, 16))
-    results["matrix_rate"] = rate = matrix_rate(place)
-    results["timed"] = time_models(chosen, frames, size=size, device=place, repeats=repeats, on_step=on_step)
-    results["memory"] = measure_memory(chosen, frames, size=size, device=place, on_step=on_step)
+    keep("matrix_rate", rate := matrix_rate(place))
+    timed = time_models(chosen, frames, size=size, device=place, repeats=repeats, on_step=on_step)
     macs = {(row["model"], row["frames"]): row["macs"]["total"] for row in results["counted"]}
-    for row in results["timed"]:
+    for row in (row for row in timed if "seconds" in row):
         row["share_of_matrix_rate"] = 2 * macs[row["model"], row["frames"]] / row["seconds"]["prefill"] / rate
+    keep("timed", timed)
+    keep("memory", measure_memory(chosen, frames, size=size, device=place, on_step=on_step))
     long_frames = LONG[-1] if size == "full" else 4 * max(frames)
+    place_and_size = {"size": size, "device": place}
     with tempfile.TemporaryDirectory() as folder:
         on_step("A video from its file")
-        results["file"] = [{"frames": number, "seconds": time_file(number, Path(folder))} for number in frames]
+        keep("file", [{"frames": number, "seconds": time_file(number, Path(folder))} for number in frames])
         for contender in ours:
             on_step(f"{contender.name}, {long_frames} frames")
-            results.setdefault("long_video", []).append(
-                time_long_video(contender, long_frames, size=size, device=place)
-            )
+            found = unless_too_large(time_long_video, contender, long_frames, **place_and_size)
+            keep("long_video", [*results.get("long_video", ()), found])
         for contender in ours[:1]:  # a 7B's optimiser does not fit one GPU
             on_step(f"{contender.name}, a training step")
-            results["training_step"] = time_training_step(contender, min(frames), size=size, device=place, rate=rate)
+            found = unless_too_large(time_training_step, contender, min(frames), **place_and_size, rate=rate)
+            keep("training_step", found)
         for contender in ([one for one in ours if one.preset == "7B"] or ours)[:1]:
             on_step(f"{contender.name}, from disk")
-            results["cold_start"] = time_cold_start(contender, Path(folder) / "model", size=size, device=place)
+            found = unless_too_large(time_cold_start, contender, Path(folder) / "model", **place_and_size)
+            keep("cold_start", found)
     return results
 
 
 def table(results: dict[str, Any]) -> list[list[str]]:
     """Rows of what was found, a heading first: counted for each model and number of frames, and timed if it was."""
-    timed = {(row["model"], row["frames"]): row["seconds"] for row in results.get("timed", ())}
+    timed = {(row["model"], row["frames"]): row.get("seconds") for row in results.get("timed", ())}
     whats = ("prefill", "second_question", "decode_step") if timed else ()
     rows = [["", "frames", "video tokens", "T multiply-accumulates", "MB kept", *(f"{what}, s" for what in whats)]]
     for row in results["counted"]:

@@ -202,11 +202,15 @@ class VisualCacheLayer(CacheLayerMixin):
         if self.cross_keys is not None and self.cross_values is not None:
             keys = torch.cat([self.cross_keys, keys.to(self.cross_keys.device)])
             values = torch.cat([self.cross_values, values.to(self.cross_values.device)])
-        if self.is_compileable and not torch.compiler.is_compiling():
-            # They stay where they are for as long as they are read, so CUDA graphs need no copy of them per step.
-            torch._dynamo.mark_static_address(keys, guard=False)
-            torch._dynamo.mark_static_address(values, guard=False)
+        self.stay(keys, values)
         self.cross_keys, self.cross_values = keys, values
+        self._fetched = None  # a copy of what was here before
+
+    def stay(self, *tensors: torch.Tensor) -> None:
+        """They stay where they are for as long as they are read, so CUDA graphs need no copy of them per step."""
+        if self.is_compileable and not torch.compiler.is_compiling():
+            for tensor in tensors:
+                torch._dynamo.mark_static_address(tensor, guard=False)
 
     @property
     def num_cross_patches(self) -> int:

@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 
 POOLING_MODES = ("bilinear", "average")
+TEXT_TYPES = ("crosslmm_text", "qwen2")
 V2V_SCOPES = ("video", "frame", "causal")
 CROSS_ATTENTION_CACHES = ("kv", "features")
 VISUAL_NORMS = ("none", "layernorm")
@@ -203,7 +204,10 @@ class CrossLMMConfig(PreTrainedConfig):
                 f"got {type(self.text_config).__name__}."
             )
         else:
-            self.text_config = CrossLMMTextConfig(**{"cross_attention_hidden_size": width, **(self.text_config or {})})
+            given = {"cross_attention_hidden_size": width, **(self.text_config or {})}
+            if (kind := given.pop("model_type", CrossLMMTextConfig.model_type)) not in TEXT_TYPES:
+                raise ValueError(f"`text_config` must describe a Qwen2 ({' or '.join(TEXT_TYPES)}); got {kind!r}.")
+            self.text_config = CrossLMMTextConfig(**given)
 
         tied = self.text_config.tie_word_embeddings
         if self.tie_word_embeddings is None:

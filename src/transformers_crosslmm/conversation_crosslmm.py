@@ -118,7 +118,8 @@ class VideoConversation:
         on_text: Callable[[str], None] | None = None,
         with_frame_weights: bool = False,
     ) -> Answer:
-        """Answers and remembers. A question that cannot be asked (too long for the context) leaves no trace.
+        """Answers and remembers. A question that cannot be asked (too long for the context), or whose answer is
+        interrupted, leaves no trace.
 
         on_text: called with each piece of the answer as soon as it is certain. The checkpoint's generation config
         decides how tokens are chosen.
@@ -130,18 +131,23 @@ class VideoConversation:
             parts.insert(0, {"type": "video", "video": self.video.source})
         turn = {"role": "user", "content": parts}
         prompt = torch.tensor([self.token_ids + self._new_ids(turn)], device=self.model.device)
-        written = self.model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            mm_encoder_outputs=self._media,
-            past_key_values=self.cache,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=sorted(self._ends),
-            pad_token_id=self.processor.tokenizer.pad_token_id,
-            streamer=None if on_text is None else _Listener(self.processor.tokenizer, on_text),
-            return_dict_in_generate=True,
-            output_cross_attentions=with_frame_weights,
-        )
+        length = int(self.cache.get_seq_length())
+        try:
+            written = self.model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                mm_encoder_outputs=self._media,
+                past_key_values=self.cache,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=sorted(self._ends),
+                pad_token_id=self.processor.tokenizer.pad_token_id,
+                streamer=None if on_text is None else _Listener(self.processor.tokenizer, on_text),
+                return_dict_in_generate=True,
+                output_cross_attentions=with_frame_weights,
+            )
+        except BaseException:  # Ctrl-C among them
+            self._forget_behind(length)
+            raise
         self._media = None  # the cache has them
         ids = written.sequences[0].tolist()
         if ids[-1] in self._ends:
@@ -155,6 +161,13 @@ class VideoConversation:
         if with_frame_weights:
             weights = written.cross_attentions[0].mean(dim=(0, 1))[: len(answered)]
         return Answer(text, [decode([token_id]) for token_id in answered], weights)
+
+    def _forget_behind(self, length: int) -> None:
+        """Cuts the cache back, layer by layer: a call that was interrupted has filled some and not others."""
+        if length == 0:
+            self.cache = DynamicCache()
+        for layer in self.cache.layers:
+            layer.crop(min(0, length - int(layer.get_seq_length())))
 
     def pictures(self) -> list[Image.Image]:
         """The frames as the model sees them; the video is decoded again for them."""

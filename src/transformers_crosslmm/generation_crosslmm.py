@@ -104,6 +104,12 @@ class CrossLMMGenerationMixin(GenerationMixin):
             return model_kwargs
         is_ids = model_input_name == "input_ids"
         new_tokens = self._new_tokens(inputs_tensor, model_kwargs, generation_config, past_length, is_ids=is_ids)
+        if not new_tokens.shape[1]:
+            raise ValueError(
+                f"`past_key_values` has seen {past_length} tokens, and the {inputs_tensor.shape[1]} given hold none "
+                "behind them. Give the whole sequence, or the new tokens alone with an `attention_mask` that covers "
+                "the cached ones too."
+            )
         ids, embeds = (new_tokens, None) if is_ids else (None, new_tokens)
         media, masks, _ = check_inputs(
             self.config,
@@ -246,9 +252,8 @@ class CrossLMMGenerationMixin(GenerationMixin):
                 media["last_hidden_state"] = None  # as an item: an attribute that is set to None stays one
         return outputs
 
-    @staticmethod
     def _prefill_chunk_size(
-        input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict
+        self, input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict
     ) -> int | None:
         """What the caller says; else PREFILL_TOKENS for a prompt that is longer and can be cut. None for one piece."""
         if generation_config.prefill_chunk_size is not None or input_ids.shape[1] <= PREFILL_TOKENS:
@@ -257,7 +262,9 @@ class CrossLMMGenerationMixin(GenerationMixin):
         # The states of all chunks but the last would be lost.
         wants_states = generation_config.output_hidden_states or generation_config.output_attentions
         can_be_cut = is_ids and model_kwargs.get("past_key_values") is not None and not wants_states
-        return PREFILL_TOKENS if can_be_cut else None
+        # Chunks need a mask, and with one `sdpa` takes none of a GPU's fast kernels: there time is the dearer.
+        is_slowed = self.config.text_config._attn_implementation == "sdpa" and input_ids.device.type == "cuda"
+        return PREFILL_TOKENS if can_be_cut and not is_slowed else None
 
     def _prefill_with_media(
         self,

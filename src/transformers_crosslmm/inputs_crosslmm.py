@@ -55,6 +55,11 @@ def check_inputs(
         )
     if isinstance(past_length, int):
         check_length(past_length + length, text_config, past_key_values)
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] < length:
+        raise ValueError(
+            f"`attention_mask` must cover the {length} tokens of the call, and what the cache has seen before them; "
+            f"got {attention_mask.shape[1]} columns."
+        )
     if input_ids is not None and length > 1 and not torch.compiler.is_compiling():
         check_ids(input_ids, text_config.vocab_size)
     form = cache_form(cross_attention_cache, memory, text_config)
@@ -88,7 +93,10 @@ def check_inputs(
         elif modality in media:
             masks[modality] = first_placeholders(masks[modality], media[modality])
             lengths = [len(pooled) for pooled in media[modality].pooler_output]
-        check_placeholders(modality, name, masks[modality], lengths, may_be_cut=is_prefilling)
+        if is_prefilling:  # a medium may go on in the next row, as in the chunk of a batch
+            check_count(modality, name, masks[modality], lengths)
+        else:
+            check_placeholders(modality, name, masks[modality], lengths, config.tokens_per_frame)
     return media, masks, form
 
 
@@ -236,26 +244,41 @@ def check_encoded(media: EncodedMedia, config: CrossLMMConfig, *, has_original: 
             )
 
 
-def check_placeholders(modality: str, name: str, mask: torch.Tensor, lengths: list[int], *, may_be_cut: bool) -> None:
-    """Raises ValueError unless the placeholders `mask` (B, L) are those of media with `lengths` pooled tokens.
-
-    may_be_cut: whether a medium may go on in the next row, as in the chunk of a batch.
-    """
+def check_count(modality: str, name: str, mask: torch.Tensor, lengths: list[int]) -> None:
+    """Raises ValueError unless there are as many placeholders, `mask` (B, L), as media have pooled tokens."""
     if mask.device.type == "meta":
         return
     if torch.compiler.is_compiling():  # a graph cannot tell the numbers
         torch_compilable_check(mask.sum() == sum(lengths), f"Placeholders and {modality} features must match.")
         return
-    rows = mask.nonzero()[:, 0].cpu()
-    if len(rows) != sum(lengths):
+    if (count := int(mask.sum())) != sum(lengths):
         raise ValueError(
-            f"Placeholders and {modality} features must match: the text holds {len(rows)} {modality} "
+            f"Placeholders and {modality} features must match: the text holds {count} {modality} "
             f"placeholders, `{name}` or `mm_encoder_outputs` fill {sum(lengths)}. Make both with the processor in "
             "one call, without truncation, and check that nothing drops the pixels on the way."
         )
-    for medium in () if may_be_cut else rows.split(lengths):
+
+
+def check_placeholders(
+    modality: str, name: str, mask: torch.Tensor, lengths: list[int], tokens_per_frame: int
+) -> None:
+    """Raises ValueError unless the placeholders `mask` (B, L) are those of media with `lengths` pooled tokens, each
+    medium in one row and each frame in one piece."""
+    check_count(modality, name, mask, lengths)
+    if mask.device.type == "meta" or torch.compiler.is_compiling():
+        return
+    rows, columns = mask.nonzero().cpu().unbind(-1)
+    for medium in rows.split(lengths):
         if medium[0] != medium[-1]:
             raise ValueError(
                 f"The {len(medium)} placeholders of one {modality} must stand in one row; they stand in rows "
                 f"{sorted(set(medium.tolist()))}. Give the media in the order of their placeholders."
             )
+    frames = columns.view(-1, tokens_per_frame)
+    if (broken := (frames[:, -1] - frames[:, 0] != tokens_per_frame - 1).nonzero()).numel():
+        number = int(broken[0])
+        raise ValueError(
+            f"The {tokens_per_frame} placeholders of a frame must follow each other; those of {modality} frame "
+            f"{number} of this call stand at positions {frames[number].tolist()}. Let the processor write them, and "
+            "put text between frames only."
+        )

@@ -8,6 +8,7 @@ Shapes: B rows, L language tokens (pooled visual + text), F frames of all media,
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -61,6 +62,11 @@ from .vision_crosslmm import (
     normalised_tokens,
     per_medium,
 )
+
+if TYPE_CHECKING:
+    # Not used. Where a checkpoint brings its code, Transformers copies what the model's file names when it is saved
+    # again, and its config names the pipeline.
+    from .pipeline_crosslmm import VideoTextToTextPipeline  # noqa: F401
 
 
 @dataclass
@@ -192,6 +198,8 @@ class CrossLMMCrossAttentionBranch(nn.Module):
         elif memory.form == "features" and self.layer_idx not in memory.folding:
             identity = torch.eye(states.shape[-1], dtype=states.dtype, device=states.device)
             memory.folding[self.layer_idx] = self.keys_values(identity)
+        if memory.form == "features":
+            cache_layer.stay(states, *memory.folding[self.layer_idx])
 
 
 class CrossLMMCrossAttention(nn.Module):

@@ -55,7 +55,7 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerateManager, GenerationState, reset_torch_cache, set_torch_seed
 
 from .conversation_crosslmm import encode_video, load_model, load_processor
-from .media_crosslmm import CrossLMMEncodedMedia
+from .media_crosslmm import CrossLMMEncodedMedia, join_media
 from .modeling_crosslmm import CrossLMMForConditionalGeneration
 from .processing_crosslmm import CrossLMMProcessor
 from .video_decoding import VideoError, VideoLimits, _opened, decode_video
@@ -788,7 +788,10 @@ class RememberingModel:
             question.visit.check()
             known = DynamicCache()
             self.model(
-                input_ids=prefix, mm_encoder_outputs={"video": _joined(media)}, past_key_values=known, logits_to_keep=1
+                input_ids=prefix,
+                mm_encoder_outputs={"video": join_media(media)},
+                past_key_values=known,
+                logits_to_keep=1,
             )
             self.cache.put(key, known, _bytes_of(_tensors_of(known)))
         return copy.deepcopy(known)
@@ -805,15 +808,6 @@ class RememberingModel:
             tensors = [media.last_hidden_state, *media.pooler_output]  # type: ignore[misc]
             self.cache.put(video.key, KnownVideo(media, video.metadata), _bytes_of(iter(tensors)))
         return media
-
-
-def _joined(media: list[CrossLMMEncodedMedia]) -> CrossLMMEncodedMedia:
-    if len(media) == 1:
-        return media[0]
-    return CrossLMMEncodedMedia(
-        last_hidden_state=torch.cat([one.last_hidden_state for one in media]),  # type: ignore[misc]
-        pooler_output=tuple(one.pooler_output[0] for one in media),  # type: ignore[index,arg-type]
-    )
 
 
 # --- Transformers' server with our classes in it ---------------------------------------------------------------------

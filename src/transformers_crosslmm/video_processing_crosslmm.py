@@ -250,7 +250,8 @@ class FramesInMemory:
                 "without a frame rate. Pass `video_metadata` with `fps`, or sample by `num_frames`."
             )
         # One frame a second is as good a clock as any for equal shares.
-        num_frames = sampling.num_frames or sampling.max_frames or len(self.frames)
+        counts = (sampling.num_frames, sampling.max_frames, len(self.frames))
+        num_frames = next(count for count in counts if count is not None)
         uniform = replace(sampling, num_frames=num_frames, fps=None, max_frames=None)
         return uniform.frames_at(range(len(self.frames)), float(len(self.frames)))
 
@@ -557,13 +558,16 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
         needs_clock = any(value is not None for value in (fps, times, start_seconds, end_seconds))
         if num_frames is None and fps is None and times is None:
             num_frames = self.num_frames
-            fps = (self.fps or type(self).fps) if num_frames is None else None
+            default = type(self).fps if self.fps is None else self.fps
+            fps = default if num_frames is None else None
         if num_frames is not None and max_frames is not None:
             num_frames = min(num_frames, max_frames)
+        if max_frames is None:
+            max_frames = self.max_frames
         return FrameSampling(
             num_frames=num_frames,
             fps=fps,
-            max_frames=None if num_frames is not None or times is not None else max_frames or self.max_frames,
+            max_frames=None if num_frames is not None or times is not None else max_frames,
             times=None if times is None else sorted(times),
             start_seconds=start_seconds or 0.0,
             end_seconds=end_seconds,
