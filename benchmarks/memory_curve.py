@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -64,7 +65,7 @@ class Frames:
             yield torch.randn(min(16, self.expected_num_frames - start), 3, self.size, self.size)
 
 
-def model_of(preset: str, text: dict) -> CrossLMMForConditionalGeneration:
+def model_of(preset: str, text: dict, dtype: torch.dtype = torch.bfloat16) -> CrossLMMForConditionalGeneration:
     full = CrossLMMConfig.from_preset(preset).to_dict()
     full["vision_config"] |= {"num_hidden_layers": 2}  # of which the last is not built
     full["text_config"] |= {"num_hidden_layers": 2, "layer_types": None, "vocab_size": 1000, **text}
@@ -73,7 +74,7 @@ def model_of(preset: str, text: dict) -> CrossLMMForConditionalGeneration:
     full |= {"image_token_id": 998, "video_token_id": 999}
     config = CrossLMMConfig(**{key: value for key, value in full.items() if key != "model_type"})
     with torch.device("meta"):
-        model = CrossLMMForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+        model = CrossLMMForConditionalGeneration._from_config(config, dtype=dtype)
     model = model.to_empty(device="cpu").eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -108,27 +109,48 @@ def answer(model: CrossLMMForConditionalGeneration, num_frames: int, options: di
     )
 
 
+def prepare() -> None:
+    """One thread, and memory that goes back as soon as a tensor goes."""
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
+
+
 def memory(field: str) -> float:
     """MB (10^6 bytes)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024 / 1e6
 
 
-def peak(work: Callable[[int], None], num_frames: int) -> float:
-    """MB, measured in a child."""
+def forget_peak() -> None:
+    """Lets the peak of resident memory, VmHWM, begin anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def in_child(measured: Callable[[], Any]) -> Any:
+    """What a function returns in a forked process, whose peak of memory begins with it."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        held = memory("VmRSS")
-        work(num_frames)
-        os.write(writer, str(memory("VmHWM") - held).encode())
+        forget_peak()
+        os.write(writer, json.dumps(measured()).encode())
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as pipe:
-        figure = pipe.read()
+        written = pipe.read()
     os.waitpid(child, 0)
-    return round(float(figure), 1)
+    return json.loads(written)
+
+
+def peak(work: Callable[[int], None], num_frames: int) -> float:
+    """MB over what the process held before, measured in a child."""
+
+    def measured() -> float:
+        held = memory("VmRSS")
+        work(num_frames)
+        return round(memory("VmHWM") - held, 1)
+
+    return in_child(measured)
 
 
 def own_cache(config: CrossLMMConfig) -> float:
@@ -157,9 +179,7 @@ def measure(name: str) -> dict:
 
 
 def main() -> None:
-    logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)  # a tensor that goes gives its memory back at once
+    prepare()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
     about = {"command": "python benchmarks/memory_curve.py", "commit": commit, "torch": torch.__version__}
     about |= {"machine": f"{platform.machine()}, one of {os.cpu_count()} cores", "goal_mb_per_frame": GOAL}

@@ -1,33 +1,62 @@
 """What a training step keeps for its backward pass per frame of video, with and without gradient checkpointing.
 
-    python benchmarks/training_memory.py         # -> benchmarks/training_memory.json, docs/images/training_memory.png
+    python benchmarks/training_memory.py               # -> training_memory.json, docs/images/training_memory.png
+    python benchmarks/training_memory.py "2B, mixed"   # this way alone is measured again
 
-Counted, not timed: full-size models on the meta device, bfloat16, everything trains. `saved_tensors_hooks` sees every
-tensor that autograd saves; storages count once, weights not at all, and attention keeps what a flash kernel keeps.
-What a backward pass makes for the moment (one layer and one chunk of frames at a time) comes on top, and was not
-measured on a GPU.
+Counted: full-size models on the meta device, in which everything trains, or what `adapt` trains. `saved_tensors_hooks`
+sees every tensor that autograd saves; storages count once, weights not at all, and attention keeps what a flash kernel
+keeps. What a backward pass makes for the moment (one layer and one chunk of frames at a time) comes on top.
+
+Measured, to see whether the count is right: the same steps on a CPU, with the widths of `memory_curve.py` and its few
+layers, each in a process of its own. Resident memory between forward and backward is what is kept, and stands beside
+what the same small model is counted to keep; the peaks of the backward pass, first through the language model and then
+through the encoder, have what it makes for the moment as well.
 """
 
+import copy
 import json
+import os
+import platform
 import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
+from memory_curve import NORMALISED, forget_peak, in_child, memory, prepare
+from memory_curve import model_of as shallow_model_of
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface
 
 from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration
 from transformers_crosslmm.cache_crosslmm import Medium, VisualMemory
 from transformers_crosslmm.modeling_crosslmm import VisualContext
+from transformers_crosslmm.training_crosslmm import PARTS, train_only
 
 HERE = Path(__file__).resolve().parent
 RESULTS, CHART = HERE / "training_memory.json", HERE.parent / "docs" / "images" / "training_memory.png"
 FRAMES = (32, 64, 128)
 TEXT_TOKENS = 64
+ADAPT = ("projector", "v2v", "t2v")  # recipes/adapt.yaml
 WAYS = {
     "plain": {"checkpointing": False},
-    "checkpointing": {"checkpointing": True},
-    "checkpointing, visual_norm and visual_time": {"checkpointing": True, "flavour": "recommended"},
+    "checkpointing": {},
+    "checkpointing, visual_norm and visual_time": {"flavour": "recommended"},
+    "checkpointing, mixed": {"mixed": True},
+    "checkpointing, mixed, adapt": {"mixed": True, "parts": ADAPT},
+}
+MEASURED_FRAMES = (16, 32, 48)
+MEASURED_WAYS = {
+    f"{preset}, {name}": {"preset": preset, **way}
+    for preset in ("2B", "7B")
+    for name, way in {
+        "bfloat16": {},
+        "bfloat16, visual_norm and visual_time": {"text": NORMALISED},
+        "mixed": {"mixed": True},
+        "mixed, adapt": {"mixed": True, "parts": ADAPT},
+    }.items()
 }
 
 
@@ -55,13 +84,13 @@ class SavedBytes(saved_tensors_hooks):
     def __init__(self, known):
         self.known = {tensor.untyped_storage()._cdata for tensor in known}
         self.storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
-        super().__init__(self._pack, lambda tensor: tensor)
+        super().__init__(self.note, lambda tensor: tensor)
 
     def __enter__(self) -> "SavedBytes":
         super().__enter__()
         return self
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+    def note(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.known:
             self.storages[storage._cdata] = storage
@@ -72,19 +101,31 @@ class SavedBytes(saved_tensors_hooks):
         return sum(storage.nbytes() for storage in self.storages.values())
 
 
-def model_of(preset: str, *, checkpointing: bool, flavour: str = "paper") -> CrossLMMForConditionalGeneration:
-    config = CrossLMMConfig.from_preset(preset, flavour=flavour)
+def dtype_of(mixed: bool) -> torch.dtype:
+    return torch.float32 if mixed else torch.bfloat16
+
+
+def model_of(
+    config: CrossLMMConfig,
+    *,
+    checkpointing: bool = True,
+    mixed: bool = False,
+    parts: Sequence[str] = PARTS,
+) -> CrossLMMForConditionalGeneration:
+    """mixed: float32 weights, for bfloat16 by autocast, as `crosslmm train` has it; otherwise all is bfloat16."""
     with torch.device("meta"):
         model = CrossLMMForConditionalGeneration._from_config(
-            config, dtype=torch.bfloat16, attn_implementation="kept_as_by_kernels"
+            copy.deepcopy(config), dtype=dtype_of(mixed), attn_implementation="kept_as_by_kernels"
         ).train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
+    train_only(model, parts)
     return model
 
 
 def saved_by_step(model: CrossLMMForConditionalGeneration, num_frames: int) -> dict[str, int]:
-    """Bytes that the network keeps, and what the head and the loss keep on top.
+    """Bytes that the network keeps, and what the head and the loss keep on top. A model in float32 is counted as under
+    autocast: what checkpointing keeps is the stream, in float32, but for the original tokens, in bfloat16.
 
     As `forward` does it, part by part: on the meta device nobody can look where the placeholders are.
     """
@@ -92,6 +133,7 @@ def saved_by_step(model: CrossLMMForConditionalGeneration, num_frames: int) -> d
     size, tokens = config.vision_config.image_size, num_frames * config.tokens_per_frame
     pixels = torch.empty(num_frames, 3, size, size, dtype=model.dtype, device="meta")
     with SavedBytes(model.parameters()) as saved:
+        saved.note(pixels)  # the batch is there to the end of the step, whether autograd wants it or not
         encoded = base.get_video_features(pixels, return_dict=True)
         states, _ = base._visual_states(encoded.last_hidden_state, torch.arange(num_frames), is_lazy=False)
         memory = VisualMemory(
@@ -118,25 +160,83 @@ def saved_by_step(model: CrossLMMForConditionalGeneration, num_frames: int) -> d
         logits = model.lm_head(hidden)
         labels = torch.zeros(1, length, dtype=torch.long, device="meta")
         model.loss_function(logits=logits, labels=labels, vocab_size=config.text_config.vocab_size)
-    return {"network": saved.total, "head and loss": head.total}
+    network = saved.total - (states.numel() * 2 if states.dtype == torch.float32 else 0)
+    return {"network": network, "head and loss": head.total}
 
 
-def measure(preset: str) -> dict:
+def growth(values: dict[int, float]) -> float:
+    """Per frame, from the fewest to the most."""
+    (first, least), *_, (last, most) = values.items()
+    return (most - least) / (last - first)
+
+
+def count(preset: str) -> dict:
     results = {}
     for name, way in WAYS.items():
-        model = model_of(preset, **way)
+        way = dict(way)
+        model = model_of(CrossLMMConfig.from_preset(preset, flavour=way.pop("flavour", "paper")), **way)
         counts = {frames: saved_by_step(model, frames) for frames in FRAMES}
-        first, last = FRAMES[0], FRAMES[-1]
+        network, head = ({frames: count[part] for frames, count in counts.items()} for part in counts[FRAMES[0]])
         results[name] = {
-            "gigabytes": {frames: round(count["network"] / 1e9, 3) for frames, count in counts.items()},
-            "megabytes_per_frame": round(
-                (counts[last]["network"] - counts[first]["network"]) / (last - first) / 1e6, 2
-            ),
-            "head_and_loss_megabytes_per_frame": round(
-                (counts[last]["head and loss"] - counts[first]["head and loss"]) / (last - first) / 1e6, 2
-            ),
+            "gigabytes": {frames: round(size / 1e9, 3) for frames, size in network.items()},
+            "megabytes_per_frame": round(growth(network) / 1e6, 2),
+            "head_and_loss_megabytes_per_frame": round(growth(head) / 1e6, 2),
         }
     return results
+
+
+def step(model: CrossLMMForConditionalGeneration, num_frames: int, *, mixed: bool) -> dict[str, float]:
+    """MB over what the process held before: between forward and backward, and at most while the language model and
+    while the encoder run backwards."""
+    config, held = model.config, memory("VmRSS")
+    tokens, size = num_frames * config.tokens_per_frame, config.vision_config.image_size
+    ids = torch.cat([torch.full((tokens,), config.video_token_id), torch.arange(10, 10 + TEXT_TOKENS)])[None]
+    pixels = torch.full((num_frames, 3, size, size), 0.5, dtype=model.dtype)
+    points = {}
+
+    def note(what: str, field: str = "VmHWM") -> None:
+        if what not in points:
+            points[what] = round(memory(field) - held, 1)
+            forget_peak()
+
+    def begin_with_the_encoder(module, pixels, encoded):  # when the first gradient of a chunk is there
+        if encoded.last_hidden_state.requires_grad:
+            encoded.last_hidden_state.register_hook(lambda _: note("language model"))
+
+    hook = model.model.vision_tower.register_forward_hook(begin_with_the_encoder)
+    with torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext():
+        loss = model(input_ids=ids, labels=ids, pixel_values_videos=pixels).loss
+    note("kept", "VmRSS")
+    loss.backward()
+    note("encoder" if "language model" in points else "language model")
+    hook.remove()
+    model.zero_grad()
+    return points
+
+
+def measure(
+    preset: str,
+    *,
+    text: dict | None = None,
+    mixed: bool = False,
+    parts: Sequence[str] = PARTS,
+) -> dict:
+    model = shallow_model_of(preset, text or {}, dtype_of(mixed)).train()
+    model.activation_checkpointing_enable()
+    train_only(model, parts)
+    once = partial(step, model, mixed=mixed)
+    once(2)  # what is made once is made before
+    points = {frames: in_child(partial(once, frames)) for frames in MEASURED_FRAMES}
+    shadow = model_of(model.config, mixed=mixed, parts=parts)
+    counted = {frames: sum(saved_by_step(shadow, frames).values()) / 1e6 for frames in MEASURED_FRAMES}
+    return {
+        "megabytes": points,
+        "counted_megabytes_per_frame": round(growth(counted), 2),
+        "megabytes_per_frame": {
+            what: round(growth({frames: point[what] for frames, point in points.items()}), 2)
+            for what in points[MEASURED_FRAMES[0]]
+        },
+    }
 
 
 def draw(sizes: dict) -> None:
@@ -162,13 +262,18 @@ def draw(sizes: dict) -> None:
 
 
 def main() -> None:
+    prepare()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
     about = {"command": "python benchmarks/training_memory.py", "commit": commit, "torch": torch.__version__}
-    about |= {"device": "meta: counted, nothing computed", "dtype": "bfloat16"}
-    sizes = {preset: measure(preset) for preset in ("2B", "7B")}
-    RESULTS.write_text(json.dumps({"about": about, "sizes": sizes}, indent=1) + "\n")
-    draw(sizes)
-    print(json.dumps(sizes, indent=1))
+    about |= {"machine": f"{platform.machine()}, one of {os.cpu_count()} cores"}
+    kept = json.loads(RESULTS.read_text())
+    if not sys.argv[1:]:
+        kept = {"about": about, "sizes": {preset: count(preset) for preset in ("2B", "7B")}, "measured": {}}
+        draw(kept["sizes"])
+    for name in sys.argv[1:] or MEASURED_WAYS:
+        kept["measured"][name] = {"about": about, **measure(**MEASURED_WAYS[name])}
+        print(name, json.dumps(kept["measured"][name]), flush=True)
+        RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

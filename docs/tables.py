@@ -440,6 +440,42 @@ def memory_curve() -> str:
     )
 
 
+def training_memory() -> str:
+    results = kept("training_memory.json")
+    words = {
+        "plain": "without checkpointing",
+        "checkpointing": "`activation_checkpointing: true`",
+        "checkpointing, visual_norm and visual_time": "the same, with `visual_norm` and `visual_time`",
+        "checkpointing, mixed": "`activation_checkpointing: true`, mixed",
+        "checkpointing, mixed, adapt": "the same, mixed, only what `adapt` trains",
+    }
+    sizes = results["sizes"].values()
+    rows = [[word, *(f"{ways[way]['megabytes_per_frame']:.1f}" for ways in sizes)] for way, word in words.items()]
+    head = [f"{ways['checkpointing']['head_and_loss_megabytes_per_frame']:.1f}" for ways in sizes]
+    rows.append(["in each case on top: logits in float32, for the loss", *head])
+    about = results["about"]
+    return (
+        f"{markdown(['MB per frame', *results['sizes']], rows)}\n`{about['command']}`, commit {about['commit'][:7]}; "
+        f"torch {about['torch']}.\n"
+    )
+
+
+def training_memory_measured() -> str:
+    measured = kept("training_memory.json")["measured"]
+    rows = []
+    for name, way in measured.items():
+        growth = way["megabytes_per_frame"]
+        peaks = [f"{growth[part]:.1f}" if part in growth else "" for part in ("language model", "encoder")]
+        rows.append([name, f"{way['counted_megabytes_per_frame']:.2f}", f"{growth['kept']:.2f}", *peaks])
+    *_, last = measured.values()
+    frames, about = ", ".join(last["megabytes"]), last["about"]
+    columns = ["MB per frame", "counted", "kept", "peak, language model", "peak, encoder"]
+    return (
+        f"{markdown(columns, rows)}\n`{about['command']}`, commit {about['commit'][:7]}, {about['machine']}; torch "
+        f"{about['torch']}; {frames} frames and 64 tokens of text.\n"
+    )
+
+
 def origin(results: dict[str, Any]) -> str:
     about = results["about"]
     return (
@@ -468,6 +504,8 @@ TABLES: dict[str, Callable[[], str]] = {
         cost_cpu,
         cpu_speed,
         memory_curve,
+        training_memory,
+        training_memory_measured,
         ablation_arms,
         ablation_effects,
         ablation_longer,

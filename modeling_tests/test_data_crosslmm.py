@@ -171,6 +171,14 @@ def test_messages_take_media_from_their_parts_or_from_columns_in_order():
     assert parts_of({"messages": turns, "videos": None}) == expected
 
 
+def test_a_table_of_chats_of_both_forms_gives_the_chat_of_either():
+    """`datasets` fills in None for the names that the other form has."""
+    llava = {"from": "human", "value": "<video>What?", "role": None, "content": None}
+    ours = {"from": None, "value": None, "role": "assistant", "content": "A."}
+    expected = [{"type": "video", "video": "a.mp4"}, "What?", "A."]
+    assert parts_of({"conversations": [llava, ours], "video": "a.mp4", "messages": None}) == expected
+
+
 @pytest.mark.parametrize(
     ("broken", "reason"),
     [

@@ -238,6 +238,23 @@ def test_checkpointed_training_keeps_pixels_patches_and_one_state_per_layer(text
     assert kept < saved_per_frame(False, text) / 10
 
 
+def test_mixed_precision_keeps_one_copy_of_the_original_tokens():
+    """Not one for each of the twelve projections to keys and values, in addition to that in float32."""
+    model = random_model(tiny_config()).train()
+    model.model.vision_tower.requires_grad_(False)
+    inputs = model_inputs(make_sample(model.config, 3, ("video", 9), 4))
+    saved = {}
+
+    def note(tensor):
+        if tensor.shape == (9 * PATCHES, WIDTH):
+            saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(note, lambda tensor: tensor):
+        model(**inputs)
+    assert [tensor.dtype for tensor in saved.values()] == [torch.bfloat16]
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not-reentrant"])
 @pytest.mark.parametrize("text", [{}, NORMALISED], ids=["paper", "recommended"])
 def test_checkpointed_gradients_over_several_chunks_are_the_plain_ones(text, use_reentrant):

@@ -102,6 +102,30 @@ def test_checkpointing_runs_every_layer_again(use_reentrant):
     assert len(calls) == 2 * 5 + 3 * calls_of_encoder - (0 if use_reentrant else 2)
 
 
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["none", "reentrant", "not-reentrant"])
+def test_a_frozen_encoder_runs_once_and_never_backwards(checkpointing):
+    """Transformers' checkpointing has every embedding ask for gradients, that of the patches too."""
+    model = random_model(tiny_config()).train()
+    model.model.vision_tower.requires_grad_(False)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    forwards, backwards = [], []
+    for layer in model.model.vision_tower.encoder.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
+        layer.mlp.fc1.register_full_backward_hook(lambda *_: backwards.append(1))
+    grads = gradients(model, labelled(model.config, BOTH))
+    assert (len(forwards), len(backwards)) == (2 * 2, 0)  # two blocks; images and videos apart
+    assert any("multi_modal_projector" in name for name in grads)
+
+
+def test_a_frozen_encoder_lets_gradients_through_to_the_pixels():
+    model = random_model(tiny_config()).train().requires_grad_(False)
+    inputs = labelled(model.config, (6, ("video", 3), 5))
+    inputs["pixel_values_videos"].requires_grad_()
+    model(**inputs).loss.backward()
+    assert inputs["pixel_values_videos"].grad.any()
+
+
 def test_checkpointing_works_on_a_frozen_model_with_adapters():
     peft = pytest.importorskip("peft")
     grads = {}

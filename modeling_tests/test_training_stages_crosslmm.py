@@ -149,19 +149,29 @@ def test_after_200_steps_a_composed_model_needs_the_t2v_that_was_closed(tmp_path
     assert result["loss_without_t2v"] > result["loss"] + 0.5
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("stage", ["adapt", "stage2_instruct"])
-def test_the_counted_cost_of_a_training_step_is_what_pytorch_counts(stage):
+def test_the_counted_cost_of_a_training_step_is_what_pytorch_counts(stage, checkpointing, monkeypatch):
     """`benchmarks/adapt_cost.py`, whose closed form leaves out the gradients of the first layers' inputs."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     benchmark = runpy.run_path(str(BENCHMARKS / "adapt_cost.py"))
     text_config = {"hidden_size": 192, "intermediate_size": 448}
     config = tiny_config(text_config=text_config, vision_config={"hidden_size": 64, "intermediate_size": 144})
     frames, text_tokens, parts = 7, 11, benchmark["parts_of"](stage)
     model = random_model(config, attn_implementation="eager").train()
     train_only(model, parts)
+    if checkpointing:
+        model.activation_checkpointing_enable()
     ids = torch.tensor([[config.video_token_id] * frames * config.tokens_per_frame + [3] * text_tokens])
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids, pixel_values_videos=torch.rand(frames, 3, 33, 33)).loss.backward()
-    expected = benchmark["training_macs"](config, parts, frames=frames, text_tokens=text_tokens)
+    shape = {"frames": frames, "text_tokens": text_tokens}
+    expected = benchmark["training_macs"](config, parts, **shape, checkpointing=checkpointing)
+    if checkpointing:  # a layer is run again up to its last product, a chunk of frames up to its last block
+        expected -= config.text_config.num_hidden_layers * ids.shape[1] * 192 * 448
+        if "vision_tower" in parts:
+            patches, blocks, product = frames * config.patch_grid_size**2, config.num_vision_blocks, 64 * 144
+            expected -= patches * (blocks * product + 4 * 64 * 64 + 2 * product)
     assert counter.get_total_flops() / 2 == pytest.approx(expected, rel=0.01)
 
 
@@ -246,6 +256,17 @@ def test_a_stopped_run_goes_on_with_the_same_losses_and_passes_over_what_was_cut
     again = train(arguments_of(run_folder, tmp_path))
     assert losses(again) == whole
     assert last_complete_checkpoint(tmp_path) == str(newest)
+
+
+def test_a_stopped_run_does_not_go_on_with_other_rates_or_with_the_moments_of_other_parameters(run_folder, tmp_path):
+    """As V2V has T2V's shapes, an optimiser would take the one's moments for the other's."""
+    options = {"trained_parts": ["projector", "v2v"], "learning_rate": 1e-3}
+    train(arguments_of(run_folder, tmp_path, **options))
+    for change in ({"trained_parts": ["projector", "t2v"]}, {"learning_rate": 1e-4}):
+        with pytest.raises(ValueError, match=r"not what it was in .*checkpoint-4[^$]*as `model`"):
+            train(arguments_of(run_folder, tmp_path, **(options | change)))
+    begun_anew = {"model": str(tmp_path / "checkpoint-4"), "trained_parts": ["projector", "t2v"]}
+    assert len(losses(train(arguments_of(run_folder, tmp_path / "new", **begun_anew)))) == 4
 
 
 def test_only_checkpoints_with_all_that_was_saved_are_complete(tmp_path):

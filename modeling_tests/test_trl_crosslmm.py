@@ -244,11 +244,36 @@ def test_trl_does_not_take_the_chats_from_our_collator_unnoticed(folder, tmp_pat
         trainer.train()
 
 
-def test_trl_does_not_make_tokens_before_our_collator_unnoticed(folder, tmp_path):
-    """`dataset_kwargs` left at its default."""
-    kwargs = WITH_OUR_COLLATOR | {"dataset_kwargs": None}
-    with pytest.raises(ValueError, match=MISMATCH):
+@pytest.mark.parametrize("cut", [{}, {"max_length": 5, "truncation_mode": "keep_end"}], ids=["whole", "cut"])
+def test_trl_does_not_make_tokens_before_our_collator_unnoticed(cut, folder, tmp_path):
+    """`dataset_kwargs` left at its default. The cut leaves no placeholder that the model could miss the frames of."""
+    kwargs = WITH_OUR_COLLATOR | {"dataset_kwargs": None} | cut
+    with pytest.raises(ValueError, match=r"`input_ids` and no pixels.*skip_prepare_dataset"):
         trainer_of(str(folder), videos(folder), tmp_path, collator=collator_of(folder), **kwargs).train()
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_only_a_cut_that_takes_every_placeholder_drops_a_video_unnoticed(mode, folder, tmp_path):
+    """What is left is text that nothing tells from other text: the one way that docs/fine-tune.md warns of."""
+    record = videos(folder)[0]
+    processor = CrossLMMProcessor.from_pretrained(folder)
+    (ids,) = processor.apply_chat_template(record["messages"], tokenize=True, return_dict=True)["input_ids"]
+    rest = [token == processor.video_token_id for token in (ids if mode == "keep_start" else ids[::-1])].index(True)
+    kwargs = {"truncation_mode": mode, "assistant_only_loss": False, "per_device_train_batch_size": 1, "max_steps": 1}
+    for length in (1, rest):
+        trainer_of(str(folder), [record], tmp_path, max_length=length, **kwargs).train()
+    for length in (rest + 1, rest + 9, len(ids)):
+        with pytest.raises(ValueError, match=MISMATCH):
+            trainer_of(str(folder), [record], tmp_path, max_length=length, **kwargs).train()
+
+
+def test_one_video_left_whole_stops_a_run_that_cuts_the_others(folder, tmp_path):
+    long, short = videos(folder)
+    long["messages"][1]["content"][0]["text"] *= 9
+    kwargs = {"truncation_mode": "keep_end", "max_length": 90, "assistant_only_loss": False}
+    trainer_of(str(folder), [long], tmp_path, **kwargs).train()
+    with pytest.raises(ValueError, match=MISMATCH):
+        trainer_of(str(folder), [long, short], tmp_path, **kwargs).train()
 
 
 def test_trainer_does_not_take_the_chats_from_our_collator_unnoticed(folder, tmp_path):

@@ -344,7 +344,10 @@ def _listed(record: Mapping, kind: str) -> list[Any]:
 def _message(turn: Any) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
         raise UnusableSample(f"a turn is an object; got {type(turn).__name__}.")
-    role, content = (turn.get("role", turn.get("from")), turn.get("content", turn.get("value")))
+    role, content = (
+        turn[ours] if turn.get(ours) is not None else turn.get(llavas)  # `datasets` fills in what a turn lacks
+        for ours, llavas in (("role", "from"), ("content", "value"))
+    )
     if not isinstance(role, str) or role not in ROLES:
         raise UnusableSample(f"a turn is said by one of {', '.join(ROLES)}; got {role!r}.")
     if isinstance(content, str):
@@ -505,10 +508,11 @@ class CrossLMMDataCollator:
     def _encoded(self, sample: Mapping[str, Any]) -> Mapping[str, Any]:
         if "input_ids" not in sample:
             return encode_chat(self.processor, sample, media_root=self.media_root, max_length=self.max_length)
-        if "labels" not in sample:
+        missing = "`labels`" if "labels" not in sample else "pixels" if _lost_its_media(sample) else None
+        if missing:
             raise ValueError(
-                "A sample has `input_ids` and no `labels`: something before the collator made tokens of its chat, and "
-                'left the media out. With TRL pass `dataset_kwargs={"skip_prepare_dataset": True}`.'
+                f"A sample has `input_ids` and no {missing}: something before the collator made tokens of its chat, "
+                'and left the media out. With TRL pass `dataset_kwargs={"skip_prepare_dataset": True}`.'
             )
         return sample
 
@@ -516,6 +520,16 @@ class CrossLMMDataCollator:
     def _padding(self) -> int:
         tokenizer: Any = self.processor.tokenizer
         return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _lost_its_media(sample: Mapping[str, Any]) -> bool:
+    """Whether the chat that still stands beside a sample's tokens has media, and the sample has no pixels."""
+    if any(sample.get(name) is not None for name in ("pixel_values_videos", "pixel_values")):
+        return False
+    contents = [turn.get("content") for turn in sample.get("messages") or ()]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    named = any(sample.get(name) for name in ("image", "images", "video", "videos"))
+    return named or any(part.get("type") in ("image", "video") for part in parts)
 
 
 # --- datasets -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.amp import is_autocast_available
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers import PreTrainedModel, Qwen2Model
@@ -563,7 +564,10 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         """What K and V are made of, (P, D): the original tokens (F, N, D), normalised and dated if the config says so.
         When `is_lazy`, they are as they came, and what does that comes with them."""
         text_config = self.config.text_config
-        original = original.to(self.language_model.dtype)
+        original, device = original.to(self.language_model.dtype), original.device.type
+        if torch.is_grad_enabled() and is_autocast_available(device) and torch.is_autocast_enabled(device):
+            # Once: each projection would cast them for itself, and keep its copy for the backward pass.
+            original = original.to(torch.get_autocast_dtype(device))
         if text_config.visual_norm == "none":
             return original.flatten(0, 1), None
         codes = frame_codes(frame_numbers, original.shape[-1], visual_time=text_config.visual_time)

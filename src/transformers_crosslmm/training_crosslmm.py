@@ -44,6 +44,8 @@ logger = logging.get_logger(__name__)
 
 RECIPES = Path(__file__).parent / "recipes"
 COMPLETE = "checkpoint-is-complete.json"
+WHAT_LEARNS = "what-learns.txt"
+"""Of a checkpoint: the table of `describe`, whose optimiser it holds."""
 IN_PROGRESS = "checkpoint-is-incomplete.txt"
 """Written and removed by Transformers while it saves because of a SIGTERM."""
 
@@ -321,8 +323,8 @@ class CrossLMMTrainer(Trainer):
     ) -> Any:
         """As in Transformers; True resumes from the newest checkpoint that is complete, a path must be one.
 
-        Raises ValueError where there is none, where processes would begin at different ones, and where the data held
-        no sample to train on.
+        Raises ValueError where there is none, where what learns or its rates are no longer those of the checkpoint,
+        where processes would begin at different ones, and where the data held no sample to train on.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(cast(str, self.args.output_dir))
@@ -333,11 +335,26 @@ class CrossLMMTrainer(Trainer):
                 f"{resume_from_checkpoint} was not saved to its end (or not by CrossLMMTrainer): it cannot be resumed."
             )
         self._agree_on(resume_from_checkpoint)
+        model = cast(nn.Module, self.model)
+        self.what_learns = describe(model, self.parameter_groups(model))
+        if resume_from_checkpoint:
+            self._refuse_another_recipe(Path(cast(str, resume_from_checkpoint)))
         self.model.config.untrained = False
         output = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
         if self.state.global_step == 0:
             raise ValueError("No step was made: the data holds no sample that can be used.")
         return output
+
+    def _refuse_another_recipe(self, checkpoint: Path) -> None:
+        """The optimiser's state would be that of other parameters, and the rates those of before, unsaid."""
+        table = checkpoint / WHAT_LEARNS
+        if table.is_file() and (before := table.read_text()) != self.what_learns:
+            raise ValueError(
+                f"What learns, or a rate, is not what it was in {checkpoint}, and a run goes on only as it began.\n"
+                f"Then:\n{before}\n\nNow:\n{self.what_learns}\n\n"
+                "Give the options of before, or begin a new run with that checkpoint as `model` and another "
+                "`output_dir`."
+            )
 
     def _agree_on(self, checkpoint: str | bool | None) -> None:
         from accelerate.utils import gather_object
@@ -387,6 +404,7 @@ class CrossLMMTrainer(Trainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # until every process has written its share
         if self.args.should_save:
+            (folder / WHAT_LEARNS).write_text(self.what_learns)
             mark_complete(folder)
             rotate_checkpoints(
                 output_dir=str(folder.parent),

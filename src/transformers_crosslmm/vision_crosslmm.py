@@ -53,10 +53,15 @@ class CrossLMMVisionTower(SiglipVisionModel):
 
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """Under checkpointing a chunk is kept as pixels. Checkpointed by block alone, it would keep the input of every
-        block: as much as the original tokens, 26 times."""
-        if self.training and self.encoder.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(super().forward, pixel_values, use_reentrant=False, **kwargs)
-        return super().forward(pixel_values, **kwargs)
+        block: as much as the original tokens, 26 times. A frozen tower keeps nothing and has no backward pass;
+        Transformers' checkpointing makes its embeddings ask for gradients, which would run through all of it."""
+        learns = torch.is_grad_enabled() and (
+            pixel_values.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
+        )
+        with torch.set_grad_enabled(learns):
+            if learns and self.training and self.encoder.gradient_checkpointing:
+                return checkpoint(super().forward, pixel_values, use_reentrant=False, **kwargs)
+            return super().forward(pixel_values, **kwargs)
 
 
 class CrossLMMMultiModalProjector(nn.Module):
@@ -141,9 +146,9 @@ def frame_codes(frame_numbers: torch.Tensor, width: int, *, visual_time: str) ->
 
 def joined(parts: Iterator[torch.Tensor], length: int) -> torch.Tensor:
     """Parts one after the other, `length` along dim 0; without a gradient, no part is kept until the last has come."""
-    if torch.is_grad_enabled():
-        return torch.cat(list(parts))
     first = next(parts)
+    if torch.is_grad_enabled() and first.requires_grad:
+        return torch.cat([first, *parts])
     if len(first) == length:
         return first
     whole = first.new_empty(length, *first.shape[1:])
