@@ -393,6 +393,27 @@ def cost_cpu() -> str:
     )
 
 
+def cost_full_size_cpu() -> str:
+    results = kept("full_size_cpu.json")
+    about, rows = results["about"], results["rows"]
+    [ours] = [row for row in rows if row["model"] == "CrossLMM-7B video features"]
+    whats = {"prefill": "prefill", "second question": "second_question", "each further token": "decode_step"}
+    head = [f"{about['frames']} frames, full size", "multiply-accumulates", *whats, "peak beside weights and pixels"]
+    cells = [
+        [
+            row["model"],
+            *(f"{row[what] / ours[what]:.2f}" for what in ("macs", *whats.values())),
+            f"{row['peak_mb']:,.0f} MB",
+        ]
+        for row in rows
+    ]
+    return (
+        f"{markdown(head, cells)}\nA prefill of CrossLMM-7B takes {ours['prefill']:.0f} seconds of CPU time, a second "
+        f"question {share(ours['second_question'] / ours['prefill'])} of that. `{about['command']}`, commit "
+        f"{about['commit']}, {about['machine']}; torch {about['torch']}, bfloat16; {about['rounds']} rounds.\n"
+    )
+
+
 def cpu_speed() -> str:
     """Time of ours over LLaVA-OneVision's; for a prefill also of the kernels that multiply, and of all beside them."""
     results = kept("cpu_speed.json")
@@ -502,6 +523,7 @@ TABLES: dict[str, Callable[[], str]] = {
         cost_counted,
         cost_closed_form,
         cost_cpu,
+        cost_full_size_cpu,
         cpu_speed,
         memory_curve,
         training_memory,

@@ -368,10 +368,11 @@ def test_a_step_with_a_static_cache_makes_no_real_gpu_wait(form):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("text", [{}, NORM_AND_TIME], ids=["paper", "recommended"])
 @pytest.mark.parametrize("form", FORMS)
-def test_what_a_compiled_step_reads_of_videos_stays_in_place(form):
+def test_what_a_compiled_step_reads_of_videos_stays_in_place(form, text):
     """A CUDA graph would copy anything else in every step: with "features", all original tokens."""
-    model = random_model(tiny_config(text_config={"num_hidden_layers": 1}))
+    model = random_model(tiny_config(text_config={"num_hidden_layers": 1, **text}))
     inputs = model_inputs(make_sample(model.config, 3, ("video", 2), 4))
     cache = StaticCache(config=model.config.text_config, max_cache_len=150)
     model(**inputs, past_key_values=cache, cross_attention_cache=form)

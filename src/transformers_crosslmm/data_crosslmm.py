@@ -526,10 +526,11 @@ def _lost_its_media(sample: Mapping[str, Any]) -> bool:
     """Whether the chat that still stands beside a sample's tokens has media, and the sample has no pixels."""
     if any(sample.get(name) is not None for name in ("pixel_values_videos", "pixel_values")):
         return False
-    contents = [turn.get("content") for turn in sample.get("messages") or ()]
+    if any(sample.get(name) for name in ("image", "images", "video", "videos")):
+        return True
+    contents = [turn.get("content") for turn in sample.get("messages") or () if isinstance(turn, Mapping)]
     parts = [part for content in contents if isinstance(content, list) for part in content]
-    named = any(sample.get(name) for name in ("image", "images", "video", "videos"))
-    return named or any(part.get("type") in ("image", "video") for part in parts)
+    return any(isinstance(part, Mapping) and part.get("type") in ("image", "video") for part in parts)
 
 
 # --- datasets -------------------------------------------------------------------------------------------------------

@@ -199,7 +199,8 @@ class CrossLMMCrossAttentionBranch(nn.Module):
             identity = torch.eye(states.shape[-1], dtype=states.dtype, device=states.device)
             memory.folding[self.layer_idx] = self.keys_values(identity)
         if memory.form == "features":
-            cache_layer.stay(states, *memory.folding[self.layer_idx])
+            norm = () if memory.norm is None else (memory.norm.scale, memory.norm.codes)
+            cache_layer.stay(states, *memory.folding[self.layer_idx], *norm)
 
 
 class CrossLMMCrossAttention(nn.Module):
