@@ -400,7 +400,13 @@ def test_folding_a_norm_into_queries_and_scores_is_no_worse_than_normalising(at_
     monkeypatch.setattr(attention_crosslmm, "CHUNK_BYTES", 4 * 2 * heads * patches * at_once)
     norm = TokenNorm.of(tokens, dates.float())
     folded = attention_crosslmm.folded_attention(
-        query, tokens.flatten(0, 1), key_weight, value_weight, scaling, segments, norm
+        query,
+        tokens.flatten(0, 1),
+        key_weight.permute(1, 2, 0),
+        value_weight.permute(1, 0, 2),
+        scaling,
+        segments,
+        norm,
     )
     assert_no_worse_than(folded, formulas(dtype), formulas(torch.float64))
 

@@ -316,13 +316,13 @@ def folded_attention(
 ) -> torch.Tensor:
     """The same attention without keys or values: the key projection moves to the query, the value projection behind.
 
-    query (Q, H, E), features (P, D), key_weight and value_weight (D, G, E); returns (Q, H, E). With k = x W_k and
-    v = x W_v: q . k = (W_k q) . x and sum p v = (sum p x) W_v, so one copy of the features serves every layer, read
-    twice. `norm` is what makes x of the features; None where they are it already.
+    query (Q, H, E), features (P, D), key_weight (G, E, D), value_weight (G, D, E); returns (Q, H, E). With k = x W_k
+    and v = x W_v: q . k = (W_k q) . x and sum p v = (sum p x) W_v, so one copy of the features serves every layer,
+    read twice. `norm` is what makes x of the features; None where they are it already.
     """
-    groups = key_weight.shape[1]
+    groups = len(key_weight)
     grouped = query.unflatten(1, (groups, -1))  # (Q, G, H/G, E)
-    folded = torch.einsum("qgre,dge->qgrd", grouped, key_weight).flatten(1, 2)  # (Q, H, D)
+    folded = torch.einsum("qgre,ged->qgrd", grouped, key_weight).flatten(1, 2)  # (Q, H, D)
     step = 1 if norm is None else norm.scale.shape[1]
     outputs, row = [], 0
     for length, span in zip(segments.lengths, segments.spans, strict=True):
@@ -334,7 +334,7 @@ def folded_attention(
         outputs.append(context.to(query.dtype).unflatten(0, (length, groups, -1)))
         row += length
     context = torch.cat(outputs) if len(outputs) > 1 else outputs[0]  # (Q, G, H/G, D)
-    return torch.einsum("qgrd,dge->qgre", context, value_weight).flatten(1, 2)
+    return torch.einsum("qgrd,gde->qgre", context, value_weight).flatten(1, 2)
 
 
 def _pieces(

@@ -45,7 +45,7 @@ class VisualMemory:
     norm: what makes of them what K and V are made of; None where they are that already.
     num_patches: patches seen so far, whether or not `states` still holds them.
     prefilling: placeholders of known media are still to come (chunked prefill).
-    folding: per layer, the key and value projections as matrices (D, G, E), for decoding from features.
+    folding: per layer, the key and value projections as (G, E, D) and (G, D, E), for decoding from features.
     """
 
     form: str

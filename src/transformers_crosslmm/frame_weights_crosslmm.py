@@ -164,7 +164,7 @@ def _scores(
 
     if cache_layer is not None and memory.form == "features":
         key_weight, _ = memory.folding[branch.layer_idx]
-        folded = torch.einsum("qgre,dge->qgrd", grouped, key_weight.to(precise)).flatten(1, 2)
+        folded = torch.einsum("qgre,ged->qgrd", grouped, key_weight.to(precise)).flatten(1, 2)
         return lambda start, end: folded @ patches(start, end).to(precise).T
 
     def scores(start: int, end: int) -> torch.Tensor:

@@ -104,12 +104,6 @@ class CrossLMMGenerationMixin(GenerationMixin):
             return model_kwargs
         is_ids = model_input_name == "input_ids"
         new_tokens = self._new_tokens(inputs_tensor, model_kwargs, generation_config, past_length, is_ids=is_ids)
-        if not new_tokens.shape[1]:
-            raise ValueError(
-                f"`past_key_values` has seen {past_length} tokens, and the {inputs_tensor.shape[1]} given hold none "
-                "behind them. Give the whole sequence, or the new tokens alone with an `attention_mask` that covers "
-                "the cached ones too."
-            )
         ids, embeds = (new_tokens, None) if is_ids else (None, new_tokens)
         media, masks, _ = check_inputs(
             self.config,
@@ -125,6 +119,12 @@ class CrossLMMGenerationMixin(GenerationMixin):
             cross_attention_cache=model_kwargs.get("cross_attention_cache"),
             num_rows=len(new_tokens) * max(generation_config.num_beams, generation_config.num_return_sequences),
         )
+        if not new_tokens.shape[1]:
+            raise ValueError(
+                f"`past_key_values` has seen {past_length} tokens, and the {inputs_tensor.shape[1]} given hold none "
+                "behind them. Give the whole sequence, or the new tokens alone with an `attention_mask` that covers "
+                "the cached ones too."
+            )
         if not masks:
             self._check_that_no_medium_is_missing(ids, embeds)
         self._check_room(generation_config, inputs_tensor.shape[1], past_length + new_tokens.shape[1], cache)

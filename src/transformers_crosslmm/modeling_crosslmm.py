@@ -189,15 +189,17 @@ class CrossLMMCrossAttentionBranch(nn.Module):
     def keep(self, states: torch.Tensor | None, memory: VisualMemory, cache_layer: VisualCacheLayer) -> None:
         """Makes what decoding needs of media that are new: once, and at once, for when `states` is gone nobody can.
 
-        Form "kv": keys and values. "features": the projections as two (D, G, E), by asking the modules for the
-        identity's: an adapter, a quantised weight or an offloaded one answers for itself.
+        Form "kv": keys and values. "features": the projections as (G, E, D) and (G, D, E), which no step has to turn
+        round, by asking the modules for the identity's: an adapter, a quantised weight or an offloaded one answers for
+        itself.
         """
         known = cache_layer.num_cross_patches
         if memory.form == "kv" and known < memory.num_patches:
             cache_layer.append_cross(*self.keys_values(memory.tokens(states, known, memory.num_patches)))
         elif memory.form == "features" and self.layer_idx not in memory.folding:
             identity = torch.eye(states.shape[-1], dtype=states.dtype, device=states.device)
-            memory.folding[self.layer_idx] = self.keys_values(identity)
+            key, value = self.keys_values(identity)  # (D, G, E)
+            memory.folding[self.layer_idx] = key.permute(1, 2, 0).contiguous(), value.permute(1, 0, 2).contiguous()
         if memory.form == "features":
             norm = () if memory.norm is None else (memory.norm.scale, memory.norm.codes)
             cache_layer.stay(states, *memory.folding[self.layer_idx], *norm)
