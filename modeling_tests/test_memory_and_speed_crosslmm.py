@@ -79,11 +79,12 @@ def test_a_step_reads_keys_and_values_once(dtype, layouts):
 def test_a_step_reads_features_twice_per_layer(text, dtype, layouts):
     model, cache = decoding("features", dtype, *layouts, **text)
     memory = visual_memory(cache, list(BLOCKS))
-    states, projections = memory.states, {tensor.numel() for pair in memory.folding.values() for tensor in pair}
+    states = memory.states
+    # Kernels for bfloat16 copy what lies otherwise, layer by layer and step by step.
+    assert all(tensor.is_contiguous() for pair in memory.folding.values() for tensor in pair)
     with BytesRead(states) as bytes_read:
         model(input_ids=torch.full((len(layouts), 1), 5), past_key_values=cache, use_cache=True)
     assert list(bytes_read.read.values()) == [2 * len(BLOCKS) * states.nbytes]
-    assert not {shape for shape in bytes_read.shapes if shape.numel() in projections}  # nor are these turned round
     # Scores, of six heads in float32, or what self-attention has cached are largest; a copy of the features is larger.
     longest = max(sum(part[1] for part in layout if isinstance(part, tuple)) for layout in layouts)
     assert bytes_read.largest <= max(longest * PATCHES * 6 * 4, cache.layers[0].keys.nbytes) < states.nbytes
