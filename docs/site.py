@@ -10,7 +10,8 @@ import griffe
 
 NEW_LIST_OR_TABLE = re.compile(r"^(?!\s*[-|]|\s*\d+\.)(.*\S.*)\n(?=- |1\. |\|)", re.MULTILINE)
 # "name: …", "name, name: …", "name (shape or type), name: …", "name (type)"
-FIELD = re.compile(r"((?:[a-z_]\w*(?: \([^)]*\))?(?:, )?)+)(?:: |(?<=\))$)")
+ITEM = r"[a-z_]\w*(?: \([^)]*\))?"
+FIELD = re.compile(rf"({ITEM}(?:, {ITEM})*)(?:: |(?<=\))$)")
 NAME = re.compile(r"(?<![\w`.(])[a-z_]\w*(?= \(|,|$|:)(?![^(]*\))")
 FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 
