@@ -464,6 +464,26 @@ def test_generation_compiles_without_graph_breaks():
     assert model.generate(**inputs, **options, prefill_chunk_size=7).tolist() == expected.tolist()
 
 
+@each_form
+@pytest.mark.parametrize("with_gradients", [(True, False), (False, True), (False, False)], ids=str)
+def test_a_video_may_come_with_and_without_gradients(with_gradients, form):
+    """Without them original tokens are normalised where they are read, with them at once; a cache keeps to one."""
+    model = tiny_model(form)
+    turns = [batch_of(model.config, [(4, ("video", 3), 5)]), batch_of(model.config, [(2, ("video", 2), 3)])]
+    cache, logits = DynamicCache(config=model.config.text_config), []
+    for inputs, enabled in zip(turns, with_gradients, strict=True):
+        inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        with torch.set_grad_enabled(enabled):
+            logits.append(model(**inputs, past_key_values=cache, use_cache=True).logits)
+    logits.append(cached_logits(model, cache, more(1, 2)))
+    whole = {name: torch.cat([turn[name] for turn in turns], dim=1) for name in ("input_ids", "attention_mask")}
+    whole["input_ids"] = torch.cat([whole["input_ids"], more(1, 2)], dim=1)
+    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+    whole |= {name: torch.cat([turn[name] for turn in turns]) for name in ("pixel_values_videos", "video_num_frames")}
+    with torch.no_grad():
+        assert_close_to_scale(torch.cat(logits, dim=1), model(**whole, use_cache=False).logits, relative=1e-5)
+
+
 def shallow_model(form, **text):
     return random_model(tiny_config(text_config={"cross_attention_cache": form, "num_hidden_layers": 3, **text}))
 

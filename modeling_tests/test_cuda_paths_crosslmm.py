@@ -16,6 +16,7 @@ import pretend_gpu
 from factories import random_model, tiny_config
 from numerics import assert_close_to_scale, assert_no_worse_than
 from pretend_gpu import pretend_gpus
+from test_generation_crosslmm import lengths_run
 from test_modeling_crosslmm import FLOAT32, INTERLEAVED, NORM_AND_TIME, in_dtype, make_sample, model_inputs, reference
 from transformers_crosslmm import attention_crosslmm, encode_video, generation_crosslmm, modeling_crosslmm
 from transformers_crosslmm.attention_crosslmm import Segments
@@ -144,13 +145,7 @@ def test_a_long_prompt_stays_whole_where_chunks_would_lose_the_fast_kernel(
     options = {"max_new_tokens": 2, "do_sample": False}
     expected = model.generate(**inputs, **options).tolist()
     monkeypatch.setattr(generation_crosslmm, "PREFILL_TOKENS", 17)
-    lengths = []
-    run = model.model.language_model.forward
-    monkeypatch.setattr(
-        model.model.language_model,
-        "forward",
-        lambda *args, **kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]) or run(*args, **kwargs),
-    )
+    lengths = lengths_run(monkeypatch, model)
     with gpu():
         assert model.to("cuda").generate(**moved(inputs), **options).tolist() == expected
     assert lengths[0] == (17 if is_cut else inputs["input_ids"].shape[1])

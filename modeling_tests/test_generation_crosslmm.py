@@ -545,6 +545,19 @@ def test_chunked_prefill_in_other_modes(form, kwargs):
     assert written(model, inputs, **kwargs, prefill_chunk_size=11).tolist() == expected.tolist()
 
 
+def lengths_run(monkeypatch, model) -> list[int]:
+    """Tokens of every call of the language model from now on."""
+    language_model, lengths = model.model.language_model, []
+    run = language_model.forward
+
+    def counted(*args, **kwargs):
+        lengths.append(kwargs["inputs_embeds"].shape[1])
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(language_model, "forward", counted)
+    return lengths
+
+
 LONG = {
     "ids": ({}, True),
     "beams": ({"num_beams": 3}, True),
@@ -563,13 +576,7 @@ def test_a_long_prompt_with_media_is_prefilled_in_chunks_where_it_can_be(kwargs,
         inputs = inputs | {"inputs_embeds": model.get_input_embeddings()(inputs.pop("input_ids")).detach()}
     options = kwargs | {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
     expected = model.generate(**inputs, **options)
-    lengths = []
-    run = model.model.language_model.forward
-    monkeypatch.setattr(
-        model.model.language_model,
-        "forward",
-        lambda *args, **kw: lengths.append(kw["inputs_embeds"].shape[1]) or run(*args, **kw),
-    )
+    lengths = lengths_run(monkeypatch, model)
     monkeypatch.setattr(generation_crosslmm, "PREFILL_TOKENS", 11)
     actual = model.generate(**inputs, **options)
     assert actual.sequences.tolist() == expected.sequences.tolist()

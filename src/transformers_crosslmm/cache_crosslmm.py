@@ -70,10 +70,13 @@ class VisualMemory:
         return fork
 
     def append(self, rows: list[list[Medium]], states: torch.Tensor, norm: TokenNorm | None = None) -> None:
-        """Adds the media of this call; their `patches` count from 0 within `states` (patches, D)."""
+        """Adds the media of this call; their `patches` count from 0 within `states` (patches, D).
+
+        norm: given with states that are kept already if, and only if, it was given with these.
+        """
         if self.form == "features" and self.states is not None:
             self.states = torch.cat([self.states, states])
-            self.norm = None if self.norm is None or norm is None else self.norm.followed_by(norm)
+            self.norm = None if norm is None else self.norm.followed_by(norm)
         else:
             self.first_patch, self.states, self.norm = self.num_patches, states, norm
         for known, new in zip(self.rows, rows, strict=True):

@@ -93,10 +93,9 @@ def check_inputs(
         elif modality in media:
             masks[modality] = first_placeholders(masks[modality], media[modality])
             lengths = [len(pooled) for pooled in media[modality].pooler_output]
-        if is_prefilling:  # a medium may go on in the next row, as in the chunk of a batch
-            check_count(modality, name, masks[modality], lengths)
-        else:
-            check_placeholders(modality, name, masks[modality], lengths, config.tokens_per_frame)
+        # In the chunk of a batch a medium may go on in the next row.
+        frame = None if is_prefilling else config.tokens_per_frame
+        check_placeholders(modality, name, masks[modality], lengths, tokens_per_frame=frame)
     return media, masks, form
 
 
@@ -244,30 +243,28 @@ def check_encoded(media: EncodedMedia, config: CrossLMMConfig, *, has_original: 
             )
 
 
-def check_count(modality: str, name: str, mask: torch.Tensor, lengths: list[int]) -> None:
-    """Raises ValueError unless there are as many placeholders, `mask` (B, L), as media have pooled tokens."""
+def check_placeholders(
+    modality: str, name: str, mask: torch.Tensor, lengths: list[int], *, tokens_per_frame: int | None
+) -> None:
+    """Raises ValueError unless the placeholders `mask` (B, L) are those of media with `lengths` pooled tokens, each
+    medium in one row and each frame in one piece.
+
+    tokens_per_frame: None to look at their number alone.
+    """
     if mask.device.type == "meta":
         return
     if torch.compiler.is_compiling():  # a graph cannot tell the numbers
         torch_compilable_check(mask.sum() == sum(lengths), f"Placeholders and {modality} features must match.")
         return
-    if (count := int(mask.sum())) != sum(lengths):
+    rows, columns = mask.nonzero().cpu().unbind(-1)
+    if len(rows) != sum(lengths):
         raise ValueError(
-            f"Placeholders and {modality} features must match: the text holds {count} {modality} "
+            f"Placeholders and {modality} features must match: the text holds {len(rows)} {modality} "
             f"placeholders, `{name}` or `mm_encoder_outputs` fill {sum(lengths)}. Make both with the processor in "
             "one call, without truncation, and check that nothing drops the pixels on the way."
         )
-
-
-def check_placeholders(
-    modality: str, name: str, mask: torch.Tensor, lengths: list[int], tokens_per_frame: int
-) -> None:
-    """Raises ValueError unless the placeholders `mask` (B, L) are those of media with `lengths` pooled tokens, each
-    medium in one row and each frame in one piece."""
-    check_count(modality, name, mask, lengths)
-    if mask.device.type == "meta" or torch.compiler.is_compiling():
+    if tokens_per_frame is None:
         return
-    rows, columns = mask.nonzero().cpu().unbind(-1)
     for medium in rows.split(lengths):
         if medium[0] != medium[-1]:
             raise ValueError(
