@@ -29,10 +29,10 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedTokenizerFast, set_seed
 
-from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration, procedural_videos
-from transformers_crosslmm.data_crosslmm import IGNORED, chat_sample
+from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration
 from transformers_crosslmm.media_crosslmm import CrossLMMEncodedMedia
-from transformers_crosslmm.procedural_videos import (
+from transformers_crosslmm.tiny import procedural_videos
+from transformers_crosslmm.tiny.procedural_videos import (
     ProceduralVideo,
     Question,
     ask,
@@ -40,14 +40,15 @@ from transformers_crosslmm.procedural_videos import (
     random_video,
     render_frame,
 )
-from transformers_crosslmm.training_crosslmm import PARTS, CrossLMMTrainer, CrossLMMTrainingArguments, train_only
-from transformers_crosslmm.training_tiny_crosslmm import (
+from transformers_crosslmm.tiny.train import (
     TinyArguments,
     build_tokenizer,
     degrade,
     tiny_config,
     train_vision,
 )
+from transformers_crosslmm.training.data import IGNORED, chat_sample
+from transformers_crosslmm.training.trainer import PARTS, CrossLMMTrainer, CrossLMMTrainingArguments, train_only
 
 RESULTS = Path(__file__).with_suffix(".json")
 TOWER = Path(__file__).parent.parent / "runs" / "ablation" / "vision_tower.pt"

@@ -24,9 +24,9 @@ from memory_curve import forget_peak, memory, prepare
 from training_memory import SavedBytes
 
 from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration
-from transformers_crosslmm.benchmarking_crosslmm import multiply_accumulates
-from transformers_crosslmm.contenders_crosslmm import CrossLMM
-from transformers_crosslmm.training_crosslmm import RECIPES, count_parts, parameter_groups, train_only
+from transformers_crosslmm.measuring.contenders import CrossLMM
+from transformers_crosslmm.measuring.cost import multiply_accumulates
+from transformers_crosslmm.training.trainer import RECIPES, count_parts, parameter_groups, train_only
 
 FRAMES, TEXT_TOKENS = 64, 256
 T = TypeVar("T")

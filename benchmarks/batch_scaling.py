@@ -56,7 +56,7 @@ def make_corpus(folder: Path, num_videos: int) -> None:
 def one_run(folder: Path, engine: str, workers: int | None) -> dict:
     import pyarrow.parquet
 
-    from transformers_crosslmm.batch_crosslmm import answer_corpus
+    from transformers_crosslmm.serving.corpus import answer_corpus
 
     began, marks = time.monotonic(), []
     quarter = None

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from transformers_crosslmm.benchmarking_crosslmm import TEXT_TOKENS, Runner, _resident_bytes, count
-from transformers_crosslmm.contenders_crosslmm import Contender, contenders
+from transformers_crosslmm.measuring.contenders import Contender, contenders
+from transformers_crosslmm.measuring.cost import TEXT_TOKENS, Runner, _resident_bytes, count
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "full_size_cpu.json"

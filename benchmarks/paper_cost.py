@@ -7,8 +7,8 @@ docs/decisions.md, D1: multiply-accumulates of one prefill, in T, for each readi
 from itertools import product
 
 from transformers_crosslmm import CrossLMMConfig
-from transformers_crosslmm.benchmarking_crosslmm import FRAMES, multiply_accumulates, paper_macs
-from transformers_crosslmm.benchmarking_crosslmm import PAPER as PAPER_FIGURES
+from transformers_crosslmm.measuring.cost import FRAMES, multiply_accumulates, paper_macs
+from transformers_crosslmm.measuring.cost import PAPER as PAPER_FIGURES
 
 PAPER = {preset: PAPER_FIGURES[f"CrossLMM-{preset}"]["macs"] for preset in ("7B", "2B")}
 

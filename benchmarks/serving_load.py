@@ -73,7 +73,7 @@ def data_url(content: bytes) -> str:
 def good_cases(paths: list[Path]) -> list[Case]:
     """Every question on every video, by path, with the content in the request, and as a stream."""
     from transformers_crosslmm import TINY_CHECKPOINT
-    from transformers_crosslmm.conversation_crosslmm import load_model, load_processor
+    from transformers_crosslmm.checkpoints.load import load_model, load_processor
 
     model, processor = load_model(TINY_CHECKPOINT, device="cpu"), load_processor(TINY_CHECKPOINT)
     cases = []
@@ -179,7 +179,7 @@ class Client:
     def _ask(self, case: Case) -> tuple[int, str | int, float]:
         body = json.loads(case.body)
         try:
-            reply = self.openai.chat.completions.create(model="tiny_checkpoint", **body)
+            reply = self.openai.chat.completions.create(model="crosslmm-tiny", **body)
             if body.get("stream"):
                 return 200, "".join(chunk.choices[0].delta.content or "" for chunk in reply), 0
             return 200, reply.choices[0].message.content, 0

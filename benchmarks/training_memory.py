@@ -33,7 +33,7 @@ from transformers import AttentionInterface
 from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration
 from transformers_crosslmm.cache_crosslmm import Medium, VisualMemory
 from transformers_crosslmm.modeling_crosslmm import VisualContext
-from transformers_crosslmm.training_crosslmm import PARTS, train_only
+from transformers_crosslmm.training.trainer import PARTS, train_only
 
 HERE = Path(__file__).resolve().parent
 RESULTS, CHART = HERE / "training_memory.json", HERE.parent / "docs" / "images" / "training_memory.png"

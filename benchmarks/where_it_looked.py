@@ -1,6 +1,6 @@
 r"""In how many questions about one frame does that frame weigh most in T2V while the answer is written?
 
-    python -m transformers_crosslmm.procedural_videos --split heldout --seed 1000 --num_videos 100 \
+    python -m transformers_crosslmm.tiny.procedural_videos --split heldout --seed 1000 --num_videos 100 \
         --output_dir runs/heldout
     python benchmarks/where_it_looked.py --videos runs/heldout --output_file benchmarks/where_it_looked.json
 
@@ -24,8 +24,8 @@ import torch
 import transformers
 
 from transformers_crosslmm import TINY_CHECKPOINT, __version__
-from transformers_crosslmm.conversation_crosslmm import load_model, load_processor
-from transformers_crosslmm.evaluation_crosslmm import VideoQuestion, interval, read_questions
+from transformers_crosslmm.checkpoints.load import load_model, load_processor
+from transformers_crosslmm.measuring.quality import VideoQuestion, interval, read_questions
 
 KINDS = ("which_frame", "colour", "shape", "place")
 NUM_FRAMES = 8

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from transformers_crosslmm.benchmarking_crosslmm import FRAMES, PAPER
+from transformers_crosslmm.measuring.cost import FRAMES, PAPER
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PICTURE = ROOT / "benchmarks" / "cost_counted.json", ROOT / "docs" / "images" / "cost.png"

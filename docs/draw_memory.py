@@ -6,7 +6,7 @@ python docs/draw_memory.py
 from pathlib import Path
 
 from transformers_crosslmm import CrossLMMConfig
-from transformers_crosslmm.inspection_crosslmm import count_costs
+from transformers_crosslmm.checkpoints.inspect import count_costs
 
 PICTURE = Path(__file__).parent / "memory.svg"
 FRAMES = 3600  # an hour at 1 frame per second

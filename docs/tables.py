@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "docs" / name for name in ("benchmarks.md", "cost.md", "ablation.md", "memory-and-speed.md")] + [
-    ROOT / "src" / "transformers_crosslmm" / "tiny_checkpoint" / "README.md"
+    ROOT / "src" / "transformers_crosslmm" / "tiny" / "crosslmm-tiny" / "README.md"
 ]
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -58,7 +58,7 @@ def paper_cost() -> str:
 
 def counted_costs() -> str:
     from transformers_crosslmm import CrossLMMConfig
-    from transformers_crosslmm.inspection_crosslmm import count_costs
+    from transformers_crosslmm.checkpoints.inspect import count_costs
 
     rows = []
     for preset in ("2B", "7B", "7B-16"):
@@ -79,7 +79,7 @@ def counted_costs() -> str:
 
 
 def paper_measured() -> str:
-    from transformers_crosslmm.model_card_crosslmm import PAPER_COSTS
+    from transformers_crosslmm.checkpoints.model_card import PAPER_COSTS
 
     rows = [
         [str(small[0]), *(f"{value:,}" for value in (*small[1:], *large[1:]))]
@@ -89,7 +89,7 @@ def paper_measured() -> str:
 
 
 def paper_scores() -> str:
-    from transformers_crosslmm.model_card_crosslmm import BENCHMARKS, PAPER_SCORES
+    from transformers_crosslmm.checkpoints.model_card import BENCHMARKS, PAPER_SCORES
 
     rows = [[size, str(tokens), *map(str, scores)] for (size, tokens), scores in PAPER_SCORES.items()]
     return markdown(["", "tokens per frame", *BENCHMARKS], rows)
@@ -97,7 +97,7 @@ def paper_scores() -> str:
 
 def tiny_checkpoint() -> str:
     from transformers_crosslmm import TINY_CHECKPOINT
-    from transformers_crosslmm.inspection_crosslmm import count_costs, load_config
+    from transformers_crosslmm.checkpoints.inspect import count_costs, load_config
 
     results, baseline = kept("tiny_checkpoint.json"), kept("tiny_average_pooling_baseline.json")
     costs = count_costs(load_config(TINY_CHECKPOINT))

@@ -17,16 +17,18 @@ from typer.testing import CliRunner
 
 import crosslmm_cli
 from factories import mp4_of, random_frames, save_checkpoint
-from transformers_crosslmm import CrossLMMConfig, conversation_crosslmm
-from transformers_crosslmm.conversation_crosslmm import VideoConversation, encode_video, load_processor, read_video
-from transformers_crosslmm.inspection_crosslmm import count_costs
-from transformers_crosslmm.pictures_crosslmm import (
+from transformers_crosslmm import CrossLMMConfig, encode_video
+from transformers_crosslmm.asking import conversation
+from transformers_crosslmm.asking.conversation import VideoConversation, read_video
+from transformers_crosslmm.asking.pictures import (
     clock_time,
     draw_contact_sheet,
     draw_timeline,
     frame_labels,
     frame_pictures,
 )
+from transformers_crosslmm.checkpoints.inspect import count_costs
+from transformers_crosslmm.checkpoints.load import load_model, load_processor
 
 SECONDS, FPS = 5, 4
 COMMANDS = ("ask", "batch", "bench", "chat", "compose", "convert", "demo", "info", "look", "push", "serve", "train")
@@ -49,7 +51,7 @@ def checkpoint(folder) -> str:
 
 @pytest.fixture(scope="module")
 def model(checkpoint):
-    return conversation_crosslmm.load_model(checkpoint, device="cpu")
+    return load_model(checkpoint, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -171,8 +173,11 @@ def test_ctrl_c_ends_cleanly(folder):
     stand_in = folder / "stand_in" / "transformers_crosslmm"
     stand_in.mkdir(parents=True)
     (stand_in / "__init__.py").touch()
-    (stand_in / "conversation_crosslmm.py").write_text("load_processor = read_video = None")
-    (stand_in / "pictures_crosslmm.py").write_text("draw_contact_sheet = frame_labels = frame_pictures = None")
+    (stand_in / "asking").mkdir()
+    (stand_in / "checkpoints").mkdir()
+    (stand_in / "asking" / "conversation.py").write_text("read_video = None")
+    (stand_in / "asking" / "pictures.py").write_text("draw_contact_sheet = frame_labels = frame_pictures = None")
+    (stand_in / "checkpoints" / "load.py").write_text("load_processor = None")
     path = os.pathsep.join([str(stand_in.parent), str(Path(crosslmm_cli.__file__).parent)])
     finished = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
@@ -249,7 +254,7 @@ def test_ask_prints_json_with_the_moments_of_the_frames(run, checkpoint, tmp_pat
 
 def test_an_answer_arrives_word_by_word(processor):
     pieces: list[str] = []
-    listener = conversation_crosslmm._Listener(processor.tokenizer, pieces.append)
+    listener = conversation._Listener(processor.tokenizer, pieces.append)
     ids = processor.tokenizer("one two three<|im_end|>")["input_ids"]
     for tokens in ([1, 2], *([token_id] for token_id in ids)):  # the prompt first
         listener.put(torch.tensor(tokens))
@@ -279,7 +284,7 @@ def test_chat_answers_every_line_and_survives_a_question_that_is_too_long(run, c
 
 def test_too_many_frames_are_told_before_one_is_encoded(run, checkpoint, folder, monkeypatch):
     (folder / "many.mp4").write_bytes(mp4_of(random_frames(60), fps=FPS))
-    monkeypatch.setattr(conversation_crosslmm, "encode_video", lambda *_, **__: pytest.fail("encoded"))
+    monkeypatch.setattr(conversation, "encode_video", lambda *_, **__: pytest.fail("encoded"))
     result = run("ask", "many.mp4", "Why?", "--frames", "60", "--model", checkpoint)
     assert result.exit_code == 1
     assert f"must fit the context of 512 positions; got {60 * 9 + 1}. Sample fewer frames" in result.stderr
@@ -388,9 +393,9 @@ def test_an_interrupted_question_leaves_no_trace(turns_before, interrupted, mode
         VideoConversation(model, processor, read_video(processor, str(folder / "clip.mp4"), num_frames=3))
         for _ in "ab"
     ]
-    for conversation in conversations:
+    for talk in conversations:
         for turn in range(turns_before):
-            conversation.ask(f"Turn {turn}?", max_new_tokens=4)
+            talk.ask(f"Turn {turn}?", max_new_tokens=4)
     undisturbed, disturbed = conversations
     with monkeypatch.context() as patched:
         if interrupted == "between two layers":

@@ -37,7 +37,7 @@ import yaml
 from typer.testing import CliRunner
 
 import crosslmm_cli
-from transformers_crosslmm.conversion_commands import config_fields
+from transformers_crosslmm.checkpoints.commands import config_fields
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -142,7 +142,7 @@ def check_crosslmm(words: list[str]) -> None:
         name, command, rest = group.resolve_command(context, [*context._protected_args, *context.args])
         inner = command.make_context(name, rest, parent=context)
         if name == "train":  # its options are those of a dataclass
-            from transformers_crosslmm.training_crosslmm import CrossLMMTrainingArguments
+            from transformers_crosslmm.training.trainer import CrossLMMTrainingArguments
 
             known = {field.name for field in fields(CrossLMMTrainingArguments)}
             unknown = [word for word in inner.args if word.startswith("--") and word[2:] not in known]

@@ -13,13 +13,13 @@ ROOT = Path(__file__).parent.parent
 
 USES = {
     "flash": "test_attention_backends_crosslmm.py",
-    "train": "test_training_crosslmm.py",
-    "ray": "test_batch_crosslmm.py",
-    "eval": "test_lmms_eval_crosslmm.py",
-    "serve": "test_serving_crosslmm.py",
-    "demo": "test_demo_crosslmm.py",
+    "train": "training/test_trainer.py",
+    "ray": "serving/test_corpus.py",
+    "eval": "measuring/test_lmms_eval.py",
+    "serve": "serving/test_server.py",
+    "demo": "asking/test_web_page.py",
     "docs": "test_docs.py",
-    "trl": "test_trl_crosslmm.py",
+    "trl": "training/test_trl.py",
 }
 """By extra, the file that does with the real packages what the extra is for."""
 

@@ -11,8 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from factories import random_model, tiny_config
-from test_modeling_crosslmm import make_sample, model_inputs
-from test_training_crosslmm import gradients, labelled
+from test_modeling_crosslmm import gradients, labelled, make_sample, model_inputs
 from transformers_crosslmm import attention_crosslmm, modeling_crosslmm, vision_crosslmm
 from transformers_crosslmm.cache_crosslmm import visual_memory
 

@@ -70,6 +70,23 @@ def model_inputs(*samples: Sample, padding_side: str = "right") -> dict[str, Ten
     return inputs
 
 
+def labelled(config, *layouts, first_seed: int = 0) -> dict[str, Tensor]:
+    """Inputs with the text as labels, but for the token behind each medium: a pooled token would predict it."""
+    inputs = model_inputs(
+        *(make_sample(config, *layout, seed=seed) for seed, layout in enumerate(layouts, first_seed))
+    )
+    ids = inputs["input_ids"]
+    is_visual = (ids == config.image_token_id) | (ids == config.video_token_id)
+    is_behind = torch.nn.functional.pad(is_visual[:, :-1], (1, 0))
+    return {**inputs, "labels": ids.masked_fill(is_visual | is_behind | (inputs["attention_mask"] == 0), -100)}
+
+
+def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
 def in_dtype(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 

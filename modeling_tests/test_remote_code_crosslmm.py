@@ -16,7 +16,7 @@ from transformers import pipeline as make_pipeline
 import transformers_crosslmm
 from factories import mp4_of, random_frames, save_checkpoint
 from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration, CrossLMMProcessor
-from transformers_crosslmm.export import code_files, export_with_code, main
+from transformers_crosslmm.checkpoints.export import code_files, export_with_code, main
 
 QUESTION = "what?"
 SETTINGS = {"max_new_tokens": 5, "generate_kwargs": {"do_sample": False}}

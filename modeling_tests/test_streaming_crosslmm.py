@@ -14,7 +14,7 @@ import video_files
 from factories import mp4_of, random_frames, random_model, tiny_config, tiny_processor
 from test_video_processing_crosslmm import FakeDecoder
 from transformers_crosslmm import CrossLMMProcessor, VideoError, encode_video
-from transformers_crosslmm.conversation_crosslmm import VideoConversation, read_video
+from transformers_crosslmm.asking.conversation import VideoConversation, read_video
 from transformers_crosslmm.media_crosslmm import join_media
 from transformers_crosslmm.pipeline_crosslmm import VideoTextToTextPipeline
 from transformers_crosslmm.video_decoding import VideoDecodeError, VideoDecodeWarning, decode_video

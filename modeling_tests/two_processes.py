@@ -31,7 +31,7 @@ def run_on_two_ranks(function: Callable[..., None], folder: Path, *args) -> None
 
 def preload() -> None:
     """The server that all are forked from imports everything slow, once for all tests."""
-    modules = ["transformers_crosslmm", "transformers_crosslmm.training_crosslmm", "torch._dynamo", "accelerate"]
+    modules = ["transformers_crosslmm", "transformers_crosslmm.training.trainer", "torch._dynamo", "accelerate"]
     multiprocessing.set_forkserver_preload(modules)
 
 

@@ -149,7 +149,7 @@ def ask(
     if not as_json:
         typer.echo()
     if timeline is not None:
-        from transformers_crosslmm.pictures_crosslmm import draw_timeline, frame_labels
+        from transformers_crosslmm.asking.pictures import draw_timeline, frame_labels
 
         pictures = conversation.pictures()
         labels = frame_labels(len(pictures), conversation.video.times)
@@ -244,7 +244,7 @@ def batch(
     wanted = _sampling(frames=frames, fps=fps, start=start, end=end)
     with Steps() as steps:
         _import_package(steps)
-        from transformers_crosslmm.batch_crosslmm import answer_corpus
+        from transformers_crosslmm.serving.corpus import answer_corpus
 
         steps.begin("Answering")
         with contextlib.redirect_stdout(sys.stderr):  # Ray tells of a worker that died
@@ -290,8 +290,9 @@ def look(
     _check_picture(out)
     with Steps() as steps:
         _import_package(steps)
-        from transformers_crosslmm.conversation_crosslmm import load_processor, read_video
-        from transformers_crosslmm.pictures_crosslmm import draw_contact_sheet, frame_labels, frame_pictures
+        from transformers_crosslmm.asking.conversation import read_video
+        from transformers_crosslmm.asking.pictures import draw_contact_sheet, frame_labels, frame_pictures
+        from transformers_crosslmm.checkpoints.load import load_processor
 
         processor = load_processor(_checkpoint(model))
         steps.begin(f"Reading {video}")
@@ -339,13 +340,13 @@ def bench(
         raise typer.BadParameter(f"--output must lie in a folder that exists; got {str(output)!r}.")
     with Steps() as steps:
         _import_package(steps)
-        from transformers_crosslmm import benchmarking_crosslmm
+        from transformers_crosslmm.measuring import cost
 
         def save(results: dict) -> None:
             if output is not None:
                 output.write_text(json.dumps(results, indent=1) + "\n")
 
-        results = benchmarking_crosslmm.run(
+        results = cost.run(
             [name for name in models.split(",") if name],
             [int(number) for number in frames.split(",") if number],
             size=size,
@@ -354,7 +355,7 @@ def bench(
             on_step=steps.begin,
             on_results=save,
         )
-    rows = benchmarking_crosslmm.table(results)
+    rows = cost.table(results)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, *numbers in rows:
         typer.echo("  ".join([name.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])]))
@@ -383,9 +384,9 @@ def info(
     with Steps() as steps:
         _import_package(steps)
         from transformers_crosslmm import CrossLMMConfig
+        from transformers_crosslmm.asking.pictures import clock_time
+        from transformers_crosslmm.checkpoints.inspect import count_costs, load_config
         from transformers_crosslmm.configuration_crosslmm import PRESETS
-        from transformers_crosslmm.inspection_crosslmm import count_costs, load_config
-        from transformers_crosslmm.pictures_crosslmm import clock_time
 
         steps.begin("Counting")
         costs = count_costs(CrossLMMConfig.from_preset(name) if name in PRESETS else load_config(name))
@@ -482,11 +483,11 @@ def compose(
     """
     with Steps() as steps:
         _import_package(steps, with_bars=True)
-        from transformers_crosslmm import conversion_commands, conversion_crosslmm
+        from transformers_crosslmm.checkpoints import commands, convert
     fields = _config_fields(context)
 
     def plan() -> Any:
-        return conversion_crosslmm.compose(
+        return convert.compose(
             vision,
             text,
             preset=preset,
@@ -498,9 +499,7 @@ def compose(
             **fields,
         )
 
-    for line in conversion_commands.write(
-        plan, out, force=force, push_to_hub=push_to_hub, private=private, untrained=untrained
-    ):
+    for line in commands.write(plan, out, force=force, push_to_hub=push_to_hub, private=private, untrained=untrained):
         typer.echo(line)
 
 
@@ -533,33 +532,29 @@ def convert(
     """
     with Steps() as steps:
         _import_package(steps, with_bars=True)
-        from transformers_crosslmm import conversion_commands, conversion_crosslmm
+        from transformers_crosslmm.checkpoints import commands, convert
     fields = _config_fields(context)
     if reverse and (push_to_hub or fields or vision or dtype or seed is not None):
         raise typer.BadParameter(
             "--reverse writes LLaVA-NeXT's layout as it is. Of the options only --name-table and --force go with it."
         )
-    table = conversion_crosslmm.read_name_table(name_table) if name_table else None
+    table = convert.read_name_table(name_table) if name_table else None
     if reverse:
-        report = conversion_crosslmm.crosslmm_to_llava_next(source, out, name_table=table, force=force)
-        lines = conversion_commands.report_lines(report, out)
+        report = convert.crosslmm_to_llava_next(source, out, name_table=table, force=force)
+        lines = commands.report_lines(report, out)
     else:
 
         def plan() -> Any:
-            return conversion_commands.plan_conversion(
-                source, name_table=table, vision=vision, dtype=dtype, seed=seed, **fields
-            )
+            return commands.plan_conversion(source, name_table=table, vision=vision, dtype=dtype, seed=seed, **fields)
 
-        lines = conversion_commands.write(
-            plan, out, force=force, push_to_hub=push_to_hub, private=private, untrained=untrained
-        )
+        lines = commands.write(plan, out, force=force, push_to_hub=push_to_hub, private=private, untrained=untrained)
     for line in lines:
         typer.echo(line)
 
 
 def _config_fields(context: typer.Context) -> dict[str, Any]:
     """The config fields among a command's words; anything else there is wrong usage."""
-    from transformers_crosslmm.conversion_commands import config_fields
+    from transformers_crosslmm.checkpoints.commands import config_fields
 
     try:
         return config_fields(context.args)
@@ -583,8 +578,8 @@ def push(
     """
     with Steps() as steps:
         _import_package(steps, with_bars=True)
-    from transformers_crosslmm.publishing_crosslmm import files_to_publish
-    from transformers_crosslmm.publishing_crosslmm import push as push_folder
+    from transformers_crosslmm.checkpoints.publish import files_to_publish
+    from transformers_crosslmm.checkpoints.publish import push as push_folder
 
     if dry_run:
         files = files_to_publish(folder, repo, with_code=with_code, untrained=untrained)
@@ -606,13 +601,13 @@ def train(
     as --output_dir, --learning_rate, --max_steps, --report_to) and ours: --model to begin with, --train_data,
     --media_root, --streaming; --num_frames, --fps, --max_frames of a video; --unusable samples (raise or skip),
     --max_length; --trained_parts, --gate_learning_rate, --vision_learning_rate, --global_batch_size,
-    --attn_implementation. What each means: python -m transformers_crosslmm.training_crosslmm --help
+    --attn_implementation. What each means: python -m transformers_crosslmm.training.trainer --help
 
     Example: crosslmm train adapt --model MODEL --train_data chats.jsonl --media_root videos --output_dir runs/mine
     """
     with Steps() as steps:
         _import_package(steps, with_bars=True)
-        from transformers_crosslmm.training_crosslmm import main
+        from transformers_crosslmm.training.trainer import main
 
     main([recipe, *context.args])
 
@@ -632,7 +627,7 @@ def check(
     """
     with Steps() as steps:
         _import_package(steps)
-        from transformers_crosslmm.data_crosslmm import find_broken, load_records
+        from transformers_crosslmm.training.data import find_broken, load_records
 
         records = load_records(path)
         if len(records) == 0:
@@ -685,9 +680,9 @@ def serve(
     """
     with Steps() as steps:
         _import_package(steps)
-        from transformers_crosslmm import serving_crosslmm
-    serving_crosslmm.serve(
-        serving_crosslmm.ServerSettings(
+        from transformers_crosslmm.serving import server
+    server.serve(
+        server.ServerSettings(
             _checkpoint(model),
             device=device,
             host=host,
@@ -721,7 +716,7 @@ def demo(
     """
     with Steps() as steps:
         _import_package(steps)
-        from transformers_crosslmm.demo_crosslmm import build_page, serve_page
+        from transformers_crosslmm.asking.web_page import build_page, serve_page
 
         steps.begin("Loading the model")
         page = build_page(_checkpoint(model), device=device)
@@ -783,12 +778,8 @@ def _conversation(steps: Steps, video: str, model: str | None, device: str | Non
     """A `VideoConversation` about the video, which is checked and read before the model is loaded."""
     wanted = _sampling(**sampling)
     _import_package(steps)
-    from transformers_crosslmm.conversation_crosslmm import (
-        VideoConversation,
-        load_model,
-        load_processor,
-        read_video,
-    )
+    from transformers_crosslmm.asking.conversation import VideoConversation, read_video
+    from transformers_crosslmm.checkpoints.load import load_model, load_processor
 
     checkpoint = _checkpoint(model)
     processor = load_processor(checkpoint)

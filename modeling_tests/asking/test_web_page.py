@@ -12,8 +12,8 @@ from gradio import processing_utils  # noqa: E402
 from gradio_client import Client, handle_file  # noqa: E402
 
 from factories import mp4_of, random_frames, save_checkpoint  # noqa: E402
-from transformers_crosslmm import demo_crosslmm  # noqa: E402
-from transformers_crosslmm.conversation_crosslmm import (  # noqa: E402
+from transformers_crosslmm.asking import web_page  # noqa: E402
+from transformers_crosslmm.asking.conversation import (  # noqa: E402
     VideoConversation,
     load_model,
     load_processor,
@@ -38,10 +38,10 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def address(folder):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_crosslmm, "MAX_NEW_TOKENS", 7)
-        patch.setattr(demo_crosslmm, "MAX_UPLOAD_BYTES", LIMIT)
-        page = demo_crosslmm.build_page(folder / "checkpoint", device="cpu")
-        yield demo_crosslmm.serve_page(page, wait=False)
+        patch.setattr(web_page, "MAX_NEW_TOKENS", 7)
+        patch.setattr(web_page, "MAX_UPLOAD_BYTES", LIMIT)
+        page = web_page.build_page(folder / "checkpoint", device="cpu")
+        yield web_page.serve_page(page, wait=False)
         page.close()
 
 
@@ -72,9 +72,9 @@ def test_it_listens_at_this_machine_only(address):
 
 def test_an_upload_is_asked_twice_and_encoded_once(visitor, folder, said, monkeypatch):
     encoded = []
-    encode = demo_crosslmm.PrefilledVideo.__init__
+    encode = web_page.PrefilledVideo.__init__
     monkeypatch.setattr(
-        demo_crosslmm.PrefilledVideo, "__init__", lambda *arguments: encoded.append(1) or encode(*arguments)
+        web_page.PrefilledVideo, "__init__", lambda *arguments: encoded.append(1) or encode(*arguments)
     )
     client = visitor()
     sheet, chat, timeline = client.predict(handle_file(str(folder / "five.mp4")), api_name="/look")
@@ -141,7 +141,7 @@ def test_what_was_not_uploaded_is_neither_opened_nor_fetched(address, folder, ki
     def note(*arguments, **_) -> None:
         opened.append(arguments)
 
-    monkeypatch.setattr(demo_crosslmm, "IsolatedStream", note)
+    monkeypatch.setattr(web_page, "IsolatedStream", note)
     monkeypatch.setattr(processing_utils, "async_ssrf_protected_download", note)
     file = folder / "five.mp4"
     path = {"path": str(file), "file uri": file.as_uri(), "url": "http://192.0.2.1/five.mp4"}[kind]
@@ -160,7 +160,7 @@ def test_a_bad_file_leaves_the_earlier_video(visitor, folder, said):
 
 
 def test_a_dropped_visit_lets_its_thread_end():
-    visit = demo_crosslmm.Visit(SimpleNamespace(ask=None), [], [])
+    visit = web_page.Visit(SimpleNamespace(ask=None), [], [])
     visit.close()
     with pytest.raises(RuntimeError, match="shutdown"):
         next(visit.ask("What?"))

@@ -31,17 +31,9 @@ from typer.testing import CliRunner
 
 import crosslmm_cli
 from factories import random_model, tiny_config, tiny_tokenizer
-from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration, checkpoint_crosslmm
-from transformers_crosslmm.checkpoint_crosslmm import (
-    SHARD_BYTES,
-    UNUSED_WEIGHTS,
-    StoredTensor,
-    new_folder,
-    split_into_shards,
-    stored_tensors,
-    write_weights,
-)
-from transformers_crosslmm.conversion_crosslmm import (
+from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration
+from transformers_crosslmm.checkpoints import folder as checkpoint_folder
+from transformers_crosslmm.checkpoints.convert import (
     Conversion,
     ConversionError,
     attention_entropy,
@@ -61,9 +53,18 @@ from transformers_crosslmm.conversion_crosslmm import (
     transformers_key_mapping,
     write_checkpoint,
 )
-from transformers_crosslmm.conversion_mapping import LLAVA_NEXT, LLAVA_ONEVISION, QWEN2, SIGLIP
+from transformers_crosslmm.checkpoints.folder import (
+    SHARD_BYTES,
+    UNUSED_WEIGHTS,
+    StoredTensor,
+    new_folder,
+    split_into_shards,
+    stored_tensors,
+    write_weights,
+)
+from transformers_crosslmm.checkpoints.name_tables import LLAVA_NEXT, LLAVA_ONEVISION, QWEN2, SIGLIP
 
-CONVERSION = Path(__file__).parent.parent / "conversion"
+CONVERSION = Path(__file__).parents[2] / "conversion"
 VISION = {
     "hidden_size": 20,
     "intermediate_size": 28,
@@ -410,12 +411,12 @@ def fill_in_shards(folder, conversion, save):
             save()
         save_file(tensors, path)
 
-    checkpoint_crosslmm.save_tensors = stopping
+    checkpoint_folder.save_tensors = stopping
     write_checkpoint(conversion, folder, shard_bytes=conversion.num_bytes // 3 + 1)
 
 
 def test_a_failure_half_way_leaves_nothing(tmp_path, vision_folder, text_folder, monkeypatch):
-    monkeypatch.setattr(checkpoint_crosslmm, "save_tensors", checkpoint_crosslmm.save_tensors)
+    monkeypatch.setattr(checkpoint_folder, "save_tensors", checkpoint_folder.save_tensors)
 
     def interrupt():
         raise KeyboardInterrupt
@@ -451,7 +452,7 @@ def test_a_full_disk_is_told_before_writing_and_while_writing(tmp_path, composed
     def full(*args, **kwargs):
         raise SafetensorError("No space left on device (os error 28)")
 
-    monkeypatch.setattr(checkpoint_crosslmm, "save_file", full)
+    monkeypatch.setattr(checkpoint_folder, "save_file", full)
     with pytest.raises(OSError, match=r"No space left.*Is the disk full"):
         write_weights(tmp_path, tensors)
     assert list(tmp_path.iterdir()) == []

@@ -10,8 +10,7 @@ from huggingface_hub import ModelCard
 
 from factories import mp4_of, random_frames, random_model, tiny_config, tiny_tokenizer
 from transformers_crosslmm import TINY_CHECKPOINT, CrossLMMConfig, CrossLMMForConditionalGeneration, CrossLMMProcessor
-from transformers_crosslmm.configuration_crosslmm import PRESETS
-from transformers_crosslmm.model_card_crosslmm import (
+from transformers_crosslmm.checkpoints.model_card import (
     PAPER_DATA,
     PAPER_SCORES,
     counted_costs,
@@ -21,8 +20,9 @@ from transformers_crosslmm.model_card_crosslmm import (
     preset_card,
     results_of,
 )
+from transformers_crosslmm.configuration_crosslmm import PRESETS
 
-CARDS = Path(__file__).parent.parent / "model_cards"
+CARDS = Path(__file__).parents[2] / "model_cards"
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -121,7 +121,7 @@ def test_the_cards_in_the_repository_are_what_the_config_says(tmp_path):
     assert cards == sorted(path.name for path in CARDS.glob("crosslmm-*.md"))
     for name in cards:
         assert (CARDS / name).read_text() == (made / name).read_text(), (
-            f"model_cards/{name} is out of date: python -m transformers_crosslmm.model_card_crosslmm model_cards"
+            f"model_cards/{name} is out of date: python -m transformers_crosslmm.checkpoints.model_card model_cards"
         )
 
 

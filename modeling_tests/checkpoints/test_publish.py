@@ -24,8 +24,9 @@ from typer.testing import CliRunner
 import crosslmm_cli
 from factories import random_model, tiny_config, tiny_tokenizer
 from hub_server import TOKEN, Fault, HubServer
-from transformers_crosslmm import CrossLMMForConditionalGeneration, CrossLMMProcessor, publishing_crosslmm
-from transformers_crosslmm.publishing_crosslmm import PublishingError, files_to_publish, push
+from transformers_crosslmm import CrossLMMForConditionalGeneration, CrossLMMProcessor
+from transformers_crosslmm.checkpoints import publish
+from transformers_crosslmm.checkpoints.publish import PublishingError, files_to_publish, push
 
 REPO = "me/crosslmm-test"
 
@@ -340,7 +341,7 @@ def test_a_full_disk_is_told_before_anything_is_sent(hub, checkpoint, monkeypatc
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device", tempfile.gettempdir())
 
-    monkeypatch.setattr(publishing_crosslmm, "export_with_code", full)
+    monkeypatch.setattr(publish, "export_with_code", full)
     result = crosslmm("push", checkpoint, REPO, "--with-code")
     assert result.exit_code == 1
     assert "Nothing was sent: " in result.output

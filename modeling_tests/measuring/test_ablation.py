@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from transformers_crosslmm.training_crosslmm import parts_of
+from transformers_crosslmm.training.trainer import parts_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPT, STATISTICS = ROOT / "benchmarks" / "ablation.py", ROOT / "docs" / "draw_ablation.py"
 QUESTION_FIRST = {"question": "before"}
 CHANGES: dict[str, dict] = {

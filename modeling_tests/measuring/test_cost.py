@@ -13,8 +13,12 @@ from typer.testing import CliRunner
 
 import crosslmm_cli
 from factories import random_model, tiny_config
-from transformers_crosslmm import CrossLMMConfig, benchmarking_crosslmm
-from transformers_crosslmm.benchmarking_crosslmm import (
+from transformers_crosslmm import CrossLMMConfig
+from transformers_crosslmm.cache_crosslmm import VisualCacheLayer
+from transformers_crosslmm.checkpoints.inspect import count_costs
+from transformers_crosslmm.measuring import cost
+from transformers_crosslmm.measuring.contenders import contenders
+from transformers_crosslmm.measuring.cost import (
     FRAMES,
     PAPER,
     Clock,
@@ -27,9 +31,6 @@ from transformers_crosslmm.benchmarking_crosslmm import (
     run,
     table,
 )
-from transformers_crosslmm.cache_crosslmm import VisualCacheLayer
-from transformers_crosslmm.contenders_crosslmm import contenders
-from transformers_crosslmm.inspection_crosslmm import count_costs
 
 BY_NAME = {contender.name: contender for contender in contenders()}
 OURS = [name for name in BY_NAME if name.startswith("CrossLMM")]
@@ -202,11 +203,9 @@ class ThisProcess:
 
 
 def test_a_run_at_toy_size_has_everything_that_one_on_a_gpu_has(monkeypatch):
-    monkeypatch.setattr(benchmarking_crosslmm, "ProcessPoolExecutor", ThisProcess)
+    monkeypatch.setattr(cost, "ProcessPoolExecutor", ThisProcess)
     started = []
-    monkeypatch.setattr(
-        benchmarking_crosslmm, "time_cold_start", lambda contender, *_, **__: started.append(contender.name)
-    )
+    monkeypatch.setattr(cost, "time_cold_start", lambda contender, *_, **__: started.append(contender.name))
     names = ["CrossLMM-7B video features", "Qwen3-VL-8B"]
     results = run(names, [2, 4], size="toy", device="cpu", repeats=1)
     ours, peer = names
@@ -240,9 +239,9 @@ def test_what_does_not_fit_is_said_and_the_rest_is_kept(monkeypatch):
 
     fits, too_large = names = ["CrossLMM-7B video features", "LLaVA-OneVision-7B"]
     monkeypatch.setattr(Runner, "times", times)
-    monkeypatch.setattr(benchmarking_crosslmm, "ProcessPoolExecutor", ThisProcess)
+    monkeypatch.setattr(cost, "ProcessPoolExecutor", ThisProcess)
     for measure in ("_peaks", "time_long_video", "time_training_step", "time_cold_start"):
-        monkeypatch.setattr(benchmarking_crosslmm, measure, out_of_memory)
+        monkeypatch.setattr(cost, measure, out_of_memory)
     results = run(names, [1], size="toy", device="cpu", repeats=2)
     mine, its = results["timed"]
     assert mine["seconds"]["prefill"] == 0.5
@@ -256,7 +255,7 @@ def test_what_does_not_fit_is_said_and_the_rest_is_kept(monkeypatch):
 @pytest.mark.slow
 def test_a_checkpoint_in_shards_answers_from_a_cold_start(tmp_path):
     contender = BY_NAME["CrossLMM-7B video features"]
-    row = benchmarking_crosslmm.time_cold_start(contender, tmp_path, size="toy", device=torch.device("cpu"))
+    row = cost.time_cold_start(contender, tmp_path, size="toy", device=torch.device("cpu"))
     assert row["shards"] > 1
     assert min(row["AutoModel"]["import"], row["AutoModel"]["load"]) > 0
     assert min(row["pipeline"]["load"], row["pipeline"]["first_answer"]) > 0
@@ -276,7 +275,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("arguments", "words"), MISTAKES.values(), ids=MISTAKES)
 def test_the_command_refuses_mistakes_before_it_begins(monkeypatch, arguments, words):
-    monkeypatch.setattr(benchmarking_crosslmm, "run", lambda *_, **__: pytest.fail("it began"))
+    monkeypatch.setattr(cost, "run", lambda *_, **__: pytest.fail("it began"))
     result = CliRunner().invoke(crosslmm_cli.app, ["bench", *arguments])
     assert result.exit_code == 2
     assert words in " ".join(result.output.replace("│", " ").split())

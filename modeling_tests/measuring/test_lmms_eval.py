@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from transformers_crosslmm import TINY_CHECKPOINT
-from transformers_crosslmm.conversation_crosslmm import load_model, load_processor
-from transformers_crosslmm.evaluation_crosslmm import answer_questions, evaluate, read_questions
-from transformers_crosslmm.procedural_videos import write_videos
+from transformers_crosslmm.checkpoints.load import load_model, load_processor
+from transformers_crosslmm.measuring.quality import answer_questions, evaluate, read_questions
+from transformers_crosslmm.tiny.procedural_videos import write_videos
 
 NEEDED = 'needs pip install "transformers_crosslmm[eval]", in an environment of its own'
-MODULE = "transformers_crosslmm.lmms_eval_crosslmm"
+MODULE = "transformers_crosslmm.measuring.lmms_eval"
 NUM_FRAMES = 6  # of 8 seconds: not what the checkpoint would take by itself
 
 TASK = """task: {name}
@@ -177,7 +177,7 @@ def test_a_wrong_batch_size_or_two_rules_of_sampling_are_refused_before_a_checkp
 def entry_point() -> tuple[str, str]:
     """Module and function under `crosslmm` of the entry points `lmms_eval.models` in setup.cfg."""
     setup = configparser.ConfigParser(interpolation=None)
-    setup.read(Path(__file__).parent.parent / "setup.cfg", encoding="utf-8")
+    setup.read(Path(__file__).parents[2] / "setup.cfg", encoding="utf-8")
     lines = setup["options.entry_points"]["lmms_eval.models"].strip().splitlines()
     [(name, target)] = [[part.strip() for part in line.split("=")] for line in lines]
     assert name == "crosslmm"

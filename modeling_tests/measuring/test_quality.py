@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_crosslmm import TINY_CHECKPOINT, CrossLMMForConditionalGeneration, CrossLMMProcessor
-from transformers_crosslmm.evaluation_crosslmm import closed_gates, evaluate, interval, read_questions
-from transformers_crosslmm.procedural_videos import write_videos
-from transformers_crosslmm.training_tiny_crosslmm import build_tokenizer, tiny_config
+from transformers_crosslmm.measuring.quality import closed_gates, evaluate, interval, read_questions
+from transformers_crosslmm.tiny.procedural_videos import write_videos
+from transformers_crosslmm.tiny.train import build_tokenizer, tiny_config
 
-SAMPLES = Path(__file__).parents[1] / "samples"
+SAMPLES = Path(__file__).parents[2] / "samples"
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_an_answer_counts_when_it_is_the_truth_to_the_letter(videos, monkeypatch
     def told(_model, inputs, _processor):
         return [next(truths) + "!" * next(wrong) for _ in inputs["input_ids"]]
 
-    monkeypatch.setattr("transformers_crosslmm.evaluation_crosslmm.answer_questions", told)
+    monkeypatch.setattr("transformers_crosslmm.measuring.quality.answer_questions", told)
     scores = evaluate(model, processor, questions)["as_trained"]
     total = scores["fine_detail"]["right"] + scores["order_and_count"]["right"]
     assert total == len(questions) - len(range(0, len(questions), 3))

@@ -22,9 +22,10 @@ from typer.testing import CliRunner
 
 import crosslmm_cli
 from factories import mp4_of, random_frames, save_checkpoint
-from transformers_crosslmm import batch_crosslmm
-from transformers_crosslmm.batch_crosslmm import COLUMNS, answer_corpus, read_corpus
-from transformers_crosslmm.conversation_crosslmm import load_model, load_processor
+from transformers_crosslmm.asking import prefilled
+from transformers_crosslmm.checkpoints.load import load_model, load_processor
+from transformers_crosslmm.serving import corpus
+from transformers_crosslmm.serving.corpus import COLUMNS, answer_corpus, read_corpus
 
 parquet = pytest.importorskip("pyarrow.parquet", reason="answers are Parquet files; pyarrow is not installed")
 
@@ -58,8 +59,8 @@ def ask(folder, tmp_path):
 
 @pytest.fixture
 def two_rows_per_part(monkeypatch) -> None:
-    monkeypatch.setattr(batch_crosslmm, "ROWS_PER_PART", 2)
-    monkeypatch.setattr(batch_crosslmm, "SECONDS_PER_PART", math.inf)
+    monkeypatch.setattr(corpus, "ROWS_PER_PART", 2)
+    monkeypatch.setattr(corpus, "SECONDS_PER_PART", math.inf)
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def encoded_frames(monkeypatch) -> list[int]:
         )
         return model
 
-    monkeypatch.setattr(batch_crosslmm, "load_model", load)
+    monkeypatch.setattr(corpus, "load_model", load)
     return counts
 
 
@@ -161,8 +162,8 @@ def test_a_video_outside_the_root_is_never_opened(folder, tmp_path, ask, monkeyp
     link = folder / "link.mp4"
     link.symlink_to(folder.parent / "secret.mp4")
     opened = []
-    iter_video = batch_crosslmm.iter_video
-    monkeypatch.setattr(batch_crosslmm, "iter_video", lambda path, **o: opened.append(path) or iter_video(path, **o))
+    iter_video = prefilled.iter_video
+    monkeypatch.setattr(prefilled, "iter_video", lambda path, **o: opened.append(path) or iter_video(path, **o))
     outside = ["../secret.mp4", str(folder.parent / "secret.mp4"), "link.mp4"]
     try:
         report = ask(about(*outside, "0.mp4"))
@@ -179,7 +180,7 @@ def test_a_fault_of_the_program_ends_the_run_instead_of_becoming_a_row(tmp_path,
     def broken(*arguments, **options):
         raise AttributeError("a bug")
 
-    monkeypatch.setattr(batch_crosslmm, "iter_video", broken)
+    monkeypatch.setattr(prefilled, "iter_video", broken)
     with pytest.raises(AttributeError, match="a bug"):
         ask(about("0.mp4"))
     assert not list((tmp_path / "answers").glob("part-*"))
@@ -189,11 +190,11 @@ def test_a_video_that_killed_several_workers_gets_an_error(folder, tmp_path):
     attempts = tmp_path / "attempts"
     attempts.mkdir()
     options = {"device": "cpu", "max_new_tokens": NEW_TOKENS, "sampling": {"num_frames": FRAMES}}
-    answer = batch_crosslmm.VideoAnswerer(str(folder / "checkpoint"), str(attempts), **options)
+    answer = corpus.VideoAnswerer(str(folder / "checkpoint"), str(attempts), **options)
     [question] = [{"id": "a", "video": "0.mp4", "question": "Why?"}]
     group = {"path": str(folder / "0.mp4"), "error": None, "questions": [question]}
     answer._answers = lambda *arguments: (_ for _ in ()).throw(SystemExit)  # the worker dies
-    for _ in range(batch_crosslmm.MAX_ATTEMPTS):
+    for _ in range(corpus.MAX_ATTEMPTS):
         with pytest.raises(SystemExit):
             next(answer(group))
     [row] = answer(group)
@@ -206,8 +207,8 @@ def test_who_interrupts_a_run_may_do_so_as_often_as_they_like(tmp_path, ask, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(batch_crosslmm, "PrefilledVideo", interrupted)
-        for _ in range(batch_crosslmm.MAX_ATTEMPTS):
+        patch.setattr(corpus, "PrefilledVideo", interrupted)
+        for _ in range(corpus.MAX_ATTEMPTS):
             with pytest.raises(KeyboardInterrupt):
                 ask(about("0.mp4"))
     assert ask(about("0.mp4")).failed == 0
@@ -247,7 +248,7 @@ def test_a_machine_that_can_start_no_more_processes_ends_the_run_instead_of_fail
 def test_options_that_no_video_could_meet_end_the_run_before_it_begins(
     tmp_path, ask, monkeypatch, options, error, message
 ):
-    monkeypatch.setattr(batch_crosslmm, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(corpus, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(error, match=message):
         ask(about("0.mp4"), **options)
     assert not (tmp_path / "answers").exists()
@@ -273,7 +274,7 @@ def test_a_part_that_is_damaged_is_named_and_asked_again_once_it_is_deleted(tmp_
 
 def test_a_file_that_is_no_part_of_ours_is_named(tmp_path, ask):
     ask(about("0.mp4"))
-    table = batch_crosslmm._pyarrow().table({"name": ["x"]})
+    table = corpus._pyarrow().table({"name": ["x"]})
     parquet.write_table(table, tmp_path / "answers/part-of-something-else.parquet")
     with pytest.raises(ValueError, match=r"part-of-something-else\.parquet must be a file of answers"):
         ask(about("0.mp4", "1.mp4"))
@@ -307,14 +308,14 @@ def test_a_folder_of_answers_that_is_a_file_is_left_alone(tmp_path, ask):
 
 
 def test_an_answer_that_took_long_is_on_disk_before_the_next_question_is_asked(tmp_path, ask, monkeypatch):
-    monkeypatch.setattr(batch_crosslmm, "SECONDS_PER_PART", 0.0)
-    fork, on_disk = batch_crosslmm.PrefilledVideo.fork, []
+    monkeypatch.setattr(corpus, "SECONDS_PER_PART", 0.0)
+    fork, on_disk = corpus.PrefilledVideo.fork, []
 
     def noted(video):
         on_disk.append(len(rows_of(tmp_path / "answers")))
         return fork(video)
 
-    monkeypatch.setattr(batch_crosslmm.PrefilledVideo, "fork", noted)
+    monkeypatch.setattr(corpus.PrefilledVideo, "fork", noted)
     ask(about("0.mp4"))
     assert on_disk == [0, 1]
 
@@ -366,12 +367,12 @@ def test_all_scripts_and_a_byte_order_mark_are_read_and_names_that_cannot_be_fil
     path = tmp_path / "questions.jsonl"
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\r\n" for record in records)
     path.write_bytes(lines.encode("utf-8-sig"))
-    corpus = read_corpus(path)
-    assert [(question.video, question.question) for question in corpus] == [
+    questions = read_corpus(path)
+    assert [(question.video, question.question) for question in questions] == [
         (record["video"], record["question"]) for record in records
     ]
-    assert corpus.groups[0].path == str(tmp_path.resolve() / records[0]["video"])
-    assert "null" in corpus.groups[1].error
+    assert questions.groups[0].path == str(tmp_path.resolve() / records[0]["video"])
+    assert "null" in questions.groups[1].error
 
 
 def test_a_hundred_thousand_questions_are_read_in_seconds(tmp_path):
@@ -380,10 +381,10 @@ def test_a_hundred_thousand_questions_are_read_in_seconds(tmp_path):
         for number in range(100_000):
             file.write(json.dumps({"video": f"{number % 997}.mp4", "question": f"Why {number}?"}) + "\n")
     began = time.process_time()
-    corpus = read_corpus(path)
+    questions = read_corpus(path)
     assert time.process_time() - began < 20
-    assert len(corpus.groups) == 997
-    assert sum(1 for _ in corpus) == 100_000
+    assert len(questions.groups) == 997
+    assert sum(1 for _ in questions) == 100_000
 
 
 # --- runs that go on ------------------------------------------------------------------------------------------------
@@ -430,15 +431,15 @@ def test_new_questions_are_answered_and_old_ones_are_not_asked_again(tmp_path, a
 
 DRIVER = """
 import os, signal, sys
-from transformers_crosslmm import batch_crosslmm
+from transformers_crosslmm.serving import corpus
 questions, root, moment, new_tokens, frames = sys.argv[1:]
-batch_crosslmm.ROWS_PER_PART, batch_crosslmm.SECONDS_PER_PART = 2, 1e9
+corpus.ROWS_PER_PART, corpus.SECONDS_PER_PART = 2, 1e9
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 replace = os.replace
 def rename(source, target):
     die() if moment == "between a part and its name" and "00001" in str(target) else replace(source, target)
 os.replace = rename
-batch_crosslmm.answer_corpus(
+corpus.answer_corpus(
     questions, "answers", root=root, model=root + "/checkpoint", engine="local",
     max_new_tokens=int(new_tokens), num_frames=int(frames),
     on_progress=lambda done, total: die() if moment == "with an answer in hand" and done == 3 else None,
@@ -516,10 +517,10 @@ def test_the_command_names_the_extra_where_ray_is_missing(folder, tmp_path, monk
 
 RAY_DRIVER = """
 import sys
-from transformers_crosslmm import batch_crosslmm
+from transformers_crosslmm.serving import corpus
 questions, root, new_tokens, frames = sys.argv[1:]
-batch_crosslmm.ROWS_PER_PART = 2
-batch_crosslmm.answer_corpus(
+corpus.ROWS_PER_PART = 2
+corpus.answer_corpus(
     questions, "answers", root=root, model=root + "/checkpoint", engine="ray", workers=2,
     max_new_tokens=int(new_tokens), num_frames=int(frames),
     on_progress=lambda done, total: print(done, flush=True),

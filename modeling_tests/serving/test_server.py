@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import crosslmm_cli
 from factories import mp4_of, random_frames, save_checkpoint
 from transformers_crosslmm import TINY_CHECKPOINT
-from transformers_crosslmm.conversation_crosslmm import load_model, load_processor
+from transformers_crosslmm.checkpoints.load import load_model, load_processor
 
 NEEDED = 'needs pip install "transformers_crosslmm[serve]"'
 openai = pytest.importorskip("openai", reason=NEEDED)
@@ -28,8 +28,8 @@ uvicorn = pytest.importorskip("uvicorn", reason=NEEDED)
 pytest.importorskip("fastapi", reason=NEEDED)
 pytest.importorskip("prometheus_client", reason=NEEDED)
 
-from transformers_crosslmm import serving_crosslmm  # noqa: E402
-from transformers_crosslmm.serving_crosslmm import BoundedCache, ServerSettings, build_app, serve  # noqa: E402
+from transformers_crosslmm.serving import server as server_module  # noqa: E402
+from transformers_crosslmm.serving.server import BoundedCache, ServerSettings, build_app, serve  # noqa: E402
 
 SECONDS, FPS = 7, 3
 QUESTIONS = ["What happens?", "Who is there, and where?"]
@@ -234,9 +234,9 @@ def test_temperature_draws_and_a_seed_repeats_the_draw(server, clip):
 
 
 def test_the_bundled_checkpoint_answers_as_the_pipeline_does(root):
-    server = Server(TINY_CHECKPOINT, allowed_folders=(Path(__file__).parent.parent / "samples",))
+    server = Server(TINY_CHECKPOINT, allowed_folders=(Path(__file__).parents[2] / "samples",))
     try:
-        video = Path(__file__).parent.parent / "samples/shapes.mp4"
+        video = Path(__file__).parents[2] / "samples/shapes.mp4"
         question = "What colour is the triangle in frame 4?"
         model, processor = load_model(TINY_CHECKPOINT, device="cpu"), load_processor(TINY_CHECKPOINT)
         inputs = processor.apply_chat_template(
@@ -332,14 +332,14 @@ def test_a_file_with_new_content_is_a_new_video(server, generated, root, clip):
 def test_a_video_that_grows_while_it_is_read_is_refused(server, root, clip, monkeypatch, forget):
     path = root / "videos/growing.mp4"
     path.write_bytes(clip.read_bytes())
-    decode = serving_crosslmm.decode_video
+    decode = server_module.decode_video
 
     def grow_and_decode(*arguments, **options):
         with open(path, "ab") as file:
             file.write(b"more")
         return decode(*arguments, **options)
 
-    monkeypatch.setattr(serving_crosslmm, "decode_video", grow_and_decode)
+    monkeypatch.setattr(server_module, "decode_video", grow_and_decode)
     with pytest.raises(openai.BadRequestError, match="changed while it was read"):
         server.answer(QUESTIONS[0], path)
     assert len(server.handler.cache) == 0
@@ -404,7 +404,7 @@ def test_a_path_outside_of_the_allowed_folders_is_refused(server, root):
     ):
         with pytest.raises(openai.PermissionDeniedError, match="must lie in a folder") as refused:
             server.answer(QUESTIONS[0], path)
-        told.add(refused.value.body["message"].replace(serving_crosslmm._shortened(str(path)), "IT"))
+        told.add(refused.value.body["message"].replace(server_module._shortened(str(path)), "IT"))
     assert len(told) == 1
     assert server.health() == {"status": "ok", "running": 0, "waiting": 0}
 
@@ -471,7 +471,7 @@ def hostile_files(root: Path, clip: Path) -> dict[str, bytes]:
 
 def test_a_hostile_file_costs_its_own_request_only(started, generated, root, clip):
     server = started(max_frames=20)
-    server.handler.reader.limits = serving_crosslmm.replace(server.handler.reader.limits, max_pixels=400_000)
+    server.handler.reader.limits = server_module.replace(server.handler.reader.limits, max_pixels=400_000)
     for name, data in hostile_files(root, clip).items():
         path = root / f"videos/{name}.mp4"
         path.write_bytes(data)
@@ -486,13 +486,13 @@ def test_a_hostile_file_costs_its_own_request_only(started, generated, root, cli
 
 def test_strangers_videos_are_decoded_in_a_limited_process(server, clip, monkeypatch, forget):
     seen = {}
-    decode = serving_crosslmm.decode_video
+    decode = server_module.decode_video
 
     def spy(*arguments, **options):
         seen.update(options)
         return decode(*arguments, **options)
 
-    monkeypatch.setattr(serving_crosslmm, "decode_video", spy)
+    monkeypatch.setattr(server_module, "decode_video", spy)
     server.answer(QUESTIONS[0], clip)
     assert seen["isolated"]
     assert seen["strict"]
@@ -786,7 +786,7 @@ def test_who_can_reach_the_server_is_said_aloud(root, host, is_warned, capsys, m
 
 def test_the_command_hands_its_options_on(root, monkeypatch):
     given = []
-    monkeypatch.setattr(serving_crosslmm, "serve", given.append)
+    monkeypatch.setattr(server_module, "serve", given.append)
     folder, arguments = str(root / "videos"), ["--max-running", "3", "--cache-gib", "0.5", "--port", "8123"]
     done = CliRunner().invoke(
         crosslmm_cli.app, ["serve", str(root / "checkpoint"), "--allowed-folder", folder, *arguments]
@@ -801,7 +801,7 @@ def test_the_command_hands_its_options_on(root, monkeypatch):
 
 
 def test_without_the_extra_the_error_names_it(monkeypatch):
-    monkeypatch.delitem(sys.modules, "transformers_crosslmm.serving_crosslmm")
+    monkeypatch.delitem(sys.modules, "transformers_crosslmm.serving.server")
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with pytest.raises(ImportError, match=r"transformers_crosslmm\[serve\]"):
-        importlib.import_module("transformers_crosslmm.serving_crosslmm")
+        importlib.import_module("transformers_crosslmm.serving.server")

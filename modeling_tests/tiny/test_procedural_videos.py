@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from transformers_crosslmm.procedural_videos import (
+from transformers_crosslmm.tiny.procedural_videos import (
     CHANCE,
     COLOURS,
     HELD_OUT_THINGS,
@@ -30,7 +30,7 @@ from transformers_crosslmm.procedural_videos import (
     write_videos,
 )
 
-SAMPLES = Path(__file__).parents[1] / "samples"
+SAMPLES = Path(__file__).parents[2] / "samples"
 THING = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(NAMES)})\b")
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from transformers_crosslmm import CrossLMMProcessor
-from transformers_crosslmm.data_crosslmm import IGNORED, VideoChatCollator, chat_sample
-from transformers_crosslmm.procedural_videos import (
+from transformers_crosslmm.processing_crosslmm import CHAT_TEMPLATE
+from transformers_crosslmm.tiny.procedural_videos import (
     COLOURS,
     KINDS,
     NAMES,
@@ -20,8 +20,7 @@ from transformers_crosslmm.procedural_videos import (
     random_video,
     render_frame,
 )
-from transformers_crosslmm.processing_crosslmm import CHAT_TEMPLATE
-from transformers_crosslmm.training_tiny_crosslmm import (
+from transformers_crosslmm.tiny.train import (
     Curriculum,
     PatchLabelFrames,
     TinyArguments,
@@ -31,6 +30,7 @@ from transformers_crosslmm.training_tiny_crosslmm import (
     repaint,
     tiny_config,
 )
+from transformers_crosslmm.training.data import IGNORED, VideoChatCollator, chat_sample
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from torch.distributed.run import get_args_parser
 
 from factories import random_model, tiny_config
 from test_modeling_crosslmm import make_sample, model_inputs
-from transformers_crosslmm.training_crosslmm import RECIPES
+from transformers_crosslmm.training.trainer import RECIPES
 
 config_args = pytest.importorskip("accelerate.commands.config.config_args")
 
@@ -30,13 +30,13 @@ def test_accelerate_reads_the_config(name):
 
 def test_launchers_take_the_commands_of_the_page():
     launch = pytest.importorskip("accelerate.commands.launch")
-    page = (Path(__file__).parent.parent / "docs" / "scale.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
     for start, parser in (("torchrun", get_args_parser()), ("accelerate launch", launch.launch_command_parser())):
         commands = re.findall(rf"^{start} (.*)$", page, re.MULTILINE)
         assert len(commands) == 2  # on one machine and on two
         for command in commands:
             words = parser.parse_args(shlex.split(command))
-            assert (words.module, words.training_script) == (True, "transformers_crosslmm.training_crosslmm")
+            assert (words.module, words.training_script) == (True, "transformers_crosslmm.training.trainer")
             assert words.training_script_args[0] == "stage2_instruct"
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import crosslmm_cli
 from factories import mp4_of, random_frames, random_model, tiny_config, tiny_processor
-from transformers_crosslmm.data_crosslmm import (
+from transformers_crosslmm.training.data import (
     IGNORED,
     TRIES,
     CrossLMMDataCollator,

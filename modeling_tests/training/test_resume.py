@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from factories import save_checkpoint, save_training_data
-from transformers_crosslmm.training_crosslmm import is_complete, last_complete_checkpoint, main, parse_recipe, train
+from transformers_crosslmm.training.trainer import is_complete, last_complete_checkpoint, main, parse_recipe, train
 from two_processes import run_alone
 
 STEPS = 7  # of two samples: the data is begun again at step 5

@@ -8,14 +8,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from test_trainer import TEXT_ONLY
 from torch.distributed.fsdp import fully_shard
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from factories import random_model, save_checkpoint, save_training_data, tiny_config
-from test_training_crosslmm import TEXT_ONLY, gradients, labelled
+from test_modeling_crosslmm import gradients, labelled
 from transformers_crosslmm import CrossLMMForConditionalGeneration
-from transformers_crosslmm.data_crosslmm import CrossLMMDataCollator
-from transformers_crosslmm.training_crosslmm import (
+from transformers_crosslmm.training.data import CrossLMMDataCollator
+from transformers_crosslmm.training.trainer import (
     COMPLETE,
     RECIPES,
     last_complete_checkpoint,

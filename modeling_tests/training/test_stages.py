@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import crosslmm_cli
 from factories import random_model, save_checkpoint, save_training_data, tiny_config
 from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration
-from transformers_crosslmm.training_crosslmm import (
+from transformers_crosslmm.training.trainer import (
     COMPLETE,
     PARTS,
     RECIPES,
@@ -31,7 +31,7 @@ from transformers_crosslmm.training_crosslmm import (
     train_only,
 )
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_the_counted_cost_of_a_training_step_is_what_pytorch_counts(stage, check
 
 MISTAKES = {
     "unknown": ("lerning_rate: 1e-4", 2, "no option --lerning_rate; did you mean --learning_rate?"),
-    "unlike any": ("xyz: 1", 2, "no option --xyz; `python -m transformers_crosslmm.training_crosslmm --help` lists"),
+    "unlike any": ("xyz: 1", 2, "no option --xyz; `python -m transformers_crosslmm.training.trainer --help` lists"),
     "cut short": ("gate_learning: 1", 2, "no option --gate_learning; did you mean --gate_learning_rate?"),
     "type": ("learning_rate: fast", 2, "--learning_rate/--learning-rate: invalid float value: 'fast'"),
     "choice": ("unusable: drop", 2, "invalid choice: 'drop'"),

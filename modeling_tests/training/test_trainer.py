@@ -4,33 +4,15 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from factories import random_model, tiny_config
-from test_modeling_crosslmm import make_sample, model_inputs
+from test_modeling_crosslmm import gradients, labelled
 from transformers_crosslmm import CrossLMMForConditionalGeneration, CrossLMMModel
 from two_processes import run_on_two_ranks
 
 BOTH = (6, ("video", 3), 5, ("image", 1), 4)
 TEXT_ONLY = (23,)
-
-
-def labelled(config, *layouts, first_seed: int = 0) -> dict[str, Tensor]:
-    """Inputs with the text as labels, but for the token behind each medium: a pooled token would predict it."""
-    inputs = model_inputs(
-        *(make_sample(config, *layout, seed=seed) for seed, layout in enumerate(layouts, first_seed))
-    )
-    ids = inputs["input_ids"]
-    is_visual = (ids == config.image_token_id) | (ids == config.video_token_id)
-    is_behind = torch.nn.functional.pad(is_visual[:, :-1], (1, 0))
-    return {**inputs, "labels": ids.masked_fill(is_visual | is_behind | (inputs["attention_mask"] == 0), -100)}
-
-
-def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    model.zero_grad()
-    model(**inputs).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def is_behind_a_gate(name: str) -> bool:

@@ -27,13 +27,13 @@ from .modeling_crosslmm import (  # noqa: E402
     CrossLMMPreTrainedModel,
     CrossLMMTextModel,
 )
-from .peft_crosslmm import crosslmm_lora_config  # noqa: E402
 from .pipeline_crosslmm import VideoTextToTextPipeline  # noqa: E402
 from .processing_crosslmm import CrossLMMProcessor  # noqa: E402
+from .training.lora import crosslmm_lora_config  # noqa: E402
 from .video_decoding import VideoDecodeWarning, VideoError, VideoLimits, decode_video  # noqa: E402
 from .video_processing_crosslmm import CrossLMMVideoProcessor  # noqa: E402
 
-TINY_CHECKPOINT = Path(__file__).parent / "tiny_checkpoint"
+TINY_CHECKPOINT = Path(__file__).parent / "tiny" / "crosslmm-tiny"
 """Folder of the small trained checkpoint that comes with the package."""
 
 AutoConfig.register("crosslmm", CrossLMMConfig, exist_ok=True)

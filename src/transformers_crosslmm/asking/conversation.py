@@ -10,23 +10,21 @@ Encoding goes on while the video is decoded, a chunk of frames at a time, so tha
 Shapes: T frames.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
+from transformers import DynamicCache
 from transformers.generation.streamers import TextStreamer
 
-from .inputs_crosslmm import check_length
-from .inspection_crosslmm import load_config
-from .media_crosslmm import CrossLMMEncodedMedia, encode_video
-from .modeling_crosslmm import CrossLMMForConditionalGeneration
-from .pictures_crosslmm import frame_pictures
-from .processing_crosslmm import CrossLMMProcessor
-from .video_processing_crosslmm import VideoStream
+from ..inputs_crosslmm import check_length
+from ..media_crosslmm import CrossLMMEncodedMedia, encode_video
+from ..modeling_crosslmm import CrossLMMForConditionalGeneration
+from ..processing_crosslmm import CrossLMMProcessor
+from ..video_processing_crosslmm import VideoStream
+from .pictures import frame_pictures
 
 
 @dataclass(frozen=True)
@@ -40,27 +38,6 @@ class Answer:
     text: str
     tokens: list[str]
     frame_weights: torch.Tensor | None
-
-
-def load_model(name: str | os.PathLike, *, device: str | None = None) -> CrossLMMForConditionalGeneration:
-    """The model of a folder or a repository on the Hub, ready to answer.
-
-    device: "cuda", "cpu", …; a GPU where there is one, when not given. On a CPU the weights become float32, which is
-        the faster there; elsewhere they keep the type they were saved in.
-    """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"`device` must be one of this machine's; got {device!r}, and torch finds no GPU. Use 'cpu'.")
-    dtype = torch.float32 if device == "cpu" else "auto"
-    model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
-    return model.to(device).eval()
-
-
-def load_processor(name: str | os.PathLike) -> CrossLMMProcessor:
-    """The processor of a folder or a repository. Raises ValueError for another model's, OSError for none."""
-    load_config(name)
-    return AutoProcessor.from_pretrained(name)
 
 
 def read_video(processor: CrossLMMProcessor, source: Any, **sampling: Any) -> VideoStream:
@@ -209,4 +186,4 @@ class _Listener(TextStreamer):
             self.on_text(text)
 
 
-__all__ = ["Answer", "VideoConversation", "encode_video", "load_model", "load_processor", "read_video"]
+__all__ = ["Answer", "VideoConversation", "read_video"]

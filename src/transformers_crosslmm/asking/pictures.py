@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .video_processing_crosslmm import CrossLMMVideoProcessor
+from ..video_processing_crosslmm import CrossLMMVideoProcessor
 
 FONT = ImageFont.load_default(13)
 LINE = 18

@@ -15,11 +15,12 @@ from typing import Any
 
 from PIL import Image
 
-from . import TINY_CHECKPOINT
-from .batch_crosslmm import VIDEO_FAILURES, IsolatedStream, PrefilledVideo
-from .conversation_crosslmm import Answer, load_model, load_processor
-from .pictures_crosslmm import draw_contact_sheet, draw_timeline, frame_labels
-from .procedural_videos import random_generator, random_video, write_mp4
+from .. import TINY_CHECKPOINT
+from ..checkpoints.load import load_model, load_processor
+from ..tiny.procedural_videos import random_generator, random_video, write_mp4
+from .conversation import Answer
+from .pictures import draw_contact_sheet, draw_timeline, frame_labels
+from .prefilled import VIDEO_FAILURES, IsolatedStream, PrefilledVideo
 
 MAX_UPLOAD_BYTES = 64 * 2**20
 MAX_SESSIONS = 16

@@ -5,8 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from .checkpoint_crosslmm import check_free, find_folder, stored_tensors
-from .conversion_crosslmm import (
+from .convert import (
     CONFIG_FIELDS,
     Conversion,
     NameTable,
@@ -15,8 +14,9 @@ from .conversion_crosslmm import (
     fields_in_weights,
     write_checkpoint,
 )
-from .conversion_mapping import LLAVA_NEXT
-from .publishing_crosslmm import push
+from .folder import check_free, find_folder, stored_tensors
+from .name_tables import LLAVA_NEXT
+from .publish import push
 
 
 def config_fields(words: Sequence[str]) -> dict[str, Any]:

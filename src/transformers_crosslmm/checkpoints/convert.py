@@ -33,8 +33,11 @@ from transformers import (
 )
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-from ._version import __version__
-from .checkpoint_crosslmm import (
+from .._version import __version__
+from ..configuration_crosslmm import FLAVOURS, PRESETS, YARN_131072, CrossLMMConfig, CrossLMMTextConfig
+from ..modeling_crosslmm import CrossLMMCrossAttentionBranch, CrossLMMForConditionalGeneration, CrossLMMModel
+from ..processing_crosslmm import CHAT_TEMPLATE, IMAGE_TOKEN, MARKS, VIDEO_TOKEN, CrossLMMProcessor
+from .folder import (
     SHARD_BYTES,
     UNUSED_WEIGHTS,
     StoredTensor,
@@ -47,8 +50,7 @@ from .checkpoint_crosslmm import (
     stored_tensors,
     write_weights,
 )
-from .configuration_crosslmm import FLAVOURS, PRESETS, YARN_131072, CrossLMMConfig, CrossLMMTextConfig
-from .conversion_mapping import (
+from .name_tables import (
     BACKBONES,
     LLAVA_NEXT,
     LLAVA_NEXT_POOLING_MODES,
@@ -57,8 +59,6 @@ from .conversion_mapping import (
     SIGLIP,
     VISION_TOWERS,
 )
-from .modeling_crosslmm import CrossLMMCrossAttentionBranch, CrossLMMForConditionalGeneration, CrossLMMModel
-from .processing_crosslmm import CHAT_TEMPLATE, IMAGE_TOKEN, MARKS, VIDEO_TOKEN, CrossLMMProcessor
 
 NameTable = Mapping[str, str | None]
 
@@ -149,7 +149,7 @@ def reversed_table(table: NameTable) -> NameTable:
 
 
 def read_name_table(path: str | os.PathLike) -> NameTable:
-    """Rows that go before those of `conversion_mapping.LLAVA_NEXT`, from a JSON object {their name: our name or null}.
+    """Rows that go before those of `name_tables.LLAVA_NEXT`, from a JSON object {their name: our name or null}.
 
     Raises ValueError unless every row has as many `*` on the right as on the left.
     """
@@ -595,7 +595,7 @@ def convert_crosslmm_weights(
 ) -> Conversion:
     """Plans our form of a CrossLMM that was trained in LLaVA-NeXT's layout. Every tensor keeps its bits and type.
 
-    name_table: rows that go before `conversion_mapping.LLAVA_NEXT`. Which layers have a cross-attention, with which
+    name_table: rows that go before `name_tables.LLAVA_NEXT`. Which layers have a cross-attention, with which
     branches, and the projector's width are read from the weights; what is not in them, from config.json and
     `overrides`.
     """

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .configuration_crosslmm import CrossLMMConfig
+from ..configuration_crosslmm import CrossLMMConfig
 
 PROCESSOR = "processing_crosslmm.CrossLMMProcessor"
 VIDEO_PROCESSOR = "video_processing_crosslmm.CrossLMMVideoProcessor"
@@ -58,7 +58,7 @@ def export_with_code(folder: str | os.PathLike, out: str | os.PathLike) -> Path:
 
 def code_files() -> list[Path]:
     """The modules that the configs name, and all that they import from this package."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     named = [*CrossLMMConfig.auto_map.values(), PROCESSOR, VIDEO_PROCESSOR, PIPELINE]
     modules = {package / f"{name.partition('.')[0]}.py" for name in named}
     needed = {Path(file) for module in modules for file in get_relative_import_files(module)}

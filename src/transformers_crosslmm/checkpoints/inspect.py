@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig
 
-from .configuration_crosslmm import CROSS_ATTENTION_CACHES, CrossLMMConfig
-from .modeling_crosslmm import CrossLMMForConditionalGeneration
+from ..configuration_crosslmm import CROSS_ATTENTION_CACHES, CrossLMMConfig
+from ..modeling_crosslmm import CrossLMMForConditionalGeneration
 
 
 @dataclass(frozen=True)

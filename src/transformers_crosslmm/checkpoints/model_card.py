@@ -1,6 +1,6 @@
 """Model cards, made of a config and of results, so that no number in them can drift.
 
-    python -m transformers_crosslmm.model_card_crosslmm model_cards
+    python -m transformers_crosslmm.checkpoints.model_card model_cards
 
 writes the cards of the paper's sizes and of the bundled checkpoint.
 """
@@ -14,9 +14,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .configuration_crosslmm import PRESETS, CrossLMMConfig
-from .conversion_crosslmm import expected_shapes
-from .conversion_mapping import BACKBONES
+from ..configuration_crosslmm import PRESETS, CrossLMMConfig
+from .convert import expected_shapes
+from .name_tables import BACKBONES
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
 PAPER_URL = "https://arxiv.org/abs/2505.17020"
@@ -244,7 +244,7 @@ def preset_card(preset: str) -> ModelCard:
 
 
 def results_of(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """What a card says of an evaluation by `evaluation_crosslmm`, kept with its command and commit."""
+    """What a card says of an evaluation by `measuring.quality`, kept with its command and commit."""
     scores = evaluation["scores"]["as_trained"]
     rows = [
         {"name": f"{kind.replace('_', ' ')} ({score['asked']} questions)", "value": f"{score['accuracy']:.1%}"}
@@ -261,8 +261,9 @@ def tiny_card(folder: Path, results: dict[str, Any] | None) -> ModelCard:
         repo="YOUR_NAME/crosslmm-tiny",
         results=results,
         training_data=(
-            "Videos of moving shapes and questions about them, drawn by `transformers_crosslmm.procedural_videos`. It "
-            "has never seen a photograph, and knows no other words than those of these questions."
+            "Videos of moving shapes and questions about them, drawn by "
+            "`transformers_crosslmm.tiny.procedural_videos`. It has never seen a photograph, and knows no other words "
+            "than those of these questions."
         ),
         first_line="A tiny model, trained from scratch on synthetic videos to show that the method works. A toy.",
     )
@@ -271,7 +272,7 @@ def tiny_card(folder: Path, results: dict[str, Any] | None) -> ModelCard:
 def main(out: str) -> None:
     for preset in PRESETS:
         preset_card(preset).save(Path(out) / f"crosslmm-{preset.lower()}.md")
-    from . import TINY_CHECKPOINT
+    from .. import TINY_CHECKPOINT
 
     if (TINY_CHECKPOINT / "config.json").is_file():
         kept = Path(out).parent / "benchmarks" / "tiny_checkpoint.json"

@@ -1,4 +1,4 @@
-"""Names of tensors in other checkpoints, and ours. Data: `conversion_crosslmm.py` says what is done with it.
+"""Names of tensors in other checkpoints, and ours. Data: `convert.py` says what is done with it.
 
 A table is read from top to bottom and the first row that fits a name wins. `*` stands for any part of a name and is
 carried over. A row that leads to None names what CrossLMM has no place for; it is reported, never lost in silence.
@@ -7,7 +7,7 @@ Read from right to left, the rows of a layout that can be written lead back.
 
 from typing import Any
 
-from .configuration_crosslmm import GIANT_384, SO400M_384
+from ..configuration_crosslmm import GIANT_384, SO400M_384
 
 SIGLIP: dict[str, str | None] = {
     # `SiglipModel`, the form in which SigLIP and fixed-resolution SigLIP2 are published

@@ -13,11 +13,11 @@ import torch
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-from .checkpoint_crosslmm import UNUSED_WEIGHTS, read_json, stored_tensors
-from .configuration_crosslmm import CrossLMMConfig
-from .conversion_crosslmm import REPORT, check_complete
+from ..configuration_crosslmm import CrossLMMConfig
+from .convert import REPORT, check_complete
 from .export import export_with_code
-from .model_card_crosslmm import UNTRAINED, is_hub_name, model_card
+from .folder import UNUSED_WEIGHTS, read_json, stored_tensors
+from .model_card import UNTRAINED, is_hub_name, model_card
 
 PUBLISHED = ("*.json", "*.jinja", "*.txt", "*.safetensors", "LICENSE*", "README.md")
 """Files of a checkpoint folder. What else training leaves there (optimiser, random states) stays at home."""

@@ -14,8 +14,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from .configuration_crosslmm import PRESETS, CrossLMMConfig
-from .modeling_crosslmm import CrossLMMForConditionalGeneration
+from ..configuration_crosslmm import PRESETS, CrossLMMConfig
+from ..modeling_crosslmm import CrossLMMForConditionalGeneration
 
 TOY_VISION = {"hidden_size": 192, "intermediate_size": 720, "num_attention_heads": 4, "image_size": 384}
 TOY_TEXT = {

@@ -38,16 +38,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from . import TINY_CHECKPOINT
-from .configuration_crosslmm import CrossLMMConfig
-from .contenders_crosslmm import Contender, CrossLMM, QwenVL, contenders
-from .conversation_crosslmm import load_processor
-from .inspection_crosslmm import CheckpointCosts, count_costs
-from .model_card_crosslmm import PAPER_COSTS
-from .processing_crosslmm import CrossLMMProcessor
-from .training_crosslmm import parameter_groups
-from .video_decoding import decode_video
-from .video_processing_crosslmm import CrossLMMVideoProcessor
+from .. import TINY_CHECKPOINT
+from ..checkpoints.inspect import CheckpointCosts, count_costs
+from ..checkpoints.load import load_processor
+from ..checkpoints.model_card import PAPER_COSTS
+from ..configuration_crosslmm import CrossLMMConfig
+from ..processing_crosslmm import CrossLMMProcessor
+from ..training.trainer import parameter_groups
+from ..video_decoding import decode_video
+from ..video_processing_crosslmm import CrossLMMVideoProcessor
+from .contenders import Contender, CrossLMM, QwenVL, contenders
 
 FRAMES = (32, 64, 128, 256)
 """What the paper's Figure 4 has."""

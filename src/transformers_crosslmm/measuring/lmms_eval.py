@@ -14,9 +14,10 @@ from tqdm import tqdm
 from transformers import GenerationConfig, logging
 from transformers.image_utils import load_image
 
-from .conversation_crosslmm import load_model, load_processor, read_video
-from .media_crosslmm import CrossLMMEncodedMedia, encode_video
-from .video_processing_crosslmm import CrossLMMVideoMetadata
+from ..asking.conversation import read_video
+from ..checkpoints.load import load_model, load_processor
+from ..media_crosslmm import CrossLMMEncodedMedia, encode_video
+from ..video_processing_crosslmm import CrossLMMVideoMetadata
 
 try:
     from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts

@@ -1,8 +1,8 @@
 r"""How many questions about video files a checkpoint answers rightly, by kind, with and without its cross-attention.
 
-    python -m transformers_crosslmm.procedural_videos --split heldout --seed 1000 --num_videos 300 \
+    python -m transformers_crosslmm.tiny.procedural_videos --split heldout --seed 1000 --num_videos 300 \
         --output_dir runs/heldout
-    python -m transformers_crosslmm.evaluation_crosslmm --videos runs/heldout \
+    python -m transformers_crosslmm.measuring.quality --videos runs/heldout \
         --output_file benchmarks/tiny_checkpoint.json
 
 Every question is a chat of its own: the file is decoded by the package, `num_frames` frames are sampled, and
@@ -25,11 +25,11 @@ import torch
 import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from . import TINY_CHECKPOINT
-from ._version import __version__
-from .modeling_crosslmm import CrossLMMForConditionalGeneration
-from .procedural_videos import CHANCE, KINDS
-from .processing_crosslmm import CrossLMMProcessor
+from .. import TINY_CHECKPOINT
+from .._version import __version__
+from ..modeling_crosslmm import CrossLMMForConditionalGeneration
+from ..processing_crosslmm import CrossLMMProcessor
+from ..tiny.procedural_videos import CHANCE, KINDS
 
 FINE_DETAIL_KINDS = ("colour", "shape", "place", "which_frame", "exists")
 

@@ -9,7 +9,6 @@ Who does what: workers (`VideoAnswerer`) answer the questions about one video at
 that an answer that a killed worker's successor gives again is kept once. POSIX only, as is isolated decoding.
 """
 
-import copy
 import hashlib
 import json
 import logging
@@ -19,28 +18,22 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import torch
 
-from . import TINY_CHECKPOINT
-from .conversation_crosslmm import VideoConversation, load_model, load_processor
-from .modeling_crosslmm import CrossLMMForConditionalGeneration
-from .processing_crosslmm import CrossLMMProcessor
-from .video_decoding import DecodedVideo, VideoDecodeWarning, VideoLimits, iter_video
-from .video_processing_crosslmm import SAMPLING_KWARGS, FrameChunk, VideoStream, _resize, frame_chunk
+from .. import TINY_CHECKPOINT
+from ..asking.prefilled import VIDEO_FAILURES, IsolatedStream, PrefilledVideo
+from ..checkpoints.load import load_model, load_processor
+from ..video_decoding import VideoDecodeWarning
 
 Engine = Literal["ray", "local"]
 
 COLUMNS = ("id", "video", "question", "answer", "error", "warning")
 """Of an answers file, all strings: `answer` is null where `error` says why there is none; `warning` names frames that
 could not be decoded."""
-
-LIMITS = VideoLimits(max_decode_seconds=900.0)
-"""What decoding one video may cost its worker; beyond, its questions get the error."""
 
 MAX_ATTEMPTS = 3
 """A video whose workers die this often gets an error instead of another worker."""
@@ -51,9 +44,6 @@ SECONDS_PER_PART = 20.0
 
 MAX_TASKS = 10_000
 """Of Ray; more videos than this share tasks."""
-
-VIDEO_FAILURES = (ValueError, MemoryError, torch.OutOfMemoryError)
-"""What a bad or too long video or question raises. Anything else is a fault of program or machine and ends the run."""
 
 
 @dataclass(frozen=True)
@@ -182,72 +172,6 @@ def _hash(content: tuple[str, str]) -> str:
 
 
 # --- a worker -------------------------------------------------------------------------------------------------------
-
-
-class IsolatedStream(VideoStream):
-    """The stream of `CrossLMMVideoProcessor` of a file from a stranger: decoded in a process of its own, by `LIMITS`.
-
-    sampling: as for `read_video`. Raises ValueError for options that no video could meet.
-    """
-
-    def __init__(self, processor: CrossLMMProcessor, path: str, **sampling: Any) -> None:
-        video_processor = processor.video_processor
-        [checked] = video_processor.stream([path], **sampling)
-        super().__init__(path, self._chunks, checked._finish)
-        wanted = video_processor._sampling(**dict.fromkeys(SAMPLING_KWARGS) | sampling)
-        self._moments = wanted.moments
-        self._wanted: dict[str, Any] = {name: getattr(wanted, name) for name in SAMPLING_KWARGS}
-        self._resize = partial(_resize, size=video_processor.size, resample=video_processor.resample)
-        self._chunks()  # checks the options; nothing is opened before the first frame is asked for
-
-    def _chunks(self) -> Iterator[FrameChunk]:
-        decoded = iter_video(
-            self.source, chunk_size=16, frame_transform=self._resize, limits=LIMITS, isolated=True, **self._wanted
-        )
-        return map(self._chunk, decoded)
-
-    def _chunk(self, decoded: DecodedVideo) -> FrameChunk:
-        return frame_chunk(decoded, self._moments(decoded.duration_seconds))
-
-
-class PrefilledVideo(VideoConversation):
-    """A video and, in the cache, the chat up to the end of it; each `fork` begins there, with patches shared.
-
-    Raises ValueError for more frames than the context holds, as far as can be told before they are encoded.
-    """
-
-    def __init__(
-        self, model: CrossLMMForConditionalGeneration, processor: CrossLMMProcessor, video: VideoStream
-    ) -> None:
-        super().__init__(model, processor, video)
-        parts = [{"type": "video", "video": video.source}, {"type": "text", "text": "?"}]
-        ids = super()._new_ids({"role": "user", "content": parts})
-        video_token_id: Any = processor.video_token_id
-        self.prefix = ids[: len(ids) - ids[::-1].index(video_token_id)]
-        with torch.no_grad():
-            model(
-                input_ids=torch.tensor([self.prefix], device=model.device),
-                mm_encoder_outputs=self._media,
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        self._media = None
-
-    def fork(self) -> "PrefilledVideo":
-        """The same video without a word said about it."""
-        twin = copy.copy(self)
-        twin.messages, twin.token_ids, twin.cache = [], [], copy.deepcopy(self.cache)
-        return twin
-
-    def _new_ids(self, turn: dict[str, Any]) -> list[int]:
-        ids = super()._new_ids(turn)
-        if not self.messages and ids[: len(self.prefix)] != self.prefix:
-            raise ValueError(
-                "The chat template must write the same up to the end of the video, whatever is asked about it; this "
-                "one does not. Use CrossLMM's own."
-            )
-        return ids
 
 
 class VideoAnswerer:

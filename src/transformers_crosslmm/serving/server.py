@@ -54,12 +54,12 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerateManager, GenerationState, reset_torch_cache, set_torch_seed
 
-from .conversation_crosslmm import encode_video, load_model, load_processor
-from .media_crosslmm import CrossLMMEncodedMedia, join_media
-from .modeling_crosslmm import CrossLMMForConditionalGeneration
-from .processing_crosslmm import CrossLMMProcessor
-from .video_decoding import VideoError, VideoLimits, _opened, decode_video
-from .video_processing_crosslmm import SAMPLING_KWARGS, CrossLMMVideoMetadata, FrameSampling, frame_chunk
+from ..checkpoints.load import load_model, load_processor
+from ..media_crosslmm import CrossLMMEncodedMedia, encode_video, join_media
+from ..modeling_crosslmm import CrossLMMForConditionalGeneration
+from ..processing_crosslmm import CrossLMMProcessor
+from ..video_decoding import VideoError, VideoLimits, _opened, decode_video
+from ..video_processing_crosslmm import SAMPLING_KWARGS, CrossLMMVideoMetadata, FrameSampling, frame_chunk
 
 logger = logging.get_logger(__name__)
 

@@ -9,7 +9,7 @@ Everything follows from integers: the same `seed`, `split` and `index` give the 
 the 96 combinations of colour and name, `HELD_OUT_THINGS` are never shown nor asked about in the split "train"; in the
 split "heldout" every question is about one of them, beside and against things of either sort.
 
-    python -m transformers_crosslmm.procedural_videos --output_dir runs/videos --num_videos 20
+    python -m transformers_crosslmm.tiny.procedural_videos --output_dir runs/videos --num_videos 20
 
 writes `00000.mp4`, … (H.264), `questions.jsonl` and `contact_sheet.png`.
 """

@@ -1,6 +1,6 @@
 """Trains the tiny checkpoint from nothing.
 
-    python -m transformers_crosslmm.training_tiny_crosslmm --output_dir runs/tiny
+    python -m transformers_crosslmm.tiny.train --output_dir runs/tiny
 
 Two phases, both on `procedural_videos`, rendered as they are needed:
 
@@ -36,9 +36,10 @@ from transformers import (
     set_seed,
 )
 
-from .configuration_crosslmm import CrossLMMConfig
-from .data_crosslmm import IGNORED, VideoChatCollator, chat_sample
-from .modeling_crosslmm import CrossLMMForConditionalGeneration
+from ..configuration_crosslmm import CrossLMMConfig
+from ..modeling_crosslmm import CrossLMMForConditionalGeneration
+from ..processing_crosslmm import CHAT_TEMPLATE, MARKS, CrossLMMProcessor
+from ..training.data import IGNORED, VideoChatCollator, chat_sample
 from .procedural_videos import (
     COLOURS,
     FILLED,
@@ -56,7 +57,6 @@ from .procedural_videos import (
     random_video,
     render_frame,
 )
-from .processing_crosslmm import CHAT_TEMPLATE, MARKS, CrossLMMProcessor
 
 
 @dataclass
@@ -388,7 +388,7 @@ class Curriculum(TrainerCallback):
 
     The answers are those the model would choose with the truth before it, on rendered frames: to fresh questions of
     the present level, which decide, and on unseen combinations at full length, which are only shown. A level that is
-    not learned ends after a fifteenth of all steps. `evaluation_crosslmm` asks on real files, by `generate`.
+    not learned ends after a fifteenth of all steps. `measuring.quality` asks on real files, by `generate`.
     """
 
     def __init__(self, chats: VideoChats, collator: VideoChatCollator, *, every: int, num_videos: int = 40):

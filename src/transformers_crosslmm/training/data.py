@@ -31,8 +31,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .processing_crosslmm import CrossLMMProcessor, _prepared_part
-from .video_decoding import VideoDecodeWarning
+from ..processing_crosslmm import CrossLMMProcessor, _prepared_part
+from ..video_decoding import VideoDecodeWarning
 
 logger = logging.get_logger(__name__)
 

@@ -1,7 +1,7 @@
 """Training on top of `transformers.Trainer`: which parts learn, at which rates, and checkpoints that survive a kill.
 
     crosslmm train stage2_instruct --model MODEL --train_data DATA --media_root FOLDER --output_dir runs/mine
-    torchrun --nproc-per-node 8 -m transformers_crosslmm.training_crosslmm stage2_instruct --model …
+    torchrun --nproc-per-node 8 -m transformers_crosslmm.training.trainer stage2_instruct --model …
 
 A recipe is a YAML file of options; options on the command line come after it and win. The options are those of
 `TrainingArguments` and of `CrossLMMTrainingArguments`. The paper's numbers stand in `recipes/`. The same command again
@@ -27,8 +27,10 @@ from transformers.trainer import TRAINER_STATE_NAME, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
 from transformers.utils import logging
 
-from .conversation_crosslmm import load_processor
-from .data_crosslmm import (
+from ..checkpoints.load import load_processor
+from ..modeling_crosslmm import CrossLMMPreTrainedModel
+from ..processing_crosslmm import CrossLMMProcessor
+from .data import (
     CrossLMMDataCollator,
     CrossLMMDataset,
     RecordMixture,
@@ -37,8 +39,6 @@ from .data_crosslmm import (
     read_yaml,
     stream_samples,
 )
-from .modeling_crosslmm import CrossLMMPreTrainedModel
-from .processing_crosslmm import CrossLMMProcessor
 
 logger = logging.get_logger(__name__)
 
@@ -268,7 +268,7 @@ def parse_recipe(argv: Sequence[str]) -> CrossLMMTrainingArguments:
     if unknown:
         names = [f"--{option.name}" for option in fields(CrossLMMTrainingArguments)]
         similar = get_close_matches(unknown[0], names, n=1)
-        all_of_them = "`python -m transformers_crosslmm.training_crosslmm --help` lists them all."
+        all_of_them = "`python -m transformers_crosslmm.training.trainer --help` lists them all."
         parser.error(f"there is no option {unknown[0]}; {f'did you mean {similar[0]}?' if similar else all_of_them}")
     missing = [name for name in ("model", "train_data", "output_dir") if getattr(arguments, name) is None]
     if missing:

@@ -1,0 +1,1 @@
+"""Checkpoints as folders: load, inspect, compose, convert, export and publish them."""

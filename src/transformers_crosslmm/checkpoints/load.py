@@ -1,0 +1,35 @@
+"""A model or a processor by the name of its folder or repository, ready to answer."""
+
+import os
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ..modeling_crosslmm import CrossLMMForConditionalGeneration
+from ..processing_crosslmm import CrossLMMProcessor
+from .inspect import load_config
+
+
+def load_model(name: str | os.PathLike, *, device: str | None = None) -> CrossLMMForConditionalGeneration:
+    """The model of a folder or a repository on the Hub, ready to answer.
+
+    device: "cuda", "cpu", …; a GPU where there is one, when not given. On a CPU the weights become float32, which is
+        the faster there; elsewhere they keep the type they were saved in.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"`device` must be one of this machine's; got {device!r}, and torch finds no GPU. Use 'cpu'.")
+    dtype = torch.float32 if device == "cpu" else "auto"
+    model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+    return model.to(device).eval()
+
+
+def load_processor(name: str | os.PathLike) -> CrossLMMProcessor:
+    """The processor of a folder or a repository. Raises ValueError for another model's, OSError for none."""
+    load_config(name)
+    return AutoProcessor.from_pretrained(name)
+
+
+__all__ = ["load_model", "load_processor"]

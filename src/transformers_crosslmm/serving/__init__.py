@@ -1,0 +1,1 @@
+"""Many people, many videos: the HTTP server and the corpus runner."""

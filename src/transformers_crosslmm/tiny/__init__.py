@@ -1,0 +1,1 @@
+"""The bundled checkpoint, and everything that made it."""
