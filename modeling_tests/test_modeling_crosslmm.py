@@ -81,7 +81,7 @@ def labelled(config, *layouts, first_seed: int = 0) -> dict[str, Tensor]:
     return {**inputs, "labels": ids.masked_fill(is_visual | is_behind | (inputs["attention_mask"] == 0), -100)}
 
 
-def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def gradients(model: torch.nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     model.zero_grad()
     model(**inputs).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
