@@ -1,5 +1,4 @@
-"""Encoded videos and images as objects: how a long video becomes one, which placeholders they fill, whose they are,
-and how they are kept on disk.
+"""Encoded videos and images as objects: how a long video becomes one, where they stand, how they are kept on disk.
 
 Shapes: B rows, L tokens, F frames of all media, T of one video, S pixels along a side, N patches per frame, D vision
         width, C language width.
@@ -22,15 +21,8 @@ EncodedMedia = Mapping[str, BaseModelOutputWithPooling]
 
 @dataclass
 class CrossLMMEncodedMedia(BaseModelOutputWithPooling):
-    """Encoded media of which several rows may use the same. Copies share tensors.
-
-    media_index: `pooler_output[j]` belongs to medium `media_index[j]` of `last_hidden_state` (F, N, D); None when each
-        has its own. So beams share patches.
-    row_index: the row in which each entry of `pooler_output` stands; None until somebody has looked.
-    """
-
-    media_index: tuple[int, ...] | None = None
-    row_index: tuple[int, ...] | None = None
+    """Encoded media whose copies share tensors: `last_hidden_state` (F, N, D) of all frames, and in `pooler_output`
+    the projected pooled tokens of each medium."""
 
     def __deepcopy__(self, memo) -> "CrossLMMEncodedMedia":
         return replace(self)
@@ -85,62 +77,6 @@ def join_media(parts: Iterable[BaseModelOutputWithPooling]) -> CrossLMMEncodedMe
     )
 
 
-def media_index(output: BaseModelOutputWithPooling) -> tuple[int, ...]:
-    """Which medium of `last_hidden_state` each entry of `pooler_output` is."""
-    index = output.media_index if isinstance(output, CrossLMMEncodedMedia) else None
-    return tuple(range(len(output.pooler_output))) if index is None else index
-
-
-def assign_rows(media: EncodedMedia, masks: dict[str, torch.Tensor]) -> dict[str, CrossLMMEncodedMedia]:
-    """The same media, each with the row in which it stands; the caller's dict and outputs stay untouched.
-
-    masks: placeholders (B, L) of each modality, as many as the media fill.
-    """
-    assigned = {}
-    for modality, output in media.items():
-        if output is None:
-            continue
-        row_index = output.row_index if isinstance(output, CrossLMMEncodedMedia) else None
-        if row_index is None:
-            rows = masks[modality].nonzero()[:, 0].cpu()
-            starts = torch.tensor([0, *(len(tokens) for tokens in output.pooler_output)]).cumsum(0)[:-1]
-            row_index = tuple(rows[starts].tolist())
-        assigned[modality] = CrossLMMEncodedMedia(
-            last_hidden_state=output.last_hidden_state,
-            pooler_output=tuple(output.pooler_output),
-            media_index=media_index(output),
-            row_index=row_index,
-        )
-    return assigned
-
-
-def expand_media(media: dict[str, CrossLMMEncodedMedia], times: int) -> dict[str, CrossLMMEncodedMedia]:
-    """Media for rows that are each repeated `times` times: A, B of one row become A, B, A, B. Nothing is copied."""
-    expanded = {}
-    for modality, output in media.items():
-        entries = list(zip(output.row_index, output.pooler_output, output.media_index, strict=True))
-        repeated = [
-            (row * times + copy, tokens, medium)
-            for row in dict.fromkeys(output.row_index)
-            for copy in range(times)
-            for own_row, tokens, medium in entries
-            if own_row == row
-        ]
-        rows, tokens, index = zip(*repeated, strict=True)
-        expanded[modality] = replace(output, pooler_output=tokens, media_index=index, row_index=rows)
-    return expanded
-
-
-def first_placeholders(mask: torch.Tensor, output: BaseModelOutputWithPooling) -> torch.Tensor:
-    """The placeholders (B, L) that media fill. Once their rows are known, what a row has beyond its media is text."""
-    if not isinstance(output, CrossLMMEncodedMedia) or output.row_index is None:
-        return mask
-    filled = torch.zeros(len(mask), 1, dtype=torch.long)
-    for row, tokens in zip(output.row_index, output.pooler_output, strict=True):
-        filled[row] += len(tokens)
-    return mask & (mask.cumsum(-1) <= filled.to(mask.device))
-
-
 def locate_media(
     media: EncodedMedia, masks: dict[str, torch.Tensor], past_length: int, *, tokens_per_frame: int
 ) -> tuple[list[list[Medium]], torch.Tensor, torch.Tensor]:
@@ -148,44 +84,45 @@ def locate_media(
 
     masks: placeholders (B, L) of each modality, as many as the media fill.
     Returns the media of each row in the order in which they begin, with positions counted from the start of the cache;
-    the original tokens (F, N, D) in the order of rows and positions, each medium once, on the device of the masks (or
-    every layer of every step would copy them there); and the number of every frame within its medium (F,).
+    the original tokens (F, N, D) in the order of rows and positions, on the device of the masks (else every layer of
+    every step would copy them there); and the number of every frame within its medium (F,).
     """
-    found: list[tuple[int, list[int], str, int]] = []  # row, positions, modality, medium
+    found: list[tuple[int, list[int], torch.Tensor]] = []  # row, positions, original tokens
     for modality, output in media.items():
         places = masks[modality].nonzero().tolist()
-        taken = 0
-        for medium, pooled in zip(media_index(output), output.pooler_output, strict=True):
-            block = places[taken : taken + len(pooled)]
-            taken += len(pooled)
-            found.append((block[0][0], [column + past_length for _, column in block], modality, medium))
+        lengths = [len(pooled) for pooled in output.pooler_output]
+        originals = output.last_hidden_state.split([length // tokens_per_frame for length in lengths])
+        for length, original in zip(lengths, originals, strict=True):
+            block, places = places[:length], places[length:]
+            found.append((block[0][0], [column + past_length for _, column in block], original))
     found.sort(key=lambda item: (item[0], item[1][0]))
-
-    num_frames = {(modality, medium): len(p) // tokens_per_frame for _, p, modality, medium in found}
-    frames: dict[tuple[str, int], torch.Tensor] = {}
-    for modality, output in media.items():
-        mine = sorted(key for key in num_frames if key[0] == modality)
-        parts = output.last_hidden_state.split([num_frames[key] for key in mine])
-        frames.update(zip(mine, parts, strict=True))
-    if len(media) == 1 and list(num_frames) == list(frames):
-        (original,) = (output.last_hidden_state for output in media.values())  # in order already: no copy
+    if len(media) == 1:  # in order already: no copy
+        (original,) = (output.last_hidden_state for output in media.values())
     else:
-        original = torch.cat([frames[key] for key in num_frames])
-    frame_numbers = torch.cat([torch.arange(count) for count in num_frames.values()])
+        original = torch.cat([tokens for *_, tokens in found])
+    frame_numbers = torch.cat([torch.arange(len(tokens)) for *_, tokens in found])
 
-    patches_per_frame = original.shape[1]
-    stretches, end = {}, 0
-    for key, count in num_frames.items():
-        stretches[key] = (end, end + count * patches_per_frame)
-        end += count * patches_per_frame
     rows: list[list[Medium]] = [[] for _ in range(next(iter(masks.values())).shape[0])]
-    for row, positions, modality, medium in found:
+    end = 0
+    for row, positions, tokens in found:
+        start, end = end, end + len(tokens) * original.shape[1]
         whole = range(positions[0], positions[-1] + 1)
         is_contiguous = len(whole) == len(positions)
-        rows[row].append(Medium(whole if is_contiguous else tuple(positions), stretches[modality, medium]))
+        rows[row].append(Medium(whole if is_contiguous else tuple(positions), (start, end)))
     if not original.is_meta:  # where costs are counted, ids alone are real
         original = original.to(masks[next(iter(media))].device)
     return rows, original, frame_numbers
+
+
+def number_placeholders(masks: dict[str, torch.Tensor], modalities: Iterable[str]) -> torch.Tensor:
+    """Which pooled token each position shows, (B, L), -1 where none; tokens are counted through all modalities."""
+    numbers, counted = None, 0
+    for modality in modalities:
+        mask = masks[modality]
+        order = mask.flatten().cumsum(0).view_as(mask) - 1 + counted
+        numbers = torch.where(mask, order, -1 if numbers is None else numbers)
+        counted = counted + mask.sum()
+    return numbers
 
 
 def save_encoded_media(media: EncodedMedia, path: str | os.PathLike) -> None:

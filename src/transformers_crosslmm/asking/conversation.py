@@ -73,8 +73,7 @@ class VideoConversation:
         Raises ValueError for more frames than the context holds, as far as can be told before they are encoded.
         """
         video.begin()
-        text_config: Any = model.config.text_config
-        check_length(video.expected_num_frames * processor.tokens_per_frame + 1, text_config, None)
+        check_length(video.expected_num_frames * processor.tokens_per_frame + 1, model.config, None)
         self.model, self.processor, self.video = model, processor, video
         self.messages: list[dict[str, Any]] = []
         self.token_ids: list[int] = []

@@ -901,7 +901,7 @@ class ChatHandler(ChatCompletionHandler):
         text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         num_frames, metadata = [video.num_frames for video in videos], [video.metadata for video in videos]
         (text,), _ = self.processor._expand([text], num_frames, metadata, say_times=self.processor.time_instruction)
-        longest = self.model.config.text_config.max_sequence_length
+        longest = self.model.config.max_sequence_length
         # No text has so many characters per token; splitting it into tokens could take minutes.
         length = len(text) // 32
         if length <= longest:
@@ -919,7 +919,7 @@ class ChatHandler(ChatCompletionHandler):
     def _generation_config(self, request: ChatRequest, length: int) -> Any:
         asked = request.model_dump(exclude={"messages", "seed", "chat_template_kwargs"}, exclude_none=True)
         config = self._build_generation_config(asked, self.model.generation_config)
-        room = self.model.config.text_config.max_sequence_length - length + 1
+        room = self.model.config.max_sequence_length - length + 1
         config.max_new_tokens = min(config.max_new_tokens, self.settings.max_new_tokens, room)
         if request.temperature or (request.top_p is not None and request.temperature is None):
             config.do_sample = True
