@@ -162,7 +162,7 @@ def test_media_belong_to_placeholders_in_order(processor, nested):
         ([VIDEO, ""], {"videos": [["a"]]}, "`videos` has 1 lists for 2 texts"),
         (VIDEO, {"images": [[]], "videos": [["a", "b"]]}, "has 1 .* for 2 videos"),
         (3, {}, "`text` must be a string or a list of strings; got int"),
-        ("", {"audio": [0.0]}, "`audio` must be None"),
+        ("", {"audio": [0.0]}, "does not accept audio; leave `audio` out"),
     ],
     ids=str,
 )

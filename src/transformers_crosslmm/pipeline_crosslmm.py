@@ -128,20 +128,33 @@ class VideoTextToTextPipeline(ImageTextToTextPipeline):
             batch["mm_encoder_outputs"] = {"video": join_media(encoded)}
         return BatchFeature(batch | {"text": [item["text"] for item in items]})
 
+    def _forward(self, model_inputs: Any, generate_kwargs: dict[str, Any] | None = None) -> Any:
+        """As in Transformers, with the sequences of one input side by side: (inputs, sequences, tokens)."""
+        outputs = super()._forward(model_inputs, generate_kwargs)
+        sequences = outputs["generated_sequence"]
+        grouped = sequences.reshape(len(outputs["input_ids"]), -1, sequences.shape[-1])
+        return outputs | {"generated_sequence": grouped}
+
     def postprocess(  # type: ignore[override]
         self, model_outputs: dict[str, Any], return_type: ReturnType | None = None, **kwargs: Any
     ) -> list[dict[str, Any]]:
-        """Records of one input; see the class."""
+        """Records of one input, one per returned sequence; see the class."""
         prompt = model_outputs["prompt_text"]
+        if return_type is None:
+            return_type = ReturnType.NEW_TEXT if isinstance(prompt, Question) else ReturnType.FULL_TEXT
         if isinstance(prompt, Question):
-            model_outputs = model_outputs | {"prompt_text": prompt.text}
+            prompt = prompt.text
         elif (last := prompt.messages[-1])["role"] == "assistant" and isinstance(last["content"], str):
             # The parent appends a continuation to parts only.
             last = last | {"content": [{"type": "text", "text": last["content"]}]}
-            model_outputs = model_outputs | {"prompt_text": Chat([*prompt.messages[:-1], last])}  # type: ignore[arg-type]
-        if return_type is None:
-            return_type = ReturnType.NEW_TEXT if isinstance(prompt, Question) else ReturnType.FULL_TEXT
-        return super().postprocess(model_outputs, return_type=return_type, **kwargs)
+            prompt = Chat([*prompt.messages[:-1], last])  # type: ignore[arg-type]
+        [sequences] = model_outputs["generated_sequence"]
+        records_of = {
+            "prompt_text": [prompt] * len(sequences),
+            "generated_sequence": sequences,
+            "input_ids": model_outputs["input_ids"].expand(len(sequences), -1),
+        }
+        return super().postprocess(records_of, return_type=return_type, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save model and processor, so that `pipeline("video-text-to-text", model=save_directory)` loads them.

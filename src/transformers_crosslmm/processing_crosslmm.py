@@ -11,7 +11,7 @@ import urllib.request
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, groupby, islice, pairwise
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 from PIL import Image
@@ -25,8 +25,15 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.video_processing_utils import VideoProcessorMixin
 
+from .dialect_crosslmm import declare_no_defaults
 from .media_crosslmm import encode_video, join_media
-from .video_processing_crosslmm import CrossLMMVideoMetadata, CrossLMMVideoProcessor, flatten_videos, is_nested
+from .video_processing_crosslmm import (
+    CrossLMMVideoMetadata,
+    CrossLMMVideoProcessor,
+    CrossLMMVideosKwargs,
+    flatten_videos,
+    is_nested,
+)
 
 IMAGE_TOKEN = "<|image_pad|>"
 VIDEO_TOKEN = "<|video_pad|>"
@@ -78,12 +85,12 @@ MEDIA_SOURCES = {"video": ("video", "path", "url"), "image": ("image", "path", "
 
 
 class CrossLMMProcessorKwargs(ProcessingKwargs, total=False):
-    """What Transformers' processors take, and:
+    """What Transformers' processors take by keyword, with the options of `CrossLMMVideoProcessor`."""
 
-    time_instruction: say after each video how long it is, how many frames are seen and at which seconds.
-    """
+    videos_kwargs: CrossLMMVideosKwargs  # type: ignore[misc]  # narrower than in the base class
 
-    time_instruction: bool
+
+declare_no_defaults(CrossLMMProcessorKwargs)
 
 
 class CrossLMMProcessor(ProcessorMixin):
@@ -97,7 +104,7 @@ class CrossLMMProcessor(ProcessorMixin):
     does. It is given a normaliser that drops `ESCAPE`, so that text in chats cannot write those marks.
     """
 
-    valid_processor_kwargs = CrossLMMProcessorKwargs
+    valid_processor_kwargs = CrossLMMProcessorKwargs  # type: ignore[assignment]
     skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "mm_encoder_outputs"]
 
     def __init__(
@@ -187,16 +194,18 @@ class CrossLMMProcessor(ProcessorMixin):
         images: Any = None,
         text: Any = None,
         videos: Any = None,
-        audio: Any = None,
         *,
+        time_instruction: bool | None = None,
         encode_with: PreTrainedModel | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[CrossLMMProcessorKwargs],
     ) -> BatchFeature:
         """Model inputs from texts in which each `<|video_pad|>` and `<|image_pad|>` stands for the next medium.
 
         text: a string or a list of strings. images, videos: one, a flat list, or a list per text; see
         `CrossLMMVideoProcessor` for what a video is. Options of the tokenizer and of the two processors are passed by
         name, or in `text_kwargs`, `images_kwargs` and `videos_kwargs`.
+        time_instruction: say after each video how long it is, how many frames are seen and at which seconds. None: the
+        processor's own setting.
         encode_with: the model that will be asked. It encodes the videos while they are decoded, without gradients, so
         that the pixels of a long one never exist together: `mm_encoder_outputs` for `generate` takes their place.
 
@@ -208,8 +217,8 @@ class CrossLMMProcessor(ProcessorMixin):
         Raises ValueError when placeholders and media do not match in number, before anything is decoded, and when
         truncation would cut placeholders.
         """
-        if audio is not None:
-            raise ValueError("CrossLMM has no ear: `audio` must be None.")
+        if kwargs.pop("audio", None) is not None:  # type: ignore[typeddict-item]  # `apply_chat_template` passes None
+            raise ValueError("CrossLMM does not accept audio; leave `audio` out.")
         if images is None and text is None and videos is None:
             raise ValueError("Nothing to process: pass `text`, `images` or `videos`.")
         texts = None if text is None else _as_texts(text)
@@ -220,7 +229,11 @@ class CrossLMMProcessor(ProcessorMixin):
             _check_counts("image", IMAGE_TOKEN, texts, len(flat_images), images_per_sample)
             _check_counts("video", VIDEO_TOKEN, texts, len(flat_videos), videos_per_sample)
 
-        options: dict[str, Any] = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        options: dict[str, Any] = self._merge_kwargs(
+            self.valid_processor_kwargs,  # type: ignore[arg-type]
+            tokenizer_init_kwargs=self.tokenizer.init_kwargs,
+            **kwargs,
+        )
         text_options = options["text_kwargs"]
         return_tensors = text_options.pop("return_tensors", None)
         return_mm_token_type_ids = text_options.pop("return_mm_token_type_ids", False)
@@ -248,9 +261,10 @@ class CrossLMMProcessor(ProcessorMixin):
                 patch_grid = (encode_with.config.patch_grid_size,) * 2
             self._describe_pooling(metadata, patch_grid)
 
+        say_times = self.time_instruction if time_instruction is None else time_instruction
         encoded = BatchFeature()
         if texts is not None:
-            expanded, offsets = self._expand(texts, num_frames, metadata, say_times=options["time_instruction"])
+            expanded, offsets = self._expand(texts, num_frames, metadata, say_times=say_times)
             encoded.update(self.tokenizer(expanded, **text_options))
             self._check_special_mm_tokens(expanded, encoded, modalities=["image", "video"])
             if return_offsets:
