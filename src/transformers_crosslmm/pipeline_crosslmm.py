@@ -128,7 +128,7 @@ class VideoTextToTextPipeline(ImageTextToTextPipeline):
             batch["mm_encoder_outputs"] = {"video": join_media(encoded)}
         return BatchFeature(batch | {"text": [item["text"] for item in items]})
 
-    def _forward(self, model_inputs: Any, generate_kwargs: dict[str, Any] | None = None) -> Any:
+    def _forward(self, model_inputs: Any, generate_kwargs: dict[str, Any] | None = None) -> Any:  # type: ignore[override]
         """As in Transformers, with the sequences of one input side by side: (inputs, sequences, tokens)."""
         outputs = super()._forward(model_inputs, generate_kwargs)
         sequences = outputs["generated_sequence"]
