@@ -55,11 +55,11 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerateManager, GenerationState, reset_torch_cache, set_torch_seed
 
 from ..checkpoints.load import load_model, load_processor
+from ..frames_crosslmm import SAMPLING_KWARGS, CrossLMMVideoMetadata, FrameSampling, frame_chunk
 from ..media_crosslmm import CrossLMMEncodedMedia, encode_video, join_media
 from ..modeling_crosslmm import CrossLMMForConditionalGeneration
 from ..processing_crosslmm import CrossLMMProcessor
 from ..video_decoding import VideoError, VideoLimits, decode_video, open_source
-from ..video_processing_crosslmm import SAMPLING_KWARGS, CrossLMMVideoMetadata, FrameSampling, frame_chunk
 
 logger = logging.get_logger(__name__)
 
