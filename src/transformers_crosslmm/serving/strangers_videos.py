@@ -15,7 +15,7 @@ import torch
 from ..asking.allowed_files import NotAllowedError, open_below
 from ..media_crosslmm import CrossLMMEncodedMedia
 from ..processing_crosslmm import CrossLMMProcessor
-from ..video_decoding import VideoError, VideoLimits, _opened, decode_video
+from ..video_decoding import VideoError, VideoLimits, decode_video, open_source
 from ..video_processing_crosslmm import SAMPLING_KWARGS, CrossLMMVideoMetadata, FrameSampling, frame_chunk
 from .admission import RefusedError, ServerSettings, Visit, busy
 from .chat_request import shortened
@@ -100,7 +100,7 @@ class VideoReader:
         """The bytes that a URL or the path of a file within the allowed folders leads to."""
         scheme, shown = url.partition(":")[0].lower() if ":" in url else "", shortened(url)
         if scheme in ("http", "https", "data"):
-            with _opened(url, self.limits) as file:
+            with open_source(url, self.limits) as file:
                 yield file
             return
         if scheme == "file":
@@ -129,7 +129,7 @@ class VideoReader:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                 raise
             raise VideoError(f"Cannot open {shown}: {error.strerror}.") from error
-        with named, _opened(named, self.limits) as file:
+        with named, open_source(named, self.limits) as file:
             yield file
 
     def _decoded(
