@@ -1,6 +1,8 @@
 """A server of `crosslmm serve` on a free port of this machine, and what its clients need."""
 
 import base64
+import json
+import socket
 import threading
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ uvicorn = pytest.importorskip("uvicorn", reason=NEEDED)
 pytest.importorskip("fastapi", reason=NEEDED)
 pytest.importorskip("prometheus_client", reason=NEEDED)
 
+from transformers_crosslmm.serving import server as server_module  # noqa: E402
 from transformers_crosslmm.serving.server import ServerSettings, build_app  # noqa: E402
 
 SECONDS, FPS = 7, 3
@@ -28,7 +31,8 @@ class Server:
     def __init__(self, checkpoint: Path, **settings) -> None:
         self.app = build_app(ServerSettings(str(checkpoint), device="cpu", **settings))
         self.handler = self.app.state.service
-        self.server = uvicorn.Server(uvicorn.Config(self.app, host="127.0.0.1", port=0, log_level="error"))
+        config = uvicorn.Config(self.app, host="127.0.0.1", port=0, log_level="critical")
+        self.server = server_module.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         wait_until(lambda: self.server.started)
@@ -44,8 +48,9 @@ class Server:
 
     def post(self, body, **options):
         """A request that no client of OpenAI's would send."""
-        options = {"json": body} if isinstance(body, dict | list) else {"content": body}
-        return httpx.post(f"{self.url}/v1/chat/completions", timeout=60, **options)
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"} | options.pop("headers", {})
+        return httpx.post(f"{self.url}/v1/chat/completions", content=content, headers=headers, timeout=60, **options)
 
     def ask(self, question: str | list, url: str | Path = "", *, system=None, sampling=None, **options):
         messages = question if isinstance(question, list) else [user(question, url)]
@@ -77,6 +82,35 @@ def wait_until(condition, seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
+
+
+def begin_request(server: Server, body: dict | bytes, *, length: int | None = None) -> socket.socket:
+    """A connection on which a request was sent, of which the answer is not read. length: what is announced."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    connection.sendall(f"{head}Content-Length: {length or len(content)}\r\n\r\n".encode() + content)
+    return connection
+
+
+class DrippingServer:
+    """A server of files that answers a byte every twentieth of a second, without end. left: it was hung up on."""
+
+    def __init__(self, begin: bytes) -> None:
+        self.begin, self.left = begin, threading.Event()
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}/clip.mp4"
+        threading.Thread(target=self._drip, daemon=True).start()
+
+    def _drip(self) -> None:
+        connection, _ = self.listening.accept()
+        try:
+            connection.sendall(self.begin)
+            while True:
+                connection.sendall(b"x")
+                time.sleep(0.05)
+        except OSError:
+            self.left.set()
 
 
 def data_url(path: Path) -> str:

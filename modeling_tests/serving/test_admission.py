@@ -2,12 +2,17 @@
 
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
+import tracemalloc
 
 import pytest
 import torch
-from served import GOOD, IDLE, QUESTIONS, httpx, openai, user, wait_until
+from served import GOOD, IDLE, QUESTIONS, begin_request, httpx, openai, user, wait_until
+
+from transformers_crosslmm.serving import admission
 
 
 def test_a_page_of_another_site_cannot_ask(server):
@@ -59,6 +64,17 @@ def test_a_full_server_says_when_to_come_back(started, generated, slow, clip):
     assert server.health() == IDLE
     patient = server.client.with_options(max_retries=3)
     assert patient.chat.completions.create(model=server.model, messages=[user("Hello!")], max_tokens=1)
+
+
+def test_a_stream_keeps_its_place_until_it_is_written(started, slow):
+    server = started(max_running=1)
+    release = slow(server)
+    first, second = (begin_request(server, GOOD | {"stream": stream}) for stream in (True, False))
+    wait_until(lambda: server.health() == {"status": "ok", "running": 1, "waiting": 1})
+    release.set()
+    wait_until(lambda: server.health() == IDLE)
+    first.close()
+    second.close()
 
 
 def test_nothing_that_goes_wrong_keeps_a_place(started, root, clip, monkeypatch):
@@ -152,3 +168,117 @@ def test_a_client_that_goes_while_it_waits_frees_its_place(started, slow):
     release.set()
     first.join()
     assert server.answer("Hello!") is not None
+
+
+# -- what is on its way -----------------------------------------------------------------------------------------------
+
+
+def test_bodies_on_their_way_take_no_place(started, clip):
+    server = started(max_running=1, max_waiting=0)
+    arriving = [begin_request(server, b"{", length=1000) for _ in range(5)]
+    wait_until(lambda: server.number("crosslmm_arriving") == 5)
+    assert server.answer(QUESTIONS[0], clip)
+    for connection in arriving:
+        connection.close()
+    wait_until(lambda: server.number("crosslmm_arriving") == 0, seconds=2)
+
+
+def test_there_is_a_cap_on_bodies_that_are_on_their_way(started, monkeypatch):
+    server = started()
+    monkeypatch.setattr(admission, "MAX_ARRIVING", 3)
+    arriving = [begin_request(server, b"{", length=1000) for _ in range(3)]
+    wait_until(lambda: server.number("crosslmm_arriving") == 3)
+    reply = server.post(GOOD)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "overloaded")
+    assert int(reply.headers["Retry-After"]) > 0
+    arriving[0].close()
+    wait_until(lambda: server.number("crosslmm_arriving") == 2, seconds=2)
+    assert server.post(GOOD).status_code == 200
+
+
+def test_bodies_on_their_way_have_a_size_together(started):
+    server = started(max_body_bytes=10_000)
+    arriving = [begin_request(server, b" " * 9_000, length=10_000) for _ in range(4)]
+    wait_until(lambda: server.handler.places.arriving_bytes == 36_000)
+    assert server.post(b" " * 9_000).status_code == 503
+    assert server.post(GOOD).status_code == 200
+    for connection in arriving:
+        connection.close()
+    wait_until(lambda: server.handler.places.arriving_bytes == 0, seconds=2)
+    assert server.post(b" " * 9_000).status_code == 400
+
+
+def test_what_waits_is_only_what_the_answer_needs(started, slow, clip):
+    """A request that waits with a video of 9 MB in it holds its URL once, and nothing else of its body."""
+    server = started(max_running=1)
+    release = slow(server)
+    first = threading.Thread(target=server.answer, args=("Hello!",))
+    first.start()
+    wait_until(lambda: server.health()["running"] == 1)
+    script = """
+import socket, sys, time
+body = b'{"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "data:video/mp4;base64,'
+body += b"A" * 12_000_000 + b'"}}]}]}'
+head = "POST /v1/chat/completions HTTP/1.1\\r\\nHost: localhost\\r\\nContent-Type: application/json\\r\\n"
+connection = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+connection.sendall(f"{head}Content-Length: {len(body)}\\r\\n\\r\\n".encode() + body)
+connection.recv(1000)
+"""
+    tracemalloc.start()
+    client = subprocess.Popen([sys.executable, "-c", script, str(server.port)])
+    try:
+        wait_until(lambda: server.health()["waiting"] == 1)
+        time.sleep(0.3)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        release.set()
+        first.join()
+        client.wait(timeout=20)
+    assert 12_000_000 <= held < 14_000_000
+
+
+# -- the end ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_stops_tells_everybody_to_come_back(started, slow, monkeypatch):
+    """Those who wait at once, the one at work after a while; and a stream that has begun in its own form."""
+    monkeypatch.setattr(admission, "STOP_SECONDS", 0.5)
+    server = started(max_running=2)
+    release = slow(server)
+    replies: dict[str, httpx.Response] = {}
+
+    def ask(name: str, stream: bool) -> None:
+        replies[name] = server.post(GOOD | {"stream": stream})
+
+    asking = [threading.Thread(target=ask, args=who) for who in (("stream", True), ("running", False))]
+    for thread in asking:
+        thread.start()
+    wait_until(lambda: server.health()["running"] == 2)
+    asking.append(threading.Thread(target=ask, args=("waiting", False)))
+    asking[-1].start()
+    wait_until(lambda: server.health()["waiting"] == 1)
+    server.server.should_exit = True
+    wait_until(lambda: "waiting" in replies, seconds=5)
+    assert "running" not in replies
+    for thread in asking:
+        thread.join(timeout=10)
+    release.set()
+    for name in ("waiting", "running"):
+        assert (replies[name].status_code, replies[name].json()["error"]["code"]) == (503, "stopping")
+        assert int(replies[name].headers["Retry-After"]) > 0
+    assert replies["stream"].status_code == 200
+    last = replies["stream"].text.rstrip().splitlines()[-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stopping"
+
+
+@pytest.mark.parametrize(
+    "host", ["evil@localhost", "localhost@evil", "evil.example", "localhost.evil", "[::1", "", "a b"]
+)
+def test_another_host_is_refused_in_every_spelling(server, host):
+    assert server.post(GOOD, headers={"Host": host}).status_code in (400, 421)
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "127.0.0.1:8000", "[::1]:8000"])
+def test_every_name_of_this_machine_is_taken(server, host):
+    assert server.post(GOOD, headers={"Host": host}).status_code == 200

@@ -26,6 +26,8 @@ T = TypeVar("T")
 MAX_ARRIVING = 256
 """Requests whose bodies may be on their way at once; together they may be as large as `ARRIVING_BODIES` whole ones."""
 ARRIVING_BODIES = 4
+SHORTAGES = errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM
+"""Errors of the system that are nobody's request: no more open files, processes or memory."""
 STOP_SECONDS = 8.0
 """What the requests at work may still take when the server is told to stop."""
 
@@ -108,18 +110,22 @@ def explained(error: BaseException, settings: ServerSettings) -> RefusedError:
     if isinstance(error, RefusedError):
         return error
     if isinstance(error, TimeoutError):
-        seconds = settings.request_seconds
-        return RefusedError(
-            504, f"The answer took longer than {seconds:g} s. Ask with fewer frames or tokens.", code="timeout"
-        )
+        return too_late(settings)
     if isinstance(error, asyncio.CancelledError):
         return STOPPING
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return RefusedError(503, "The server is out of memory. Ask with fewer frames.", code="out_of_memory")
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
+    if isinstance(error, OSError) and error.errno in SHORTAGES:
         return busy("open files or processes")
     logger.error("A request failed.", exc_info=error)
     return RefusedError(500, "The server failed on this request; its log says why.", code="internal_error")
+
+
+def too_late(settings: ServerSettings) -> RefusedError:
+    seconds = settings.request_seconds
+    return RefusedError(
+        504, f"The answer took longer than {seconds:g} s. Ask with fewer frames or tokens.", code="timeout"
+    )
 
 
 def busy(lacking: str) -> RefusedError:
@@ -150,6 +156,7 @@ class Visit:
     def __init__(self, places: "Places", request: Request) -> None:
         self.places = places
         self.began = time.monotonic()
+        self.deadline = self.began + places.settings.request_seconds
         self.gone = threading.Event()
         self.is_running = False
         self._task: Any = asyncio.current_task()
@@ -167,26 +174,28 @@ class Visit:
         await self.places.turns.acquire()
         self.is_running = True
 
-    async def run(self, work: Callable[..., T], *arguments: Any, on: Any = None) -> T:
+    def start(self, work: Callable[..., T], *arguments: Any, on: Any = None) -> "asyncio.Future[T]":
         """`work` on a thread, of the executor `on`. It holds the place until it ends, even if the request does not
-        wait for it."""
+        wait for it; whoever waits must shield it."""
 
         def end(future: asyncio.Future) -> None:
-            if not future.cancelled():
-                future.exception()  # a request that left early does not ask for it
+            future.exception()  # a request that left early does not ask for it
             self._leave()
 
         self._holders += 1
         future = asyncio.get_running_loop().run_in_executor(on, work, *arguments)
         future.add_done_callback(end)
-        return await asyncio.shield(future)
+        return future
+
+    async def run(self, work: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.shield(self.start(work, *arguments))
 
     def check(self) -> None:
         """Raises when the answer is not wanted any more, or not in time. On any thread."""
         if self.gone.is_set():
             raise GoneError
-        if time.monotonic() > self.began + self.places.settings.request_seconds:
-            raise TimeoutError
+        if time.monotonic() > self.deadline:
+            raise too_late(self.places.settings)
 
     def stop(self) -> None:
         """Ends it because the server stops."""

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from .admission import RefusedError
 
-MAX_JSON_BYTES = 2 * 1024**2
+MAX_JSON_BYTES = 1024**2
 """Of a request without the videos that it carries itself."""
 MAX_VIDEOS = 64
 """In one request."""
@@ -103,9 +103,9 @@ class ChatRequest(_Strict):
     response_format: _TextFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
     # Of no consequence here.
-    stream_options: dict[str, Any] | None = None
+    stream_options: Annotated[dict[str, bool], Field(max_length=4)] | None = None
     user: str | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     store: bool | None = None
     service_tier: str | None = None
 

@@ -139,7 +139,7 @@ class ChatService:
             lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece),  # type: ignore[arg-type]
             stop=chat.stops,
         )
-        writing = asyncio.ensure_future(question.visit.run(self.model.write, question, text, on=self.model_thread))
+        writing = question.visit.start(self.model.write, question, text, on=self.model_thread)
         writing.add_done_callback(lambda _: pieces.put_nowait(None))
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.settings.model_name}
 
@@ -153,7 +153,7 @@ class ChatService:
             return kind.model_validate(given).model_dump(mode="json", exclude_unset=True)
 
         if not chat.stream:
-            reason = await writing
+            reason = await asyncio.shield(writing)
             content = "".join(iter(pieces.get_nowait, None))  # type: ignore[arg-type]
             whole = said(ChatCompletion, reason, message={"role": "assistant", "content": content})
             question.visit.leave_place()
@@ -169,7 +169,7 @@ class ChatService:
         await send_event(said(ChatCompletionChunk, delta={"role": "assistant", "content": ""}))
         while (piece := await pieces.get()) is not None:
             await send_event(said(ChatCompletionChunk, delta={"content": piece}))
-        await send_event(said(ChatCompletionChunk, await writing, delta={}))
+        await send_event(said(ChatCompletionChunk, await asyncio.shield(writing), delta={}))
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
     def _token_ids(self, chat: ChatRequest, videos: list[SampledVideo]) -> list[int]:

@@ -1,6 +1,5 @@
 """Videos that requests name or carry, as pixels: by path, URL and data URI, decoded in processes of their own."""
 
-import errno
 import hashlib
 import os
 import urllib.parse
@@ -17,7 +16,8 @@ from ..media_crosslmm import CrossLMMEncodedMedia
 from ..processing_crosslmm import CrossLMMProcessor
 from ..video_decoding import VideoError, VideoLimits, decode_video, open_source
 from ..video_processing_crosslmm import SAMPLING_KWARGS, CrossLMMVideoMetadata, FrameSampling, frame_chunk
-from .admission import RefusedError, ServerSettings, Visit, busy
+from ..video_source import OnWait
+from .admission import SHORTAGES, RefusedError, ServerSettings, Visit, busy
 from .chat_request import shortened
 from .remembered_videos import BoundedCache
 
@@ -78,7 +78,7 @@ class VideoReader:
         """The video, from the cache where its bytes and the sampling are the same. Raises RefusedError, and what
         `Visit.check` raises."""
         try:
-            with self._opened(url) as file:
+            with self._opened(url, visit.check) as file:
                 version = _version(file)
                 digest = hashlib.sha256()
                 while piece := file.read(2**20):
@@ -96,11 +96,11 @@ class VideoReader:
         return SampledVideo(key, metadata, pixels, None)
 
     @contextmanager
-    def _opened(self, url: str) -> Iterator[BinaryIO]:
+    def _opened(self, url: str, on_wait: OnWait) -> Iterator[BinaryIO]:
         """The bytes that a URL or the path of a file within the allowed folders leads to."""
         scheme, shown = url.partition(":")[0].lower() if ":" in url else "", shortened(url)
         if scheme in ("http", "https", "data"):
-            with open_source(url, self.limits) as file:
+            with open_source(url, self.limits, on_wait) as file:
                 yield file
             return
         if scheme == "file":
@@ -126,7 +126,7 @@ class VideoReader:
         except ValueError as error:
             raise RefusedError(400, f"{shown} is no path: {error}.", code="invalid_value") from error
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            if error.errno in SHORTAGES:
                 raise
             raise VideoError(f"Cannot open {shown}: {error.strerror}.") from error
         with named, open_source(named, self.limits) as file:
@@ -151,6 +151,7 @@ class VideoReader:
                 limits=self.limits,
                 strict=True,  # a client sees no warnings
                 isolated=True,
+                on_wait=visit.check,
                 **{name: getattr(sampling, name) for name in SAMPLING_KWARGS},
             )
         except StopIteration:
@@ -160,8 +161,8 @@ class VideoReader:
 
 def _refused(error: ValueError) -> RefusedError:
     """What a client is told of a video that cannot be read, with a remedy that is a client's."""
-    if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.EMFILE, errno.ENFILE):
-        return busy("open files")
+    if isinstance(error.__cause__, OSError) and error.__cause__.errno in SHORTAGES:
+        return busy("open files or processes")
     reason, _, is_limit = str(error).partition(" Pass `limits=")
     reason = reason.removesuffix(" Without `strict=True` it is marked in `valid` instead.")
     remedy = " That is a limit of this server, which those who run it can change." if is_limit else ""
