@@ -18,7 +18,7 @@ MAX_JSON_BYTES = 1024**2
 MAX_VIDEOS = 64
 """In one request."""
 
-_CARRIED = re.compile(rb'("url"\s*+:\s*+)("data:(?:[^"\\]++|\\.)*+")', re.DOTALL)
+_CARRIED = re.compile(rb'("url"\s*+:\s*+)("(?i:data):(?:[^"\\]++|\\.)*+")', re.DOTALL)
 """A `data:` URL where a video's URL may stand. Quotes inside of a JSON string are escaped, so it is no part of one."""
 
 _REPR = reprlib.Repr()

@@ -14,10 +14,10 @@ from transformers.generation import LogitsProcessor, StoppingCriteria
 from ..asking.answer_text import AnswerText
 from ..asking.conversation import end_token_ids
 from ..asking.prefilled import prefill
+from ..frames_crosslmm import CrossLMMVideoMetadata
 from ..media_crosslmm import CrossLMMEncodedMedia, encode_video, join_media
 from ..modeling_crosslmm import CrossLMMForConditionalGeneration
 from ..processing_crosslmm import CrossLMMProcessor
-from ..video_processing_crosslmm import CrossLMMVideoMetadata
 from .admission import RefusedError, Visit
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from typing import Any, BinaryIO
 import torch
 
 from ..asking.allowed_files import NotAllowedError, open_below
+from ..frames_crosslmm import SAMPLING_KWARGS, CrossLMMVideoMetadata, FrameSampling, frame_chunk
 from ..media_crosslmm import CrossLMMEncodedMedia
 from ..processing_crosslmm import CrossLMMProcessor
 from ..video_decoding import VideoError, VideoLimits, decode_video, open_source
-from ..video_processing_crosslmm import SAMPLING_KWARGS, CrossLMMVideoMetadata, FrameSampling, frame_chunk
 from ..video_source import OnWait
 from .admission import SHORTAGES, RefusedError, ServerSettings, Visit, busy
 from .chat_request import shortened
