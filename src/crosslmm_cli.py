@@ -627,7 +627,8 @@ def check(
     """
     with Steps() as steps:
         _import_package(steps)
-        from transformers_crosslmm.training.data import find_broken, load_records
+        from transformers_crosslmm.training.datasets import find_broken
+        from transformers_crosslmm.training.records import load_records
 
         records = load_records(path)
         if len(records) == 0:

@@ -30,15 +30,9 @@ from transformers.utils import logging
 from ..checkpoints.load import load_processor
 from ..modeling_crosslmm import CrossLMMPreTrainedModel
 from ..processing_crosslmm import CrossLMMProcessor
-from .data import (
-    CrossLMMDataCollator,
-    CrossLMMDataset,
-    RecordMixture,
-    find_broken,
-    load_records,
-    read_yaml,
-    stream_samples,
-)
+from .datasets import CrossLMMDataset, find_broken, stream_samples
+from .records import RecordMixture, load_records, read_yaml
+from .samples import CrossLMMDataCollator
 
 logger = logging.get_logger(__name__)
 
