@@ -274,9 +274,14 @@ def test_only_checkpoints_with_all_that_was_saved_are_complete(tmp_path):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(bytes(step))
+        (folder / "optimizer.pt").write_bytes(bytes(step))
         mark_complete(folder)
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
     (tmp_path / "checkpoint-100" / "model.safetensors").write_bytes(bytes(99))
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
+    (tmp_path / "checkpoint-20" / "optimizer.pt").write_bytes(bytes([*bytes(13), 4, *bytes(6)]))  # one bit flipped
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+    (tmp_path / "checkpoint-20" / "optimizer.pt").write_bytes(bytes(20))
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
     (tmp_path / "checkpoint-20" / COMPLETE).unlink()
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
