@@ -80,7 +80,9 @@ class CrossLMMGenerationMixin(GenerationMixin):
         Raises ValueError with an assistant or prompt lookup, which check several tokens at once, without
         `return_dict_in_generate`, and for a model without T2V.
         """
-        if self.training and self.is_gradient_checkpointing:  # its layers would keep nothing in any cache
+        if (
+            self.training and self.model.language_model.gradient_checkpointing
+        ):  # its layers would keep nothing in any cache
             with evaluation_mode(self):
                 return self.generate(
                     inputs,
