@@ -28,7 +28,8 @@ def tiny_config(
     """A new CrossLMM config with a 5×5 patch grid (and 3 pixels to spare), five decoder layers and no two sizes alike.
 
     text_config, vision_config: fields that differ from the tiny ones; those of the cross-attention may stand among the
-    former. overrides: fields of the top config. A config belongs to one model: building a model writes the attention implementation into it, so ask for one each time.
+    former. overrides: fields of the top config. A config belongs to one model: building a model writes the attention
+    implementation into it, so ask for one each time.
     """
     text = {
         "vocab_size": 131,

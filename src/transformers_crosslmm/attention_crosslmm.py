@@ -381,8 +381,8 @@ def folded_attention(
         queries = folded[row : row + length].flatten(0, 1)  # (length x H, D)
         at_once = max(1, CHUNK_BYTES // (4 * len(queries) * step)) * step
         pieces = _pieces(features, norm, span, at_once)
-        attended = (_attention_over_tokens(queries, *piece, scaling) for piece in pieces)
-        context, _ = reduce(lambda one, other: _merge(*one, *other), attended)
+        parts = (_attention_over_tokens(queries, *piece, scaling) for piece in pieces)
+        context, _ = reduce(lambda one, other: _merge(*one, *other), parts)
         outputs.append(context.to(query.dtype).unflatten(0, (length, groups, -1)))
         row += length
     context = torch.cat(outputs) if len(outputs) > 1 else outputs[0]  # (Q, G, H/G, D)

@@ -115,6 +115,7 @@ class VisualMemory:
 
     def append(self, new: "VisualMemory") -> None:
         """Takes over the media of another memory of the same rows, which is empty afterwards."""
+        assert new.states is not None
         if self.form == "features" and self.states is not None:
             self.states = torch.cat([self.states, new.states])
             self.norm = None if new.norm is None else self.norm.concat(new.norm)

@@ -51,7 +51,7 @@ from .cross_attention_crosslmm import CrossLMMGate, VisualContext, add_cross_att
 from .dialect_crosslmm import cache_argument, cache_of, takes_a_cache
 from .generation_crosslmm import CrossLMMGenerationMixin
 from .inputs_crosslmm import NewMedia, check_inputs, check_pixels, frames_per_video
-from .media_crosslmm import EncodedMedia, locate_media, number_placeholders
+from .media_crosslmm import EncodedMedia, locate_media, media_index, number_placeholders
 from .quantization_crosslmm import leave_vision_unquantized
 from .ranks_crosslmm import is_sharded, look_at_a_black_frame, must_agree, run_encoder_equally_often
 from .vision_crosslmm import (
@@ -204,11 +204,15 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         width = self.config.text_config.hidden_size
         for modality, output in new.encoded.items():
             if project_anew or output.pooler_output[0].shape[-1] != width:
-                frames = [len(tokens) // self.config.tokens_per_frame for tokens in output.pooler_output]
+                index = media_index(output)
+                lengths = dict(zip(index, (len(tokens) for tokens in output.pooler_output), strict=True))
+                order = sorted(lengths)
+                frames = [lengths[medium] // self.config.tokens_per_frame for medium in order]
                 original = output.last_hidden_state.to(self.device, self.dtype)
                 chunks = original.split(self.config.vision_chunk_size)
                 pooled = (self.multi_modal_projector(self.pool(chunk)) for chunk in chunks)
-                output = replace(output, pooler_output=per_medium(concat_parts(pooled, len(original)), frames))
+                tokens = per_medium(concat_parts(pooled, len(original)), frames)
+                output = replace(output, pooler_output=tuple(tokens[order.index(medium)] for medium in index))
             media[modality] = output
         return media
 
