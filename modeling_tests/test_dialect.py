@@ -59,7 +59,9 @@ def test_no_other_file_asks_for_a_version_or_inspects_a_signature(path):
         return
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Compare):
-            assert not re.search(r"__version__|\bversion\(|\bVersion\(", ast.unparse(node)), f"line {node.lineno} compares a version"
+            assert not re.search(r"__version__|\bversion\(|\bVersion\(", ast.unparse(node)), (
+                f"line {node.lineno} compares a version"
+            )
         if isinstance(node, ast.Attribute):
             assert ast.unparse(node) != "inspect.signature", f"line {node.lineno} inspects a signature"
         if isinstance(node, ast.Try) and any(isinstance(part, ast.Import | ast.ImportFrom) for part in node.body):
