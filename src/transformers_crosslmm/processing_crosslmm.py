@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.video_processing_utils import VideoProcessorMixin
 
 from .dialect_crosslmm import declare_no_defaults
@@ -181,6 +181,21 @@ class CrossLMMProcessor(ProcessorMixin):
     def tokens_per_frame(self) -> int:
         """Placeholders per frame of a video and per image."""
         return self.pooled_grid_size**2
+
+    def _get_num_multimodal_tokens(
+        self,
+        image_sizes: Sequence[Sequence[int]] | None = None,
+        video_sizes: Sequence[Sequence[int]] | None = None,
+        **kwargs: Any,
+    ) -> MultiModalData:
+        """Placeholders of media with these sizes, (height, width) or (frames, height, width); vLLM asks before it
+        has the media. Whatever the size, a frame has `tokens_per_frame`."""
+        images, videos = image_sizes or (), video_sizes or ()
+        return MultiModalData(
+            num_image_tokens=[self.tokens_per_frame for _ in images] if image_sizes is not None else None,
+            num_image_patches=[1 for _ in images] if image_sizes is not None else None,  # rows of `pixel_values`
+            num_video_tokens=[self.tokens_per_frame * size[0] for size in videos] if video_sizes is not None else None,
+        )
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         """As in Transformers, which looks for the video processor's base class where only torchvision puts it."""
