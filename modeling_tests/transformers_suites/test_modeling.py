@@ -1,4 +1,4 @@
-"""Transformers' common tests of configs, models, generation and pipelines, with images, videos and one-frame videos."""
+"""Transformers' common tests of configs, models, generation and pipelines: images, videos, one-frame videos."""
 
 import unittest
 
