@@ -308,8 +308,10 @@ class FramesInMemory:
         self.limits, self.do_rescale = limits, do_rescale
         self.scales = _scales_of(arrays, do_rescale=do_rescale)
 
-        values = {"total_num_frames": len(frames)} | {k: v for k, v in dict(metadata or {}).items() if v is not None}
-        self.metadata = VideoMetadata(**values)
+        said = {key: value for key, value in dict(metadata or {}).items() if value is not None}
+        numbered = said.get("frames_indices")  # the clip goes on at least to the last frame that is known
+        length = len(frames) if numbered is None or len(numbered) == 0 else int(max(numbered)) + 1
+        self.metadata = VideoMetadata(**{"total_num_frames": length} | said)
         numbers = self.metadata.frames_indices  # a list or, from Transformers' own readers, an array
         self.numbers: Sequence[int] = range(len(frames)) if numbers is None else [int(number) for number in numbers]
         if numbers is None:
