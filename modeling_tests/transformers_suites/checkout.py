@@ -5,6 +5,7 @@ The checkout is one of the release that is installed; only its `tests/` and `uti
 
 import importlib
 import os
+import re
 import sys
 import unittest
 from collections.abc import Callable
@@ -26,12 +27,14 @@ def suite(name: str) -> ModuleType:
 
 
 def differing(reasons: dict[str, str]) -> Callable[[type], type]:
-    """Skips the tests of a suite that CrossLMM does not take, each with its reason; see docs/where-we-differ.md."""
+    """Skips the tests of a suite that CrossLMM does not take, in all their parametrisations, each with its reason; see
+    docs/where-we-differ.md."""
 
     def skipped(tester: type) -> type:
-        for name, reason in reasons.items():
-            if hasattr(tester, name):
-                setattr(tester, name, unittest.skip(reason)(getattr(tester, name)))
+        for test in dir(tester):
+            for name, reason in reasons.items():
+                if re.fullmatch(name + r"(_\d+.*)?", test):
+                    setattr(tester, test, unittest.skip(reason)(getattr(tester, test)))
         return tester
 
     return skipped
