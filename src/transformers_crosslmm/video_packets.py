@@ -6,17 +6,20 @@ import bisect
 import math
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 import av
 import av.error
+from av.video.frame import PictureType
 
 from .video_file import LATE, Picture, VideoFile
 from .video_source import RAISE_LIMITS, VideoDecodeError, VideoLimitError, VideoLimits
 
 _QUEUE_BYTES = 64 * 1024**2
 _EARLY_PICTURES = 32
+_PREDICTED = (PictureType.P, PictureType.B)  # no keyframes, whatever the container calls them
 # Packets to read beyond the moment looked for: some containers do not store when a packet is decoded, and FFmpeg's
 # guess may be off by the pictures it holds back.
 _MARGIN = 8
@@ -138,8 +141,8 @@ class Info:
     num_wanted: int | None  # None: every frame
 
 
-class _Untimed(Exception):
-    """A packet carries no presentation time, so that pictures can only be counted."""
+class _Untrusted(Exception):
+    """What the container says of its packets (times, keyframes) is missing or does not fit what the decoder gives."""
 
 
 def read_video(opened: BinaryIO, request: Request, limits: VideoLimits, num_threads: int):
@@ -191,19 +194,21 @@ def _decoded(file: VideoFile, request: Request, moments: list[float] | None) -> 
                 last_seconds = picture.seconds
                 yield picture
             return
-        except _Untimed:
+        except _Untrusted:
             yield from _in_sequence(file, request, moments, after=last_seconds)
     else:
         yield from _in_sequence(file, request, moments)
 
 
 def _in_sequence(file: VideoFile, request: Request, moments, *, after: float = -math.inf) -> Iterator[Picture]:
-    """Decode everything from the first packet; picture k of a stream without times is due at k / fps."""
+    """Decode everything from the first packet: the decoder's own order is the truth."""
     file.open(strict=False)
+    if file.in_decoding_order:
+        file.start = None  # of the first picture that comes out
     targets = None if moments is None else deque(moments)
     end = math.inf if request.end_seconds is None or moments is not None else request.end_seconds
     held = None
-    for seconds, frame in _counted(file):
+    for seconds, frame in _in_order_of_output(file):
         if targets is None:
             if seconds >= end - LATE:
                 return
@@ -223,7 +228,9 @@ def _in_sequence(file: VideoFile, request: Request, moments, *, after: float = -
         yield file.picture(*held)
 
 
-def _counted(file: VideoFile) -> Iterator[tuple[float, av.VideoFrame]]:
+def _in_order_of_output(file: VideoFile) -> Iterator[tuple[float, av.VideoFrame]]:
+    """Every picture with its time in seconds; without any clock, picture k is due at k / fps."""
+    clock = _OutputClock()
     last = -1 / file.fps
     while True:
         packet = file.read()
@@ -233,14 +240,34 @@ def _counted(file: VideoFile) -> Iterator[tuple[float, av.VideoFrame]]:
             file.trouble = file.trouble or str(error)
             frames = []
         for frame in frames:
+            pts = frame.pts
+            if file.has_clock:
+                pts = clock.ticks(None if file.in_decoding_order else pts, frame.dts)
             seconds = last + 1 / file.fps
-            if frame.pts is not None and not file.reordered:
-                file.start = frame.pts if file.start is None else file.start
-                seconds = max(file.seconds(frame.pts), seconds if last < 0 else last)
+            if pts is not None:
+                file.start = pts if file.start is None else file.start
+                seconds = max(file.seconds(pts), seconds if last < 0 else last)
             last = seconds
             yield seconds, frame
         if packet is None:
             return
+
+
+class _OutputClock:
+    """When the pictures that a decoder gives are due: at their pts, unless those have gone backwards more often than
+    the dts of the packets at which the pictures came out. FFmpeg's own programs judge alike."""
+
+    def __init__(self):
+        self.last, self.faults = [-math.inf, -math.inf], [0, 0]
+
+    def ticks(self, pts: int | None, dts: int | None) -> int | None:
+        for kind, (stamp, other) in enumerate(((pts, dts), (dts, pts))):
+            if stamp is not None:
+                self.faults[kind] += stamp <= self.last[kind]
+                self.last[kind] = stamp
+            elif other is not None:
+                self.last[kind] = other
+        return dts if pts is None or (dts is not None and self.faults[0] > self.faults[1]) else pts
 
 
 class _Damaged(Exception):
@@ -254,6 +281,8 @@ class _LookAhead:
     packet can be due by then, so the wanted one is known. Decoding starts at the last keyframe due by the target, goes
     no further than the wanted packet, and leaves out pictures that no other depends on.
 
+    The container is believed until the decoder proves it wrong: then `_Untrusted` is raised.
+
     A group of pictures that turns out damaged (an error, a picture missing or marked corrupt) is decoded again by the
     lenient decoder without leaving anything out (care 1), then, if pictures are still missing or corrupt, once more
     from one keyframe earlier (care 2): streams that refresh gradually need it. What does not come right then, and what
@@ -266,6 +295,7 @@ class _LookAhead:
         self.queue_bytes = 0
         self.due: list[int] = []  # ascending pts of packets read, later than `last`
         self.recent: deque[float] = deque(maxlen=_MARGIN)  # dts of the packets read last
+        self.every = False  # every picture is asked for
         self.ended = False
         self.end: int | None = None  # when the last picture read is over
         self.early: dict[int, av.VideoFrame] = {}  # pictures out that a later target may want
@@ -289,11 +319,10 @@ class _LookAhead:
         self.patience_seconds = 4.0  # stretches up to this are read through rather than jumped over
 
     def pictures(self, request: Request, moments: list[float] | None) -> Iterator[Picture]:
-        file = self.file
-        if file.start is None:
-            file.start = self._first_pts()
+        file, self.every = self.file, moments is None
+        self._check_order()
         todo = deque(max(file.ticks(moment), file.start) for moment in moments or ())
-        first, end, every = -math.inf, math.inf, moments is None
+        first, end, every = -math.inf, math.inf, self.every
         if every and request.start_seconds > 0:
             first = file.ticks(request.start_seconds - 2 * LATE) + 1
             self._start_at(first)
@@ -364,14 +393,16 @@ class _LookAhead:
             self.ended = True
             return
         if packet.pts is None:
-            raise _Untimed
+            raise _Untrusted
         self.recent.append(-math.inf if packet.dts is None else packet.dts)
         self.queue.append(packet)
         self.queue_bytes += packet.size
         # The pictures before an edit list's start are decoded and not shown.
-        if not packet.is_discard:
+        if not packet.is_discard and self.file.shows(packet):
             over = packet.pts + (packet.duration or 0)
             self.end = over if self.end is None else max(self.end, over)
+            if self.every and packet.pts in self.due:  # pictures that share a time
+                raise _Untrusted
             if self.last is None or packet.pts > self.last:
                 bisect.insort(self.due, packet.pts)
 
@@ -393,10 +424,19 @@ class _LookAhead:
             while self.queue_bytes > _QUEUE_BYTES:
                 yield from self._feed_one(skip=wanted is not None and self.queue[0].pts < wanted)
 
-    def _first_pts(self) -> int:
+    def _check_order(self) -> None:
+        """Where all packets say that pictures are shown as they are decoded, although the decoder holds pictures back:
+        do the first ones come out as said?"""
         while len(self.queue) < 4 * _MARGIN and not self.ended:
             self._read()
-        return self.due[0] if self.due else 0
+        if self.file.start is None:
+            self.file.start = self.due[0] if self.due else 0
+        if self.file.holds_back and all(packet.pts == packet.dts for packet in self.queue):
+            with suppress(av.error.FFmpegError):
+                frames = [frame.pts for packet in (*self.queue, None) for frame in self.file.decode(packet)]
+                if frames != sorted(frames):
+                    raise _Untrusted
+            self._flush()
 
     def _after_the_data(self, target: int) -> bool:
         """Whether a picture is announced for `target`, but the file is cut off before it."""
@@ -560,9 +600,9 @@ class _LookAhead:
         for frame in frames:
             pts = frame.pts
             if pts is None:
-                raise _Untimed
+                raise _Untrusted
             if self.awaited is not None and pts >= self.awaited:
-                self._see_start(pts)
+                self._see_start(pts, frame)
             if self.proof is not None and self.keyframe is not None and pts >= self.proof > self.keyframe:
                 self._see_proof(pts)
             yield from self._miss(pts)
@@ -577,10 +617,12 @@ class _LookAhead:
                 if len(self.early) > _EARLY_PICTURES:
                     del self.early[next(iter(self.early))]
 
-    def _see_start(self, pts: int) -> None:
+    def _see_start(self, pts: int, frame: av.VideoFrame) -> None:
         """The first picture out should be the keyframe. If not, it may only begin a gradual refresh, during which
         errors are to be expected."""
         keyframe, self.awaited = self.awaited, None
+        if pts == keyframe and frame.pict_type in _PREDICTED and not self.broken:
+            raise _Untrusted
         if pts > keyframe:
             if not self.gradual:
                 self.gradual, self.proof = True, keyframe
