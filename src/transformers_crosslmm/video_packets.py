@@ -208,29 +208,32 @@ def _in_sequence(file: VideoFile, request: Request, moments, *, after: float = -
     targets = None if moments is None else deque(moments)
     end = math.inf if request.end_seconds is None or moments is not None else request.end_seconds
     held = None
-    for seconds, frame in _in_order_of_output(file):
+    for seconds, frame, valid in _in_order_of_output(file):
         if targets is None:
             if seconds >= end - LATE:
                 return
             if seconds >= request.start_seconds - LATE and seconds > after:
-                yield file.picture(seconds, frame)
+                yield replace(file.picture(seconds, frame), valid=valid)
             continue
         wanted = False
         while targets and held is not None and targets[0] + LATE < seconds:
             targets.popleft()
             wanted = True
         if wanted and held[0] > after:
-            yield file.picture(*held)
+            yield replace(file.picture(*held[:2]), valid=held[2])
         if not targets:
             return
-        held = (seconds, frame)
+        held = (seconds, frame, valid)
     if targets and held is not None and held[0] > after:
-        yield file.picture(*held)
+        yield replace(file.picture(*held[:2]), valid=held[2])
 
 
-def _in_order_of_output(file: VideoFile) -> Iterator[tuple[float, av.VideoFrame]]:
-    """Every picture with its time in seconds; without any clock, picture k is due at k / fps."""
-    clock = _OutputClock()
+def _in_order_of_output(file: VideoFile) -> Iterator[tuple[float, av.VideoFrame, bool]]:
+    """Every picture with its time in seconds, and whether it is valid: after an error, none is before a keyframe.
+
+    Without any clock, picture k is due at k / fps.
+    """
+    clock, valid = _OutputClock(), True
     last = -1 / file.fps
     while True:
         packet = file.read()
@@ -238,7 +241,7 @@ def _in_order_of_output(file: VideoFile) -> Iterator[tuple[float, av.VideoFrame]
             frames = file.decode(packet)
         except av.error.FFmpegError as error:
             file.trouble = file.trouble or str(error)
-            frames = []
+            frames, valid = [], False
         for frame in frames:
             pts = frame.pts
             if file.has_clock:
@@ -248,7 +251,8 @@ def _in_order_of_output(file: VideoFile) -> Iterator[tuple[float, av.VideoFrame]
                 file.start = pts if file.start is None else file.start
                 seconds = max(file.seconds(pts), seconds if last < 0 else last)
             last = seconds
-            yield seconds, frame
+            valid = not frame.is_corrupt and (valid or frame.key_frame)
+            yield seconds, frame, valid
         if packet is None:
             return
 
@@ -315,7 +319,9 @@ class _LookAhead:
         self.excused: set[int] = set()  # such pts, if it turns out that the keyframe itself was damaged
         self.doubtful: set[int] = set()  # pts of pictures decoded from there on
         self.clean_groups = self.broken_groups = 0
-        self.habit = False  # nothing decodes without errors: the encoder breaks a rule that does not matter
+        self.out = -math.inf  # pts that came out last
+        self.handed_out = False  # anything so far
+        self.shown: av.VideoFrame | None = None  # in a complete decode: came out last and was not handed out
         self.patience_seconds = 4.0  # stretches up to this are read through rather than jumped over
 
     def pictures(self, request: Request, moments: list[float] | None) -> Iterator[Picture]:
@@ -376,7 +382,7 @@ class _LookAhead:
         if self.broken and not self._lenient:
             raise _Damaged
         if pts in self.early:
-            yield from self._receive([self.early.pop(pts)])
+            yield from self._hand_out(pts, self.early.pop(pts))
         else:
             yield from self._feed(pts)
 
@@ -529,7 +535,8 @@ class _LookAhead:
         self.pending.clear()
         self.last = first - 1
         self.broken_groups += self.keyframe in self.broken and self.care == 0
-        self.habit |= self.clean_groups == 0 and self.broken_groups > 3
+        if self.clean_groups == 0 and self.broken_groups > 1:
+            raise _Untrusted  # nothing can be entered at what is called a keyframe
         self.care += 1
         self.doubtful.clear()
         earlier = self.care > 1 and self.keyframe is not None
@@ -539,7 +546,7 @@ class _LookAhead:
 
     @property
     def _lenient(self) -> bool:
-        return self.care > 0 or self.gradual or self.habit
+        return self.care > 0 or self.gradual
 
     def _feed(self, pts: int):
         """Decode up to the packet of `pts`."""
@@ -555,7 +562,7 @@ class _LookAhead:
         self.leading |= self.keyframe is not None and packet.pts < self.keyframe
         if packet.is_corrupt:  # a transport stream counts what it sends
             self._blame()
-        if not self.habit and (self.doubtful or packet.pts in self.broken):
+        if self.doubtful or packet.pts in self.broken:
             self.doubtful.add(packet.pts)
         try:
             frames = self.file.decode(
@@ -595,27 +602,48 @@ class _LookAhead:
         self.fresh = True
         self.fed = None
         self.early.clear()
+        self.out = -math.inf
 
     def _receive(self, frames: list[av.VideoFrame]):
         for frame in frames:
             pts = frame.pts
-            if pts is None:
+            if pts is None or (pts < self.out and not self.broken):
                 raise _Untrusted
+            self.out = pts
             if self.awaited is not None and pts >= self.awaited:
                 self._see_start(pts, frame)
             if self.proof is not None and self.keyframe is not None and pts >= self.proof > self.keyframe:
                 self._see_proof(pts)
-            yield from self._miss(pts)
-            if self.pending and self.pending[0] == pts:
-                if frame.is_corrupt and self.care < 2:
-                    raise _Damaged
-                self.pending.popleft()
-                picture = self.file.picture(self.file.seconds(pts), frame)
-                yield replace(picture, valid=False) if pts in self.doubtful else picture
-            elif self.last is None or pts > self.last:
-                self.early[pts] = frame
-                if len(self.early) > _EARLY_PICTURES:
-                    del self.early[next(iter(self.early))]
+            if frame.is_corrupt and not self.gradual and pts not in self.broken:
+                self._see_damage(pts)
+            yield from self._hand_out(pts, frame)
+
+    def _hand_out(self, pts: int, frame: av.VideoFrame):
+        yield from self._miss(pts)
+        if self.pending and self.pending[0] == pts:
+            if frame.is_corrupt and self.care < 2:
+                raise _Damaged
+            self.pending.popleft()
+            yield self._picture(frame)
+        elif self.last is None or pts > self.last:
+            self.early[pts] = frame
+            if len(self.early) > _EARLY_PICTURES:
+                del self.early[next(iter(self.early))]
+        elif self.care == 2:
+            self.shown = frame
+
+    def _picture(self, frame: av.VideoFrame) -> Picture:
+        self.shown, self.handed_out = None, True
+        picture = self.file.picture(self.file.seconds(frame.pts), frame)
+        return replace(picture, valid=False) if frame.pts in self.doubtful else picture
+
+    def _see_damage(self, pts: int) -> None:
+        """A picture is marked corrupt: so may be what was decoded after it."""
+        if self.keyframe is not None and pts >= self.keyframe:
+            self.broken.add(pts)
+            if self.pending and self.care < 2:
+                raise _Damaged
+            self.doubtful.update(self.pending)
 
     def _see_start(self, pts: int, frame: av.VideoFrame) -> None:
         """The first picture out should be the keyframe. If not, it may only begin a gradual refresh, during which
@@ -642,8 +670,16 @@ class _LookAhead:
         self.proof = None
 
     def _miss(self, pts: float):
-        """Pictures come out in order: those pending before `pts` do not come."""
+        """Pictures come out in order: those pending before `pts` do not come. Where a complete decode meets no error,
+        they are none to be shown, and the picture before them is the one that is due."""
         while self.pending and self.pending[0] < pts:
             if self.care < 2:
                 raise _Damaged
-            yield self.file.no_picture(self.file.seconds(self.pending.popleft()))
+            if not self.broken and not self.handed_out and pts < math.inf:
+                self.pending[0] = int(pts)  # nothing comes before the first picture
+                break
+            missing = self.pending.popleft()
+            if self.broken:
+                yield self.file.no_picture(self.file.seconds(missing))
+            elif self.shown is not None:
+                yield self._picture(self.shown)
