@@ -75,6 +75,11 @@ class VideoFile:
         self.format_name = self._container.format.name.split(",")[0]
         self.seekable = self.format_name in _SEEKABLE and self._stream.codec_context.name not in _ENDLESS_CODECS
         count, first, end = self._measured()
+        if end is None and not count:
+            raise VideoDecodeError(
+                "The file announces a video stream and holds no picture of it: it is an initialisation segment, or "
+                "cut off before the first picture. Join it with the segments that belong to it."
+            )
         self.open()
         stream = self._stream
         self.codec, self.width, self.height = self._context.name, self._context.width, self._context.height
@@ -284,7 +289,11 @@ class VideoFile:
 
     def picture(self, seconds: float, frame) -> Picture:
         with _translated_errors("FFmpeg cannot convert the picture to RGB.", VideoDecodeError):
-            rgb = frame.reformat(format="rgb24", **_ONE_THREAD)
+            try:
+                rgb = frame.reformat(format="rgb24", **_ONE_THREAD)
+            except av.error.FFmpegError:
+                frame.colorspace = 2  # unspecified, in place of one that FFmpeg cannot convert from
+                rgb = frame.reformat(format="rgb24", **_ONE_THREAD)
         plane = rgb.planes[0]
         # One frame per angle is asked for its matrix: asking ties a frame to its side data in a cycle, and it would
         # stay in memory until the garbage collector comes by.

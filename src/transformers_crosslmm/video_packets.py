@@ -321,6 +321,7 @@ class _LookAhead:
         self.clean_groups = self.broken_groups = 0
         self.out = -math.inf  # pts that came out last
         self.handed_out = False  # anything so far
+        self.owed = False  # the first picture, to moments before it
         self.shown: av.VideoFrame | None = None  # in a complete decode: came out last and was not handed out
         self.patience_seconds = 4.0  # stretches up to this are read through rather than jumped over
 
@@ -620,10 +621,12 @@ class _LookAhead:
 
     def _hand_out(self, pts: int, frame: av.VideoFrame):
         yield from self._miss(pts)
-        if self.pending and self.pending[0] == pts:
-            if frame.is_corrupt and self.care < 2:
-                raise _Damaged
-            self.pending.popleft()
+        wanted = bool(self.pending) and self.pending[0] == pts
+        if wanted and frame.is_corrupt and self.care < 2:
+            raise _Damaged
+        if wanted or self.owed:
+            if wanted:
+                self.pending.popleft()
             yield self._picture(frame)
         elif self.last is None or pts > self.last:
             self.early[pts] = frame
@@ -633,7 +636,7 @@ class _LookAhead:
             self.shown = frame
 
     def _picture(self, frame: av.VideoFrame) -> Picture:
-        self.shown, self.handed_out = None, True
+        self.shown, self.handed_out, self.owed = None, True, False
         picture = self.file.picture(self.file.seconds(frame.pts), frame)
         return replace(picture, valid=False) if frame.pts in self.doubtful else picture
 
@@ -675,11 +678,10 @@ class _LookAhead:
         while self.pending and self.pending[0] < pts:
             if self.care < 2:
                 raise _Damaged
-            if not self.broken and not self.handed_out and pts < math.inf:
-                self.pending[0] = int(pts)  # nothing comes before the first picture
-                break
             missing = self.pending.popleft()
             if self.broken:
                 yield self.file.no_picture(self.file.seconds(missing))
             elif self.shown is not None:
                 yield self._picture(self.shown)
+            else:
+                self.owed = not self.handed_out and not self.every
