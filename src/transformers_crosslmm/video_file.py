@@ -287,7 +287,7 @@ class VideoFile:
     def seconds(self, pts: int) -> float:
         return float((pts - (self.start or 0)) * self.tick)
 
-    def picture(self, seconds: float, frame) -> Picture:
+    def picture(self, seconds: float, frame, *, valid: bool) -> Picture:
         with _translated_errors("FFmpeg cannot convert the picture to RGB.", VideoDecodeError):
             try:
                 rgb = frame.reformat(format="rgb24", **_ONE_THREAD)
@@ -306,7 +306,7 @@ class VideoFile:
             height=rgb.height,
             line_size=plane.line_size,
             orientation=self._orientations[frame.rotation],
-            valid=not frame.is_corrupt,
+            valid=valid,
         )
 
     def no_picture(self, seconds: float) -> Picture:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from typing import BinaryIO
 
 import av
@@ -205,27 +206,18 @@ def _in_sequence(file: VideoFile, request: Request, moments, *, after: float = -
     file.open(strict=False)
     if file.in_decoding_order:
         file.start = None  # of the first picture that comes out
-    targets = None if moments is None else deque(moments)
+    targets = deque(moments or ())
     end = math.inf if request.end_seconds is None or moments is not None else request.end_seconds
-    held = None
-    for seconds, frame, valid in _in_order_of_output(file):
-        if targets is None:
-            if seconds >= end - LATE:
-                return
-            if seconds >= request.start_seconds - LATE and seconds > after:
-                yield replace(file.picture(seconds, frame), valid=valid)
-            continue
-        wanted = False
-        while targets and held is not None and targets[0] + LATE < seconds:
+    for shown, following in pairwise(chain(_in_order_of_output(file), [(math.inf, None, True)])):
+        seconds, frame, valid = shown
+        wanted = moments is None and request.start_seconds - LATE <= seconds < end - LATE
+        while targets and targets[0] + LATE < following[0]:
             targets.popleft()
             wanted = True
-        if wanted and held[0] > after:
-            yield replace(file.picture(*held[:2]), valid=held[2])
-        if not targets:
+        if wanted and seconds > after:
+            yield file.picture(seconds, frame, valid=valid)
+        if seconds >= end or (moments is not None and not targets):
             return
-        held = (seconds, frame, valid)
-    if targets and held is not None and held[0] > after:
-        yield replace(file.picture(*held[:2]), valid=held[2])
 
 
 def _in_order_of_output(file: VideoFile) -> Iterator[tuple[float, av.VideoFrame, bool]]:
@@ -233,9 +225,8 @@ def _in_order_of_output(file: VideoFile) -> Iterator[tuple[float, av.VideoFrame,
 
     Without any clock, picture k is due at k / fps.
     """
-    clock, valid = _OutputClock(), True
-    last = -1 / file.fps
-    while True:
+    clock, last, valid, packet = _OutputClock(), None, True, ...
+    while packet is not None:
         packet = file.read()
         try:
             frames = file.decode(packet)
@@ -246,15 +237,13 @@ def _in_order_of_output(file: VideoFile) -> Iterator[tuple[float, av.VideoFrame,
             pts = frame.pts
             if file.has_clock:
                 pts = clock.ticks(None if file.in_decoding_order else pts, frame.dts)
-            seconds = last + 1 / file.fps
             if pts is not None:
                 file.start = pts if file.start is None else file.start
-                seconds = max(file.seconds(pts), seconds if last < 0 else last)
-            last = seconds
+                last = file.seconds(pts) if last is None else max(file.seconds(pts), last)
+            else:
+                last = 0.0 if last is None else last + 1 / file.fps
             valid = not frame.is_corrupt and (valid or frame.key_frame)
-            yield seconds, frame, valid
-        if packet is None:
-            return
+            yield last, frame, valid
 
 
 class _OutputClock:
@@ -288,9 +277,8 @@ class _LookAhead:
     The container is believed until the decoder proves it wrong: then `_Untrusted` is raised.
 
     A group of pictures that turns out damaged (an error, a picture missing or marked corrupt) is decoded again by the
-    lenient decoder without leaving anything out (care 1), then, if pictures are still missing or corrupt, once more
-    from one keyframe earlier (care 2): streams that refresh gradually need it. What does not come right then, and what
-    was decoded after the packet with the error, is handed out as not valid.
+    lenient decoder without leaving anything out (`careful`). What does not come right then, and what was decoded after
+    the packet with the error, is handed out as not valid.
     """
 
     def __init__(self, file: VideoFile):
@@ -307,17 +295,15 @@ class _LookAhead:
         self.last: int | None = None  # pts last wanted
         self.keyframe: int | None = None  # where decoding began
         self.awaited: int | None = None  # the keyframe, until the decoder has shown that it starts cleanly there
-        self.gradual = False  # keyframes only begin a refresh: what they promise is right one keyframe later
-        self.proof: int | None = None  # the keyframe that made it look so
         self.fresh = True  # the decoder has been given nothing yet
-        self.care = 0
+        self.careful = False
         self.careful_until: float = -math.inf
         self.again: set[int] = set()  # pts that were pending in something damaged
         self.fed: int | None = None  # pts of the packet that went in last
         self.leading = False  # whether pictures due before the keyframe went in: they may need what lies before it
         self.broken: set[int] = set()  # pts of packets from which on decoding goes wrong
-        self.excused: set[int] = set()  # such pts, if it turns out that the keyframe itself was damaged
         self.doubtful: set[int] = set()  # pts of pictures decoded from there on
+        self.failed = False  # since decoding began
         self.clean_groups = self.broken_groups = 0
         self.out = -math.inf  # pts that came out last
         self.handed_out = False  # anything so far
@@ -380,7 +366,7 @@ class _LookAhead:
             yield from self._jump(pts)
         self._pass(pts)
         self.pending.append(pts)
-        if self.broken and not self._lenient:
+        if self.broken and not self.careful:
             raise _Damaged
         if pts in self.early:
             yield from self._hand_out(pts, self.early.pop(pts))
@@ -463,7 +449,7 @@ class _LookAhead:
             return between
         return (target - position) * self.file.tick > self.patience_seconds
 
-    def _start_at(self, pts: int, *, earlier: bool = False) -> None:
+    def _start_at(self, pts: int) -> None:
         """Begin at a keyframe due by `pts`, or at the first packet."""
         self._flush()
         behind, step, at = self.recent[-1] if self.recent else -math.inf, max(1, round(1 / self.file.tick)), pts
@@ -485,15 +471,13 @@ class _LookAhead:
         self._begun()
         if rewound:
             self.awaited = None
-        elif self.gradual and self.keyframe > self.file.start and not earlier:
-            self._start_at(self.keyframe - 1, earlier=True)
         if self.recent and self.recent[-1] <= behind:
             self.patience_seconds *= 2
 
     def _begun(self) -> None:
         self.keyframe = self.queue[0].pts if self.queue else None
         self.awaited = None if self.queue and self.queue[0].is_discard else self.keyframe
-        self.leading = False
+        self.leading = self.failed = False
 
     def _drop_first(self) -> None:
         packet = self.queue.popleft()
@@ -504,50 +488,45 @@ class _LookAhead:
 
     def _jump(self, pts: int):
         """Leave out what lies before the last keyframe in the queue from which `pts` can be decoded."""
-        keyframes = []
+        found = 0
         for place, packet in enumerate(self.queue):
             if packet.is_keyframe and packet.pts <= pts:
-                keyframes.append(place)
+                found = place
             if packet.pts == pts:
                 break
         else:
             return
-        if self.gradual and keyframes:
-            keyframes.pop()
-        if not keyframes or (keyframes[-1] == 0 and (self.fresh or not self.care)):
+        at_keyframe = self.queue[found].is_keyframe and self.queue[found].pts <= pts
+        if not at_keyframe or (found == 0 and (self.fresh or not self.careful)):
             return
         yield from self._drain()
-        for _ in range(keyframes[-1]):
+        for _ in range(found):
             self._drop_first()
         self._trust()
         self._begun()
 
     def _trust(self) -> None:
-        """Go on with care 0."""
-        self.clean_groups += self.care == 0
-        self.care = 0
+        """Go on with the strict decoder."""
+        self.clean_groups += not self.careful
+        self.careful = False
         self.broken.clear()
         self.doubtful.clear()
 
     def _begin_again(self) -> None:
+        """Decode the group with what is pending again, completely and leniently."""
+        self.broken_groups += self.keyframe in self.broken
+        if self.clean_groups == 0 and self.broken_groups > 1:
+            raise _Untrusted  # nothing can be entered at what is called a keyframe
         first = self.pending[0]
         self.again.update(self.pending)
         self.careful_until = max(self.careful_until, self.pending[-1])
         self.pending.clear()
         self.last = first - 1
-        self.broken_groups += self.keyframe in self.broken and self.care == 0
-        if self.clean_groups == 0 and self.broken_groups > 1:
-            raise _Untrusted  # nothing can be entered at what is called a keyframe
-        self.care += 1
+        self.careful = True
         self.doubtful.clear()
-        earlier = self.care > 1 and self.keyframe is not None
-        self._start_at(min(first, self.keyframe - 1) if earlier else first)
+        self._start_at(first)
 
     # Decoding
-
-    @property
-    def _lenient(self) -> bool:
-        return self.care > 0 or self.gradual
 
     def _feed(self, pts: int):
         """Decode up to the packet of `pts`."""
@@ -565,38 +544,36 @@ class _LookAhead:
             self._blame()
         if self.doubtful or packet.pts in self.broken:
             self.doubtful.add(packet.pts)
-        try:
-            frames = self.file.decode(
-                packet,
-                skip=skip and self.care == 0 and not packet.is_keyframe and packet.pts not in self.pending,
-                lenient=self._lenient,
-            )
-        except av.error.FFmpegError:
-            self._blame()
-            return
-        yield from self._receive(frames)
-
-    def _blame(self) -> None:
-        """Note where decoding went wrong: at the last packet, or with threads anywhere since the keyframe."""
-        at_once = self.file.reports_at_once
-        if at_once and self.keyframe is not None and self.fed is not None and self.fed < self.keyframe:
-            return
-        place = self.fed if at_once else self.keyframe
-        if place is not None and (at_once or not self.leading):
-            self.broken.add(place)
-        if self.pending and not self._lenient:
-            raise _Damaged from None
+        skip = skip and not self.careful and not packet.is_keyframe and packet.pts not in self.pending
+        yield from self._decode(packet, skip=skip)
 
     def _drain(self):
         if not self.fresh:
-            try:
-                frames = self.file.decode(None, lenient=self._lenient)
-            except av.error.FFmpegError:
-                frames = []
-                self._blame()
-            yield from self._receive(frames)
+            yield from self._decode(None)
         yield from self._miss(math.inf)
         self._flush()
+
+    def _decode(self, packet, *, skip: bool = False):
+        try:
+            frames = self.file.decode(packet, skip=skip, lenient=self.careful)
+        except av.error.FFmpegError:
+            frames = []
+            self._blame()
+        for frame in frames:
+            pts = frame.pts
+            if pts is None or (pts < self.out and not self.broken):
+                raise _Untrusted
+            self.out = pts
+            if self.awaited is not None and pts >= self.awaited:
+                # What is called a keyframe may be none, or only begin a gradual refresh.
+                started = pts == self.awaited and frame.pict_type not in _PREDICTED
+                self.awaited = None
+                if not started and not self.failed:
+                    raise _Untrusted
+            if frame.is_corrupt and pts not in self.broken and (self.keyframe is None or pts >= self.keyframe):
+                self._damage(pts)
+                self.doubtful.update(self.pending)
+            yield from self._hand_out(pts, frame)
 
     def _flush(self) -> None:
         self.file.flush()
@@ -605,24 +582,25 @@ class _LookAhead:
         self.early.clear()
         self.out = -math.inf
 
-    def _receive(self, frames: list[av.VideoFrame]):
-        for frame in frames:
-            pts = frame.pts
-            if pts is None or (pts < self.out and not self.broken):
-                raise _Untrusted
-            self.out = pts
-            if self.awaited is not None and pts >= self.awaited:
-                self._see_start(pts, frame)
-            if self.proof is not None and self.keyframe is not None and pts >= self.proof > self.keyframe:
-                self._see_proof(pts)
-            if frame.is_corrupt and not self.gradual and pts not in self.broken:
-                self._see_damage(pts)
-            yield from self._hand_out(pts, frame)
+    def _blame(self) -> None:
+        """Note where decoding went wrong: at the last packet, or with threads anywhere since the keyframe."""
+        self.failed = True
+        at_once = self.file.reports_at_once
+        if at_once and self.keyframe is not None and self.fed is not None and self.fed < self.keyframe:
+            return
+        place = self.fed if at_once else self.keyframe
+        if place is not None and (at_once or not self.leading):
+            self._damage(place)
+
+    def _damage(self, pts: int) -> None:
+        self.broken.add(pts)
+        if self.pending and not self.careful:
+            raise _Damaged from None
 
     def _hand_out(self, pts: int, frame: av.VideoFrame):
         yield from self._miss(pts)
         wanted = bool(self.pending) and self.pending[0] == pts
-        if wanted and frame.is_corrupt and self.care < 2:
+        if wanted and frame.is_corrupt and not self.careful:
             raise _Damaged
         if wanted or self.owed:
             if wanted:
@@ -632,51 +610,19 @@ class _LookAhead:
             self.early[pts] = frame
             if len(self.early) > _EARLY_PICTURES:
                 del self.early[next(iter(self.early))]
-        elif self.care == 2:
+        elif self.careful:
             self.shown = frame
 
     def _picture(self, frame: av.VideoFrame) -> Picture:
         self.shown, self.handed_out, self.owed = None, True, False
-        picture = self.file.picture(self.file.seconds(frame.pts), frame)
-        return replace(picture, valid=False) if frame.pts in self.doubtful else picture
-
-    def _see_damage(self, pts: int) -> None:
-        """A picture is marked corrupt: so may be what was decoded after it."""
-        if self.keyframe is not None and pts >= self.keyframe:
-            self.broken.add(pts)
-            if self.pending and self.care < 2:
-                raise _Damaged
-            self.doubtful.update(self.pending)
-
-    def _see_start(self, pts: int, frame: av.VideoFrame) -> None:
-        """The first picture out should be the keyframe. If not, it may only begin a gradual refresh, during which
-        errors are to be expected."""
-        keyframe, self.awaited = self.awaited, None
-        if pts == keyframe and frame.pict_type in _PREDICTED and not self.broken:
-            raise _Untrusted
-        if pts > keyframe:
-            if not self.gradual:
-                self.gradual, self.proof = True, keyframe
-            self.excused |= self.broken
-            self.broken.clear()
-            self.doubtful.clear()
-            if self.pending and self.care < 2:
-                raise _Damaged
-
-    def _see_proof(self, pts: int) -> None:
-        """Seen from one keyframe earlier, a refresh has a picture where it begins; a damaged keyframe has none."""
-        if pts > self.proof:
-            self.gradual = False
-            self.broken |= self.excused
-            self.doubtful.update(self.pending, [self.proof])
-        self.excused.clear()
-        self.proof = None
+        valid = not frame.is_corrupt and frame.pts not in self.doubtful
+        return self.file.picture(self.file.seconds(frame.pts), frame, valid=valid)
 
     def _miss(self, pts: float):
         """Pictures come out in order: those pending before `pts` do not come. Where a complete decode meets no error,
         they are none to be shown, and the picture before them is the one that is due."""
         while self.pending and self.pending[0] < pts:
-            if self.care < 2:
+            if not self.careful:
                 raise _Damaged
             missing = self.pending.popleft()
             if self.broken:
