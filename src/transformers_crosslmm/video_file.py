@@ -69,6 +69,7 @@ class VideoFile:
         self._file, self._limits, self._num_threads = file, limits, num_threads
         self.clock = Clock(limits)
         self.trouble: str | None = None
+        self.announced_end: int | None = None
         self._orientations: dict[int, tuple[bool, bool, bool]] = {}
         # FFmpeg decodes pictures to learn about a stream; how large and how long they are it knows without.
         self.open(probe=False)
@@ -189,20 +190,22 @@ class VideoFile:
     def _measured(self) -> tuple[int, int | None, int | None]:
         """How many packets there are (0: not counted), the first time, and the end of the last picture, in ticks.
 
-        A table of all samples knows the end (`announced_end`). Otherwise the last packets do: the end of a container
-        is that of its longest stream, and may count from zero or from the beginning.
+        A table of all samples knows the end (`announced_end`) if its last entry is there. Otherwise the last packets
+        do: the end of a container is that of its longest stream, and may count from zero or from the beginning.
         """
-        container, stream = self._container, self._stream
-        self.announced_end = None
-        told = stream.start_time is not None and stream.duration
-        if told and (self.in_decoding_order or (self.format_name == "mov" and stream.frames)):
-            self.announced_end = stream.start_time + stream.duration
-        if told and (self.announced_end or not self.seekable):
-            return 0, stream.start_time, stream.start_time + stream.duration
+        container, stream, start = self._container, self._stream, self._stream.start_time
+        told = None if start is None or not stream.duration else start + stream.duration
+        in_table = told is not None and stream.frames and self.format_name in ("mov", "avi")
+        entries = getattr(stream, "index_entries", None)  # PyAV < 17 does not show them
+        # The last entry is decoded a few pictures before the end.
+        if in_table and (not entries or (told - entries[-1].timestamp) * stream.frames <= 4 * stream.duration):
+            self.announced_end = told
+        if self.announced_end or (told is not None and not self.seekable):
+            return 0, start, told
         if self.seekable and container.duration:
             seconds = ((container.start_time or 0) + container.duration) / 1e6
             if self.seek(round(seconds / self.tick)) and (end := self._read_to_the_end()[2]) is not None:
-                return 0, stream.start_time, end
+                return 0, start, end
             self.open(probe=False)
         return self._read_to_the_end()
 

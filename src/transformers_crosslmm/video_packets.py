@@ -20,7 +20,6 @@ from .video_source import RAISE_LIMITS, VideoDecodeError, VideoLimitError, Video
 
 _QUEUE_BYTES = 64 * 1024**2
 _EARLY_PICTURES = 32
-_PREDICTED = (PictureType.P, PictureType.B)  # no keyframes, whatever the container calls them
 # Packets to read beyond the moment looked for: some containers do not store when a packet is decoded, and FFmpeg's
 # guess may be off by the pictures it holds back.
 _MARGIN = 8
@@ -304,9 +303,10 @@ class _LookAhead:
         self.broken: set[int] = set()  # pts of packets from which on decoding goes wrong
         self.doubtful: set[int] = set()  # pts of pictures decoded from there on
         self.failed = False  # since decoding began
-        self.clean_groups = self.broken_groups = 0
+        self.broken_groups = 0
+        self.good = False  # whether the strict decoder gave anything right
         self.out = -math.inf  # pts that came out last
-        self.handed_out = False  # anything so far
+        self.handed_out = -math.inf  # pts of the last picture that was
         self.owed = False  # the first picture, to moments before it
         self.shown: av.VideoFrame | None = None  # in a complete decode: came out last and was not handed out
         self.patience_seconds = 4.0  # stretches up to this are read through rather than jumped over
@@ -507,7 +507,6 @@ class _LookAhead:
 
     def _trust(self) -> None:
         """Go on with the strict decoder."""
-        self.clean_groups += not self.careful
         self.careful = False
         self.broken.clear()
         self.doubtful.clear()
@@ -515,7 +514,7 @@ class _LookAhead:
     def _begin_again(self) -> None:
         """Decode the group with what is pending again, completely and leniently."""
         self.broken_groups += self.keyframe in self.broken
-        if self.clean_groups == 0 and self.broken_groups > 1:
+        if not self.good and self.broken_groups > 1:
             raise _Untrusted  # nothing can be entered at what is called a keyframe
         first = self.pending[0]
         self.again.update(self.pending)
@@ -566,7 +565,7 @@ class _LookAhead:
             self.out = pts
             if self.awaited is not None and pts >= self.awaited:
                 # What is called a keyframe may be none, or only begin a gradual refresh.
-                started = pts == self.awaited and frame.pict_type not in _PREDICTED
+                started = pts == self.awaited and (frame.key_frame or frame.pict_type == PictureType.I)
                 self.awaited = None
                 if not started and not self.failed:
                     raise _Untrusted
@@ -614,8 +613,9 @@ class _LookAhead:
             self.shown = frame
 
     def _picture(self, frame: av.VideoFrame) -> Picture:
-        self.shown, self.handed_out, self.owed = None, True, False
+        self.shown, self.handed_out, self.owed = None, frame.pts, False
         valid = not frame.is_corrupt and frame.pts not in self.doubtful
+        self.good |= valid and not self.careful
         return self.file.picture(self.file.seconds(frame.pts), frame, valid=valid)
 
     def _miss(self, pts: float):
@@ -627,7 +627,7 @@ class _LookAhead:
             missing = self.pending.popleft()
             if self.broken:
                 yield self.file.no_picture(self.file.seconds(missing))
-            elif self.shown is not None:
+            elif self.shown is not None and self.shown.pts > self.handed_out:
                 yield self._picture(self.shown)
             else:
-                self.owed = not self.handed_out and not self.every
+                self.owed = self.handed_out == -math.inf and not self.every
