@@ -187,9 +187,7 @@ def read_yaml(path: Path) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
                 what = f"more than {DEEPEST} levels" if depth > DEEPEST else f"an alias, *{event.anchor}"
-                raise ValueError(
-                    f"{path}:{event.start_mark.line + 1}: {what}. Write it out, as plain lists and names."
-                )
+                raise ValueError(f"{path}:{event.start_mark.line + 1}: {what}. Write plain lists and names.")
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

@@ -8,7 +8,6 @@ A recipe is a YAML file of options; options on the command line come after it an
 goes on where the run stopped.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -33,6 +32,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
+from ..checkpoints.folder import checksum
 from ..checkpoints.load import load_processor
 from ..modeling_crosslmm import CrossLMMPreTrainedModel
 from ..processing_crosslmm import CrossLMMProcessor
@@ -446,12 +446,6 @@ def is_complete(folder: str | os.PathLike) -> bool:
         return all(checksum(Path(folder) / name) == expected for name, expected in checksums.items())
     except (OSError, ValueError):
         return False
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
