@@ -607,8 +607,9 @@ def train(
     A recipe is a YAML file of options; options behind it win. They are those of Transformers' TrainingArguments (such
     as --output_dir, --learning_rate, --max_steps, --report_to) and ours: --model to begin with, --train_data,
     --media_root, --streaming; --num_frames, --fps, --max_frames of a video; --unusable samples (raise or skip),
-    --max_length; --trained_parts, --gate_learning_rate, --vision_learning_rate, --global_batch_size,
-    --attn_implementation. What each means: python -m transformers_crosslmm.training.trainer --help
+    --max_length; --trained_parts, --gate_learning_rate, --vision_learning_rate, --language_model_learning_rate,
+    --global_batch_size, --attn_implementation. What each means:
+    python -m transformers_crosslmm.training.trainer --help
 
     Example: crosslmm train adapt --model MODEL --train_data chats.jsonl --media_root videos --output_dir runs/mine
     """

@@ -238,12 +238,12 @@ def _drawn(count: int, strategy: str, seed: int, *, where: str) -> Sequence[int]
 def chat_of(record: Any) -> list[dict[str, Any]]:
     """The chat of a record: messages whose content is a list of parts, media with their sources.
 
-    record: LLaVA's `conversations` (`from` human or gpt, `value`), a chat's `messages` (`role`, `content`), or a
-        `prompt` and its `response`. Media stand in the parts themselves, with options of their own (`VIDEO_OPTIONS`),
-        or in `image`, `images`, `video` and `videos`, one or a list: these go in order to parts without a source, or
-        else to the marks `<image>` and `<video>` in the user's words, or before a prompt. (LLaVA writes `<image>` for
-        videos too. The line break beside a mark is dropped: our templates have none there.) A video may be an object
-        with `video_path` and `segments`, pairs of seconds, each of which is a video.
+    record: LLaVA's `conversations` (`from` human or gpt, `value`), a chat's `messages` (`role`, `content`), a `prompt`
+        and its `response`, or a `question` and its `answer`. Media stand in the parts themselves, with options of
+        their own (`VIDEO_OPTIONS`), or in `image`, `images`, `video` and `videos`, one or a list: these go in order to
+        parts without a source, or else to the marks `<image>` and `<video>` in the user's words, or before a prompt.
+        (LLaVA writes `<image>` for videos too. The line break beside a mark is dropped: our templates have none
+        there.) A video may be an object with `video_path` and `segments`, pairs of seconds, each of which is a video.
     Raises UnusableSample for anything else, and where media and places for them do not match in number.
     """
     if not isinstance(record, Mapping):
@@ -309,7 +309,8 @@ def _segments(medium: Any) -> list[Any]:
 
 
 def _prompt_and_response(record: Mapping, num_media: Mapping[str, int]) -> list[dict[str, Any]] | None:
-    prompt, response, system = (record.get(name) for name in ("prompt", "response", "system_prompt"))
+    prompt, response = record.get("prompt", record.get("question")), record.get("response", record.get("answer"))
+    system = record.get("system_prompt")
     if not isinstance(prompt, str) or not isinstance(response, str):
         return None
     media = [{"type": kind} for kind, number in num_media.items() for _ in range(number)]
