@@ -47,7 +47,7 @@ def crosslmm(
     media: ("video" or "image", frames (T, 3, S, S)), in the order in which they stand in the prompt.
     Raises ValueError if the placeholders are not exactly what the media need.
     """
-    text_config = config["text_config"]
+    text_config = {**config, **config["text_config"]}
     trace = Trace()
     for _, frames in media:
         original = vision_tower(weights, config, frames)  # (T, N, D)

@@ -315,7 +315,7 @@ def test_info_counts_the_bytes_that_a_conversation_keeps(model, processor, folde
     with torch.no_grad():
         model(**inputs, past_key_values=cache, use_cache=True, cross_attention_cache=form)
     costs = count_costs(model.config)
-    layers = model.config.text_config.cross_attention_layer_indices
+    layers = model.config.cross_attention_layer_indices
     kept = [tensor for i in layers for tensor in (cache.layers[i].cross_keys, cache.layers[i].cross_values)]
     kept.append(cache.layers[0].memory.states)
     assert sum(tensor.nbytes for tensor in kept if tensor is not None) == 4 * costs.cache_bytes_per_frame[form]

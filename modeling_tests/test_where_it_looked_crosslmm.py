@@ -9,7 +9,7 @@ from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward
 
 from factories import random_frames, random_model, tiny_config, tiny_processor
 from transformers_crosslmm import CrossLMMForConditionalGeneration, frame_weights_crosslmm, modeling_crosslmm
-from transformers_crosslmm.modeling_crosslmm import CrossLMMCrossAttentionBranch
+from transformers_crosslmm.cross_attention_crosslmm import CrossLMMCrossAttentionBranch
 
 NEW_TOKENS = 5
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"

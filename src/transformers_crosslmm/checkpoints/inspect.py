@@ -102,18 +102,17 @@ def count_costs(config: CrossLMMConfig, *, quantization: str | None = None) -> C
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and should_convert_module(name, list(NOT_QUANTIZED)):
             saved_bytes += module.weight.numel() * (size - per_weight) - module.out_features * per_row
-    head_dim = text.hidden_size // text.num_attention_heads
-    key_value = 2 * text.num_key_value_heads * head_dim * size
-    num_patches, num_layers = config.patch_grid_size**2, len(text.cross_attention_layer_indices)
+    key_value = 2 * config.num_key_value_heads * config.head_dim * size
+    num_patches, num_layers = config.patch_grid_size**2, len(config.cross_attention_layer_indices)
     original = num_patches * config.vision_config.hidden_size * size
-    keys_values = num_layers * num_patches * key_value if text.use_t2v else 0
-    normalised = 0 if text.visual_norm == "none" else original
+    keys_values = num_layers * num_patches * key_value if config.use_t2v else 0
+    normalised = 0 if config.visual_norm == "none" else original
     return CheckpointCosts(
         dtype=dtype,
         parts=parts,
         weight_bytes=sum(parts.values()) * size + num_gates * (torch.float32.itemsize - size) - round(saved_bytes),
         tokens_per_frame=config.tokens_per_frame,
-        max_positions=text.max_sequence_length,
+        max_positions=config.max_sequence_length,
         cache_bytes_per_frame=dict(zip(CROSS_ATTENTION_CACHES, (keys_values, original), strict=True)),
         language_bytes_per_frame=config.tokens_per_frame * text.num_hidden_layers * key_value,
         prefill_bytes_per_frame=dict(zip(CROSS_ATTENTION_CACHES, (original + normalised, 0), strict=True)),

@@ -91,7 +91,7 @@ def refuse_random_branches(model: CrossLMMPreTrainedModel) -> None:
 
     Random numbers would go into every token for the whole stage, and what learns would learn to live with them.
     """
-    gate_init = model.config.get_text_config().gate_init
+    gate_init = model.config.gate_init
     for branch in ("v2v", "t2v"):
         gates = [gate for name, gate in model.named_parameters() if name.endswith(f".{branch}.gate.weight")]
         is_frozen = not any(gate.requires_grad for gate in gates)
