@@ -243,6 +243,7 @@ def test_frames_named_behind_a_recipe_win_over_those_in_it(recipe, behind, fps, 
 def test_a_shipped_recipe_runs_as_it_is_on_a_cpu(recipe, run_folder, tmp_path, monkeypatch):
     """The test itself must see no GPU, wherever it runs."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False}, raising=False)
     needed = {"model": run_folder / "model", "train_data": run_folder / "data.jsonl", "output_dir": tmp_path}
     needed |= {"media_root": run_folder / "media", "global_batch_size": 8, "dataloader_num_workers": 0}
     words = [word for name, value in needed.items() for word in (f"--{name}", str(value))]
@@ -251,13 +252,16 @@ def test_a_shipped_recipe_runs_as_it_is_on_a_cpu(recipe, run_folder, tmp_path, m
     assert not arguments.bf16
     assert losses(train(arguments)) == []  # one step, and ten are logged
     assert (tmp_path / "model.safetensors").is_file()
-    assert parse_recipe([recipe, *words, "--report_to", "none", "--bf16", "True"]).bf16  # who asks for it has it
+    words += ["--report_to", "none"]
+    assert parse_recipe([recipe, *words, "--bf16", "True"]).bf16, "who asks for it has it"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    assert parse_recipe([recipe, *words]).bf16, "with AMX it is faster"
 
 
 def test_a_run_of_a_few_steps_says_what_to_change(run_folder, tmp_path, caplog):
     options = {"max_steps": -1, "num_train_epochs": 2, "global_batch_size": 4, "save_strategy": "no"}
     train(arguments_of(run_folder, tmp_path, **options))
-    assert "8 records, 2 times, 4 samples per step: the run makes 4 steps" in caplog.text
+    assert "8 records, 2 times, 4 samples a step: the run makes 4 steps" in caplog.text
     assert "Lower `global_batch_size`, or raise `num_train_epochs`" in caplog.text
 
 

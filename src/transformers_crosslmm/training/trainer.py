@@ -267,7 +267,8 @@ def parse_recipe(argv: Sequence[str]) -> CrossLMMTrainingArguments:
         raise ValueError(f"{path} must hold options and their values; got {type(recipe).__name__}.")
     if not torch.accelerator.is_available():
         recipe["use_cpu"] = True
-        recipe.pop("bf16", None)  # of a GPU's recipe; on most CPUs it is slower than float32
+        if not getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"):  # of torch 2.11 on
+            recipe.pop("bf16", None)  # other CPUs have no fast products in it
     behind = {word.partition("=")[0].strip("-").replace("-", "_") for word in argv[1:] if word.startswith("--")}
     for name, other in (("fps", "num_frames"), ("num_frames", "fps")):  # they exclude each other
         if name in behind:
@@ -374,8 +375,8 @@ class CrossLMMTrainer(Trainer):
         num_steps = math.ceil(len(self.train_dataset) * self.args.num_train_epochs / at_once)
         if num_steps < FEW_STEPS:
             logger.warning(
-                f"{len(self.train_dataset)} records, {self.args.num_train_epochs:g} times, {at_once} samples per step: the "
-                f"run makes {num_steps} steps, and below {FEW_STEPS} hardly anything is learned. Lower "
+                f"{len(self.train_dataset)} records, {self.args.num_train_epochs:g} times, {at_once} samples a step: "
+                f"the run makes {num_steps} steps, and below {FEW_STEPS} hardly anything is learned. Lower "
                 "`global_batch_size`, or raise `num_train_epochs`, and leave the rates as they are."
             )
 
