@@ -607,8 +607,9 @@ def train(
     A recipe is a YAML file of options; options behind it win. They are those of Transformers' TrainingArguments (such
     as --output_dir, --learning_rate, --max_steps, --report_to) and ours: --model to begin with, --train_data,
     --media_root, --streaming; --num_frames, --fps, --max_frames of a video; --unusable samples (raise or skip),
-    --max_length; --trained_parts, --gate_learning_rate, --vision_learning_rate, --global_batch_size,
-    --attn_implementation. What each means: python -m transformers_crosslmm.training.trainer --help
+    --max_length; --trained_parts, --gate_learning_rate, --vision_learning_rate, --language_model_learning_rate,
+    --global_batch_size, --attn_implementation. What each means:
+    python -m transformers_crosslmm.training.trainer --help
 
     Example: crosslmm train adapt --model MODEL --train_data chats.jsonl --media_root videos --output_dir runs/mine
     """
@@ -627,8 +628,12 @@ app.add_typer(data, name="data")
 def check(
     path: Annotated[str, typer.Argument(help="What --train_data names: .json, .jsonl, .yaml, or a dataset.")],
     media_root: Annotated[str | None, typer.Option(help="Folder that the names of media files begin in.")] = None,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode all media too, as training would.")] = False,
+    model: Model = None,
 ) -> None:
-    """List the broken records, with file and line, and media files that do not exist. Decodes nothing.
+    """List the broken records, with file and line, and media files that do not exist.
+
+    With --decode also those whose media do not decode; the frames are those that --model samples.
 
     Example: crosslmm data check mixture.yaml --media-root videos
     """
@@ -642,7 +647,10 @@ def check(
             raise ValueError(f"{path} holds no records.")
         steps.begin(f"Checking {len(records):,} records")
         num_broken = 0
-        for line in find_broken(records, media_root):
+        if decode:
+            from transformers_crosslmm.checkpoints.load import load_processor
+        processor = load_processor(_checkpoint(model)) if decode else None
+        for line in find_broken(records, media_root, decode_with=processor):
             typer.echo(line)
             num_broken += 1
     typer.echo(f"{len(records):,} records, {num_broken:,} broken", err=True)

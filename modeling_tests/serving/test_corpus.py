@@ -272,6 +272,18 @@ def test_a_part_that_is_damaged_is_named_and_asked_again_once_it_is_deleted(tmp_
     assert second.exists()
 
 
+def test_every_flipped_bit_of_a_part_is_seen(tmp_path, ask, two_rows_per_part):
+    ask(about("0.mp4"))
+    part = min((tmp_path / "answers").glob("part-*"))
+    whole = part.read_bytes()
+    for position in range(0, len(whole), 97):
+        part.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << position % 8]) + whole[position + 1 :])
+        with pytest.raises(ValueError, match=rf"{part.name} must be a file of answers.*Delete it"):
+            ask(about("0.mp4"))
+    part.write_bytes(whole)
+    assert ask(about("0.mp4")).answered_before == len(about("0.mp4"))
+
+
 def test_a_file_that_is_no_part_of_ours_is_named(tmp_path, ask):
     ask(about("0.mp4"))
     table = corpus._pyarrow().table({"name": ["x"]})

@@ -1,12 +1,14 @@
 """Datasets: tables and streams, the command that checks data, and what becomes of samples that cannot be used."""
 
 import gc
+import io
 import json
 import logging
 import re
 
 import pytest
 import torch
+from PIL import Image
 from test_records import record, video_record, write_lines
 from test_samples import spoken
 from typer.testing import CliRunner
@@ -54,6 +56,20 @@ def test_the_command_decodes_nothing_and_training_names_what_does_not_decode(med
     assert check(path, "--media-root", media)[0] == 0
     with pytest.raises(UnusableSample, match=r"a\.jsonl:1: .*broken\.mp4"):
         CrossLMMDataset(load_records(path), tiny_processor(), media_root=media)[0]
+
+
+def test_the_command_decodes_when_it_is_told_to(media, tmp_path):
+    (tmp_path / "damaged.png").write_bytes(damaged_png())
+    for name in ("three.mp4", "broken.mp4", "picture.png"):
+        (tmp_path / name).write_bytes((media / name).read_bytes())
+    written = [video_record("three.mp4"), video_record("broken.mp4"), record("<image>", "A.", image="damaged.png")]
+    path = write_lines(tmp_path / "a.jsonl", [*written, record("<image>", "A.", image="picture.png")])
+    assert check(path, "--media-root", tmp_path)[0] == 0
+    exit_code, broken, said = check(path, "--media-root", tmp_path, "--decode")
+    assert (exit_code, said) == (1, ["4 records, 2 broken"])
+    assert [line.split(": ")[0] for line in broken] == [f"{path}:2", f"{path}:3"]
+    assert "broken.mp4" in broken[0]
+    assert "damaged.png" in broken[1]
 
 
 @pytest.mark.parametrize(
@@ -114,6 +130,48 @@ def test_a_skipped_sample_is_replaced_by_the_next_counted_and_named(name, media,
     assert [spoken(processor, sample) for sample in samples] == ["first<|im_end|>"] * 3
     assert dataset.num_skipped == 3  # 1, 2, and 2 again on the way from 1
     assert "a.jsonl:2" in caplog.text
+
+
+def damaged_png() -> bytes:
+    """A picture in which a chunk of pixels has a name that is none: Pillow raises SyntaxError."""
+    file = io.BytesIO()
+    noise = torch.randint(0, 256, (256, 256, 3), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).save(file, "png")
+    data = bytearray(file.getvalue())
+    second = data.index(b"IDAT", data.index(b"IDAT") + 4)
+    data[second : second + 4] = b"\0\1\2\3"
+    return bytes(data)
+
+
+def test_whatever_a_decoder_raises_is_an_unusable_sample_with_its_name(media, tmp_path, monkeypatch):
+    (tmp_path / "damaged.png").write_bytes(damaged_png())
+    with pytest.raises(SyntaxError):
+        Image.open(tmp_path / "damaged.png").load()
+    (tmp_path / "good.png").write_bytes((media / "picture.png").read_bytes())
+    written = [record("<image>", "A.", image=name) for name in ("damaged.png", "good.png")]
+    dataset = CrossLMMDataset(written, tiny_processor(), media_root=tmp_path, unusable="skip")
+    dataset[0]
+    assert dataset.num_skipped == 1
+    with pytest.raises(UnusableSample, match=r"row 0: .*damaged\.png: "):
+        CrossLMMDataset(written, tiny_processor(), media_root=tmp_path)[0]
+    column = {"path": None, "bytes": damaged_png()}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "A."}]}
+    turns = [[{"role": "user", "content": [{"type": "image"}]}, answer]]
+    table = datasets.Dataset.from_dict({"messages": turns, "image": [column]})
+    with pytest.raises(UnusableSample, match="row 0: image in memory"):
+        CrossLMMDataset(table.cast_column("image", datasets.Image()), tiny_processor())[0]
+
+    class Unusual(Exception):
+        pass
+
+    def fail(*args, **kwargs):
+        raise Unusual("out of the ordinary")
+
+    processor = tiny_processor()
+    monkeypatch.setattr(type(processor.video_processor), "__call__", fail)
+    dataset = CrossLMMDataset([video_record()], processor, media_root=media)
+    with pytest.raises(UnusableSample, match=r"row 0: .*three\.mp4: out of the ordinary"):
+        dataset[0]
 
 
 def test_samples_skipped_in_worker_processes_are_counted(media):

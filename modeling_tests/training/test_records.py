@@ -1,8 +1,10 @@
 """Records: files and mixtures, and the chat that a record of any form is."""
 
 import json
+import re
 
 import pytest
+import torch
 
 from factories import mp4_of, random_frames, tiny_processor
 from transformers_crosslmm.training.datasets import CrossLMMDataset, find_broken
@@ -129,6 +131,129 @@ def test_a_name_that_leads_out_of_the_media_folder_is_refused(name, tmp_path):
 def test_a_name_is_never_anything_but_a_file(name, tmp_path):
     with pytest.raises(UnusableSample, match=r"no file|no name of a file"):
         encode_chat(tiny_processor(), video_record(name), media_root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ({"type": "image", "base64": "{media}/picture.png"}, "`base64` of a medium is no base64"),
+        ({"type": "video", "base64": "file://{media}/three.mp4"}, "`base64` of a medium is no base64"),
+        ({"type": "image", "base64": 3}, "`base64` of a medium is no base64"),
+        ({"type": "image", "bytes": "{media}/picture.png"}, "`bytes` of a medium is text"),
+        ({"type": "video", "array": "{media}/three.mp4"}, "`array` of a medium is text"),
+        ({"type": "video", "url": "file://{media}/three.mp4"}, "a `url` is never fetched"),
+        ({"type": "image_url", "image_url": {"url": "{media}/picture.png"}}, "a `url` is never fetched"),
+        ({"type": "image", "image": {"base64": "{media}/picture.png"}}, "`base64` of a medium is no base64"),
+        ({"type": "image", "image": {"url": "{media}/picture.png"}}, "a `url` is never fetched"),
+        ({"type": "video", "video": [{"bytes": "{media}/picture.png"}]}, "`bytes` of a medium is text"),
+        ({"type": "video", "video": ["../secret.png", "picture.png"]}, "lies outside"),
+        ({"type": "video", "video": "file:///etc/hostname"}, "lies outside"),
+        ({"type": "image", "path": "picture.png", "max_pixels": 9}, "an image has no options; got max_pixels"),
+        ({"type": "video", "path": "three.mp4", "resized_height": 9}, "a video takes num_frames.*got resized_height"),
+        ({"type": "video", "video": {"path": "three.mp4", "crop": 1}}, "got crop"),
+        ({"type": "image", "path": "picture.png", "image": "picture.png"}, "holds one image; got image, path"),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_a_key_of_a_medium_is_read_as_what_it_says_or_the_record_is_named(part, reason, media, tmp_path):
+    """Whoever wrote the data must not have other files of this machine trained on."""
+    (tmp_path / "media").symlink_to(media)
+    part = json.loads(json.dumps(part).replace("{media}", str(media)))
+    written = {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "A."}]}
+    with pytest.raises(UnusableSample, match=reason):
+        encode_chat(tiny_processor(), written, media_root=tmp_path / "media")
+    (problem,) = find_broken([written], tmp_path / "media")
+    assert re.search(reason, problem)
+
+
+# --- formats as they are out there -----------------------------------------------------------------------------------
+
+
+def seen(written, media):
+    """The videos and pictures of a record's sample, and its words."""
+    processor = tiny_processor()
+    sample = encode_chat(processor, written, media_root=media)
+    words = processor.tokenizer.decode(sample["input_ids"], skip_special_tokens=True)
+    assert (sample["labels"] != IGNORED).any()
+    return sample.get("video_num_frames", torch.zeros(0)).tolist(), len(sample.get("pixel_values", ())), words
+
+
+def test_llava_video_178k_is_read_as_it_is(media):
+    written = {
+        "id": "Ab-12",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat happens in the video?"},
+            {"from": "gpt", "value": "A cat sleeps."},
+            {"from": "human", "value": "And then?"},
+            {"from": "gpt", "value": "It wakes."},
+        ],
+        "data_source": "0_30_s_youtube_v0_1",
+        "video": "three.mp4",
+    }
+    frames, pictures, words = seen(written, media)
+    assert (frames, pictures) == ([3], 0)
+    assert "What happens in the video?" in words
+
+
+def test_moss_vl_is_read_as_it_is_and_each_segment_is_a_video(media):
+    segments = [{"video_path": "five.mp4", "segments": [[0, 2], [2, 5]]}, {"video_path": "three.mp4"}, "three.mp4"]
+    written = {"prompt": "Compare.", "response": "A.", "images": ["picture.png"], "videos": segments}
+    frames, pictures, words = seen(written | {"system_prompt": "Be brief."}, media)
+    assert (frames, pictures) == ([2, 3, 3, 3], 1)
+    assert words.startswith("system\nBe brief.\nuser\n")
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "<|video|>\nFirst.<|video|>Second."},
+        {"role": "assistant", "content": "A."},
+    ]
+    assert seen({"conversations": turns, "videos": segments[:1]}, media)[0] == [2, 3]
+    for odd in ([], [[1]], [["a", "b"]], "0-2", 3):
+        with pytest.raises(UnusableSample, match="pairs of seconds"):
+            chat_of(written | {"videos": [{"video_path": "five.mp4", "segments": odd}]})
+
+
+def test_qwens_messages_are_read_with_the_options_of_each_part(media):
+    parts = [
+        {"type": "video", "video": f"file://{media}/five.mp4", "nframes": 2},
+        {"type": "video", "video": "five.mp4", "video_start": 1.0, "video_end": 4.0, "fps": 1.0, "max_frames": 8},
+        {"type": "video", "video": ["picture.png"] * 4, "sample_fps": 2.0},
+        {"type": "image", "image": "picture.png"},
+        {"type": "text", "text": "Describe."},
+    ]
+    written = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "A."}]}
+    assert seen(written, media)[:2] == ([2, 3, 4], 1)
+
+
+def test_sharegpt4video_in_its_training_form_is_read_as_it_is(media):
+    written = {
+        "id": "clip_7",
+        "video": "three.mp4",
+        "conversations": [{"from": "human", "value": "<video>\nDescribe."}, {"from": "gpt", "value": "A cat."}],
+    }
+    assert seen(written, media)[0] == [3]
+
+
+CAPTIONS = {
+    "sharegpt4video": {
+        "video_id": "clip_7",
+        "video_path": "three.mp4",
+        "timestamp": ["00:00:00", "00:00:02"],
+        "keyframe": [0, 48],
+        "captions": [{"idx": "1", "content": "A cat."}, {"idx": "-1", "content": "A cat sleeps."}],
+    },
+    "vript": {
+        "meta": {"video_id": "x", "num_clips": 1, "integrity": True},
+        "data": {"x-Scene-001": {"clip_id": "x-Scene-001", "caption": {"content": "A cat."}, "voiceover": []}},
+    },
+    "finevideo": {"mp4": b"", "json": {"qAndA": [{"question": "What?", "answer": "A cat."}]}},
+}
+
+
+@pytest.mark.parametrize("written", CAPTIONS.values(), ids=CAPTIONS)
+def test_captions_that_answer_no_question_are_named_and_not_guessed_at(written):
+    """`docs/fine-tune.md` has the lines that make chats of them."""
+    with pytest.raises(UnusableSample, match="needs `conversations` or `messages`"):
+        chat_of(written)
 
 
 ODD_VALUES = (
@@ -263,6 +388,29 @@ def test_a_broken_mixture_says_what_is_wrong(text, reason, tmp_path):
     (tmp_path / "mix.yaml").write_text(text)
     with pytest.raises(ValueError, match=reason):
         load_records(tmp_path / "mix.yaml")
+
+
+def test_an_alias_bomb_is_refused_in_a_moment_and_in_one_line(tmp_path):
+    lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30))]
+    (tmp_path / "mix.yaml").write_text("\n".join([*lines, "datasets: *a29"]))
+    with pytest.raises(ValueError, match=r"mix\.yaml:2: an alias, \*a0\. Write plain lists") as caught:
+        load_records(tmp_path / "mix.yaml")
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("text", ["datasets: " + "[" * 100_000, "datasets: [" + "{json_path: " * 3000])
+def test_deep_yaml_is_refused(text, tmp_path):
+    (tmp_path / "mix.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"mix\.yaml:1: more than 20 levels") as caught:
+        load_records(tmp_path / "mix.yaml")
+    assert len(str(caught.value)) < 500
+
+
+def test_an_entry_of_a_mixture_that_is_wrong_is_not_printed_whole(tmp_path):
+    (tmp_path / "mix.yaml").write_text(f"datasets: [{{json_path: a.jsonl, other: {'x' * 100_000}}}]")
+    with pytest.raises(ValueError, match="has `json_path`") as caught:
+        load_records(tmp_path / "mix.yaml")
+    assert len(str(caught.value)) < 500
 
 
 def test_broken_records_are_found_with_file_and_line_and_without_decoding(media, tmp_path):

@@ -22,6 +22,7 @@ from transformers_crosslmm import (
     CrossLMMProcessor,
     crosslmm_lora_config,
 )
+from transformers_crosslmm.tiny.procedural_videos import write_videos
 from transformers_crosslmm.training.samples import CrossLMMDataCollator
 from transformers_crosslmm.training.trainer import (
     COMPLETE,
@@ -107,6 +108,17 @@ def test_the_optimiser_gets_all_that_learns_once_and_nothing_frozen(parts):
         assert rate == (2.0 if "gate.weight" in name else 3.0 if "vision_tower" in name else 1.0), name
         if "gate.weight" in name:
             assert decay == 0, name
+
+
+def test_the_language_model_may_have_a_rate_of_its_own():
+    model = random_model(tiny_config())
+    groups = parameter_groups(model, learning_rate=1.0, gate_learning_rate=2.0, language_model_learning_rate=3.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(parameter)]: group["lr"] for group in groups for parameter in group["params"]}
+    assert rates.keys() == {name for name, _ in model.named_parameters()}
+    for name, rate in rates.items():
+        is_language = ("language_model." in name or "lm_head" in name) and "cross_attention." not in name
+        assert rate == (2.0 if name.endswith("gate.weight") else 3.0 if is_language else 1.0), name
 
 
 @pytest.mark.parametrize(("parts", "reason"), [([], "got nothing"), (["head"], "got head"), (["t2v"], "no t2v")])
@@ -225,6 +237,43 @@ def test_frames_named_behind_a_recipe_win_over_those_in_it(recipe, behind, fps, 
     needed = ["--model", "m", "--train_data", "d.json", "--bf16", "False", "--use_cpu", "--report_to", "none"]
     arguments = parse_recipe([recipe, *needed, *behind])
     assert (arguments.fps, arguments.num_frames) == (fps, num_frames)
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_a_shipped_recipe_runs_as_it_is_on_a_cpu(recipe, run_folder, tmp_path, monkeypatch):
+    """The test itself must see no GPU, wherever it runs."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False}, raising=False)
+    needed = {"model": run_folder / "model", "train_data": run_folder / "data.jsonl", "output_dir": tmp_path}
+    needed |= {"media_root": run_folder / "media", "global_batch_size": 8, "dataloader_num_workers": 0}
+    words = [word for name, value in needed.items() for word in (f"--{name}", str(value))]
+    arguments = parse_recipe([recipe, *words, "--report_to", "none", "--num_train_epochs", "1"])
+    assert arguments.use_cpu
+    assert not arguments.bf16
+    assert losses(train(arguments)) == []  # one step, and ten are logged
+    assert (tmp_path / "model.safetensors").is_file()
+    words += ["--report_to", "none"]
+    assert parse_recipe([recipe, *words, "--bf16", "True"]).bf16, "who asks for it has it"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    assert parse_recipe([recipe, *words]).bf16, "with AMX it is faster"
+
+
+def test_a_run_of_a_few_steps_says_what_to_change(run_folder, tmp_path, caplog):
+    options = {"max_steps": -1, "num_train_epochs": 2, "global_batch_size": 4, "save_strategy": "no"}
+    train(arguments_of(run_folder, tmp_path, **options))
+    assert "8 records, 2 times, 4 samples a step: the run makes 4 steps" in caplog.text
+    assert "Lower `global_batch_size`, or raise `num_train_epochs`" in caplog.text
+
+
+def test_procedural_videos_are_trained_on_as_they_are_written(run_folder, tmp_path):
+    write_videos(tmp_path / "videos", num_videos=2, seed=0, split="train", size=32, fps=2)
+    data = {"train_data": str(tmp_path / "videos" / "questions.jsonl"), "media_root": str(tmp_path / "videos")}
+    trainer = train(arguments_of(run_folder, tmp_path / "out", max_steps=1, save_strategy="no", **data))
+    sample = trainer.train_dataset[0]
+    assert sample["video_num_frames"].tolist() == [8]
+    written = json.loads((tmp_path / "videos" / "questions.jsonl").read_text().splitlines()[0])
+    learned = trainer.processing_class.tokenizer.decode(sample["labels"][sample["labels"] != -100])
+    assert learned == written["answer"] + "<|im_end|>"
 
 
 def test_the_help_of_the_command_names_every_option_that_is_ours():

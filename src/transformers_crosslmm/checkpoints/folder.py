@@ -1,6 +1,7 @@
 """Checkpoint folders: others' are read tensor by tensor, ours are written shard by shard, whole or not at all."""
 
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -69,6 +70,12 @@ def read_json(path: Path) -> dict:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} must hold JSON; {error}.") from error
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

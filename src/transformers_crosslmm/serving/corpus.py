@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -26,6 +25,7 @@ import torch
 
 from .. import TINY_CHECKPOINT
 from ..asking.prefilled import VIDEO_FAILURES, IsolatedStream, PrefilledVideo
+from ..checkpoints.folder import checksum
 from ..checkpoints.load import load_model, load_processor
 from ..video_decoding import VideoDecodeWarning
 
@@ -263,7 +263,7 @@ def _pyarrow() -> Any:
 
 
 class AnswerFiles:
-    """The folder of answers: `part-00000.parquet`, …, each there as a whole or not at all.
+    """The folder of answers: `part-00000-….parquet`, each there as a whole or not at all, its SHA-256 in its name.
 
     `_run.json` says what the answers were made with and is locked as long as a run writes; readers of Parquet folders
     pass by names that begin with "_" or ".".
@@ -317,6 +317,9 @@ class AnswerFiles:
         found = {}
         for part in self.parts:
             try:
+                for digest in part.stem.split("-")[2:]:
+                    if not checksum(part).startswith(digest):
+                        raise ValueError("its bytes are not those that were written")
                 table = self.pyarrow.parquet.read_table(part, columns=list(COLUMNS), partitioning=None)
             except (ValueError, OSError) as error:
                 raise ValueError(
@@ -340,13 +343,12 @@ class AnswerFiles:
         """Write what waits: under another name first, so that no file is ever half there."""
         if not self._waiting:
             return
-        names = (f"part-{number:05d}.parquet" for number in count(len(self.parts)))
-        part = next(part for part in map(self.folder.joinpath, names) if not part.exists())
-        unfinished = self.folder / f".{part.name}"
+        unfinished = self.folder / ".part-unfinished.parquet"
         with open(unfinished, "wb") as file:
             self.pyarrow.parquet.write_table(self.pyarrow.Table.from_pylist(self._waiting, schema=self.schema), file)
             file.flush()
             os.fsync(file.fileno())
+        part = self.folder / f"part-{len(self.parts):05d}-{checksum(unfinished)[:16]}.parquet"
         os.replace(unfinished, part)
         self.parts.append(part)
         self._waiting, self._written = [], time.monotonic()

@@ -112,8 +112,10 @@ class CrossLMMDataset(Dataset):
 def _row(records: Any, index: int) -> Any:
     try:
         return records[index]
-    except (RuntimeError, OSError) as error:  # `datasets` decodes media inside of other columns when a row is read
-        raise UnusableSample(str(error)) from error
+    except UnusableSample:
+        raise
+    except Exception as error:  # `datasets` decodes media inside of other columns when a row is read
+        raise UnusableSample(f"{type(error).__name__}: {error}") from error
 
 
 def where(records: Any, index: int) -> str:
@@ -166,14 +168,22 @@ def stream_samples(
     return rows.map(encode, with_indices=True, batched=True, batch_size=1, remove_columns=names)
 
 
-def find_broken(records: Any, media_root: str | os.PathLike | None) -> Iterator[str]:
-    """One line for each record that cannot become a sample, with where it is and why; decodes nothing."""
+def find_broken(
+    records: Any, media_root: str | os.PathLike | None, *, decode_with: CrossLMMProcessor | None = None
+) -> Iterator[str]:
+    """One line for each record that cannot become a sample, with where it is and why.
+
+    decode_with: a processor, which decodes the media as training would. None: only whether the files are there.
+    """
     records = undecoded(records)
     for index in range(len(records)):
         record = None
         try:
             record = _row(records, index)
-            with_media_below(chat_of(record), media_root)
+            if decode_with is None:
+                with_media_below(chat_of(record), media_root)
+            else:
+                encode_chat(decode_with, record, media_root=media_root)
         except UnusableSample as error:
             yield f"{_identified(where(records, index), record)}: {error}"
 

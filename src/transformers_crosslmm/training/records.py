@@ -4,11 +4,15 @@ records = load_records("mixture.yaml")
 chat = with_media_below(chat_of(records[0]), "videos")
 """
 
+import base64
+import binascii
 import codecs
 import json
 import math
 import os
 import re
+import urllib.parse
+import urllib.request
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -19,6 +23,7 @@ from typing import Any, cast
 import numpy as np
 import yaml
 
+from ..frames_crosslmm import SOURCES, VIDEO_OPTIONS, source_in
 from ..processing_crosslmm import _prepared_part
 
 
@@ -169,10 +174,21 @@ def _require_datasets() -> Any:
     return datasets
 
 
+DEEPEST = 20
+"""Levels that a YAML file of ours may have."""
+
+
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds. Raises ValueError, with the line, for what is not YAML."""
+    """What a YAML file holds. Raises ValueError, with the line, for what is not YAML, for more than `DEEPEST` levels,
+    which take the parser hours, and for aliases, of which a few lines stand for billions of values."""
+    text, depth = path.read_bytes(), 0
     try:
-        return yaml.safe_load(path.read_bytes())
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+                what = f"more than {DEEPEST} levels" if depth > DEEPEST else f"an alias, *{event.anchor}"
+                raise ValueError(f"{path}:{event.start_mark.line + 1}: {what}. Write plain lists and names.")
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = path if mark is None else f"{path}:{mark.line + 1}"
@@ -187,7 +203,9 @@ def _mixture(path: Path, seed: int) -> RecordMixture:
     parts = []
     for entry in entries:
         if not isinstance(entry, dict) or not {"json_path"} <= entry.keys() <= {"json_path", "sampling_strategy"}:
-            raise ValueError(f"{path}: an entry has `json_path` and perhaps `sampling_strategy`; got {entry}.")
+            raise ValueError(
+                f"{path}: an entry has `json_path` and perhaps `sampling_strategy`; got {repr(entry)[:200]}."
+            )
         if not isinstance(entry["json_path"], str):
             raise ValueError(f"{path}: `json_path` is a file's name; got {entry['json_path']!r}.")
         file = RecordFile(path.parent / entry["json_path"])
@@ -220,19 +238,21 @@ def _drawn(count: int, strategy: str, seed: int, *, where: str) -> Sequence[int]
 def chat_of(record: Any) -> list[dict[str, Any]]:
     """The chat of a record: messages whose content is a list of parts, media with their sources.
 
-    record: LLaVA's `conversations` (`from` human or gpt, `value`) or a chat's `messages` (`role`, `content`). Media
-        stand in the parts themselves, or in `image`, `images`, `video` and `videos`, one or a list: these go in order
-        to parts without a source, or else to the marks `<image>` and `<video>` in the user's words. (LLaVA writes
-        `<image>` for videos too. The line break beside a mark is dropped: our templates have none there.)
+    record: LLaVA's `conversations` (`from` human or gpt, `value`), a chat's `messages` (`role`, `content`), a `prompt`
+        and its `response`, or a `question` and its `answer`. Media stand in the parts themselves, with options of
+        their own (`VIDEO_OPTIONS`), or in `image`, `images`, `video` and `videos`, one or a list: these go in order to
+        parts without a source, or else to the marks `<image>` and `<video>` in the user's words, or before a prompt.
+        (LLaVA writes `<image>` for videos too. The line break beside a mark is dropped: our templates have none
+        there.) A video may be an object with `video_path` and `segments`, pairs of seconds, each of which is a video.
     Raises UnusableSample for anything else, and where media and places for them do not match in number.
     """
     if not isinstance(record, Mapping):
         raise UnusableSample(f"a record is an object with `conversations` or `messages`; got {type(record).__name__}.")
-    turns = record.get("conversations") or record.get("messages")
-    if not isinstance(turns, list | tuple) or not turns:
-        raise UnusableSample("a record needs `conversations` or `messages`, a list of at least one turn.")
     waiting = {kind: _listed(record, kind) for kind in ("image", "video")}
     given = {kind: len(media) for kind, media in waiting.items()}
+    turns = record.get("conversations") or record.get("messages") or _prompt_and_response(record, given)
+    if not isinstance(turns, list | tuple) or not turns:
+        raise UnusableSample("a record needs `conversations` or `messages`, a list of at least one turn.")
     chat = [_message(turn) for turn in turns]
     places = _places(chat)
     if not places and (any(given.values()) or record.get("conversations")):
@@ -258,7 +278,7 @@ def chat_of(record: Any) -> list[dict[str, Any]]:
 
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-MARK = re.compile(r"\n?<(image|video)>\n?")
+MARK = re.compile(r"\n?<(?:(image|video)|\|(image|video)\|)>\n?")  # LLaVA's, and MOSS-VL's
 
 
 def _listed(record: Mapping, kind: str) -> list[Any]:
@@ -266,7 +286,39 @@ def _listed(record: Mapping, kind: str) -> list[Any]:
     if len(media) > 1:
         raise UnusableSample(f"media stand in `{kind}` or in `{kind}s`; got both.")
     listed = media[0] if media and isinstance(media[0], list | tuple) else media
-    return [medium for medium in listed if medium is not None]
+    return [clip for medium in listed if medium is not None for clip in _segments(medium)]
+
+
+def _segments(medium: Any) -> list[Any]:
+    """The segments of a video that is given by them, or the medium as it is."""
+    if not isinstance(medium, Mapping) or medium.get("video_path") is None:
+        return [medium]
+    segments = medium.get("segments")
+    if segments is None and medium.keys() <= {"video_path", "segments"}:
+        return [{"path": medium["video_path"]}]
+    try:
+        if medium.keys() != {"video_path", "segments"} or not segments:
+            raise ValueError
+        times = [(float(start), float(end)) for start, end in segments]
+    except (TypeError, ValueError) as error:
+        raise UnusableSample(
+            "a video with a `video_path` has beside it `segments`, a list of pairs of seconds, such as [[0, 10]], and "
+            f"nothing else; got {repr(dict(medium))[:200]}."
+        ) from error
+    return [{"path": medium["video_path"], "start_seconds": start, "end_seconds": end} for start, end in times]
+
+
+def _prompt_and_response(record: Mapping, num_media: Mapping[str, int]) -> list[dict[str, Any]] | None:
+    prompt, response = record.get("prompt", record.get("question")), record.get("response", record.get("answer"))
+    system = record.get("system_prompt")
+    if not isinstance(prompt, str) or not isinstance(response, str):
+        return None
+    media = [{"type": kind} for kind, number in num_media.items() for _ in range(number)]
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": [*media, prompt]},
+        {"role": "assistant", "content": response},
+    ]
+    return [{"role": "system", "content": system}, *turns] if system else turns
 
 
 def _message(turn: Any) -> dict[str, Any]:
@@ -293,7 +345,8 @@ def _message(turn: Any) -> dict[str, Any]:
 
 def _places(chat: Sequence[Mapping]) -> list[dict[str, Any]]:
     """The parts that are media without a source."""
-    return [part for message in chat for part in message["content"] if part["type"] != "text" and len(part) == 1]
+    media = [part for message in chat for part in message["content"] if part["type"] != "text"]
+    return [part for part in media if part.keys().isdisjoint({part["type"], *SOURCES})]
 
 
 def _says_something(message: Mapping) -> bool:
@@ -306,10 +359,10 @@ def _split_at_marks(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if part["type"] != "text":
             split.append(part)
             continue
-        pieces = MARK.split(part["text"])  # words, kind, words, kind, words
-        for words, kind in zip_longest(pieces[::2], pieces[1::2]):
+        pieces = MARK.split(part["text"])  # words, LLaVA's kind or MOSS-VL's, words, …
+        for words, *kinds in zip_longest(pieces[::3], pieces[1::3], pieces[2::3]):
             split += [{"type": "text", "text": words}] if words else []
-            split += [{"type": kind}] if kind else []
+            split += [{"type": kind} for kind in kinds if kind]
     return split
 
 
@@ -320,25 +373,53 @@ def with_media_below(chat: list[dict[str, Any]], media_root: str | os.PathLike |
     UnusableSample for one that does or does not exist, ValueError for names without a `media_root`, NotADirectoryError
     where that is no folder.
     """
-    chat = [{**message, "content": [dict(part) for part in message["content"]]} for message in chat]
-    for part in (part for message in chat for part in message["content"]):
-        for name in part.keys() - {"type", "text", "base64"}:
-            part[part["type"]] = _below(part.pop(name), media_root)
-    return chat
+    return [
+        {
+            **message,
+            "content": [
+                {"type": part["type"], **_safe_medium(part, part["type"], media_root)}
+                if part["type"] != "text"
+                else dict(part)
+                for part in message["content"]
+            ],
+        }
+        for message in chat
+    ]
 
 
-def _below(source: Any, root: str | os.PathLike | None) -> Any:
-    if isinstance(source, Mapping):  # `datasets` with decode=False
-        source = source["bytes"] if source.get("bytes") is not None else source.get("path")
-        if source is None:
-            raise UnusableSample("a medium has neither `bytes` nor a `path`.")
+def _safe_medium(medium: Mapping, kind: str, root: str | os.PathLike | None) -> dict[str, Any]:
+    """The source under the name of its kind, read strictly as what its key says, and the options beside it."""
+    try:
+        content, options = source_in(medium, kind, VIDEO_OPTIONS if kind == "video" else ())
+    except ValueError as error:
+        raise UnusableSample(str(error)) from error
+    given = next((name for name in ("bytes", kind, *SOURCES) if medium.get(name) is not None), None)
+    if given is None:
+        raise UnusableSample(f"a medium has none of {', '.join((kind, *SOURCES))}.")
+    if given == "url":
+        raise UnusableSample("a `url` is never fetched; training reads files below the media folder. Use `path`.")
+    if given in ("bytes", "array") and isinstance(content, str | os.PathLike):
+        raise UnusableSample(f"`{given}` of a medium is text. Name a file by `path`.")
+    if given == "base64":
+        try:
+            return {kind: base64.b64decode(medium[given], validate=True), **options}
+        except (TypeError, ValueError, binascii.Error) as error:
+            raise UnusableSample(f"`base64` of a medium is no base64: {error}.") from error
+    return {kind: _below(content, kind, root), **options}
+
+
+def _below(source: Any, kind: str, root: str | os.PathLike | None) -> Any:
+    if isinstance(source, Mapping):
+        return _safe_medium(source, kind, root)
     if isinstance(source, list | tuple):  # frames
-        return [_below(frame, root) for frame in source]
+        return [_below(frame, "image", root) for frame in source]
     if not isinstance(source, str | os.PathLike):
         return source
     if root is None:
         raise ValueError(f"{os.fspath(source)!r} names a media file: pass the folder it lies in as `media_root`.")
     folder = Path(root).resolve()
+    if isinstance(source, str) and source.startswith("file://"):
+        source = urllib.request.url2pathname(urllib.parse.urlsplit(source).path)
     try:
         path = (folder / source).resolve()
         is_file = path.is_file()

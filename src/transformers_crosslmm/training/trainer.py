@@ -8,8 +8,8 @@ A recipe is a YAML file of options; options on the command line come after it an
 goes on where the run stopped.
 """
 
-import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -30,9 +30,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
 from transformers.utils import logging
 
+from ..checkpoints.folder import checksum
 from ..checkpoints.load import load_processor
 from ..modeling_crosslmm import CrossLMMPreTrainedModel
 from ..processing_crosslmm import CrossLMMProcessor
@@ -46,6 +47,7 @@ RECIPES = Path(__file__).parent / "recipes"
 COMPLETE = "checkpoint-is-complete.json"
 WHAT_LEARNS = "what-learns.txt"
 """Of a checkpoint: the table of `describe`, whose optimiser it holds."""
+FEW_STEPS = 50
 IN_PROGRESS = "checkpoint-is-incomplete.txt"
 """Written and removed by Transformers while it saves because of a SIGTERM."""
 
@@ -107,37 +109,38 @@ def parameter_groups(
     learning_rate: float,
     gate_learning_rate: float,
     vision_learning_rate: float | None = None,
+    language_model_learning_rate: float | None = None,
     weight_decay: float = 0.0,
     decayed: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """What learns, as an optimiser takes it: the rest of the model first, then the vision tower, then the gates.
+    """What learns, as an optimiser takes it: the rest of the model first, then parts with rates of their own.
 
-    vision_learning_rate: None for `learning_rate`. decayed: names of the parameters that weight decay is for; without
-    them all matrices. Gates never decay: it would close them. Raises ValueError where nothing learns.
+    vision_learning_rate, language_model_learning_rate: None for `learning_rate`, with the rest.
+    decayed: names of the parameters that weight decay is for; without them all matrices. Gates never decay: it would
+        close them. Raises ValueError where nothing learns.
     """
-    rates = {"rest": learning_rate, "vision_tower": vision_learning_rate, "gates": gate_learning_rate}
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {
-        ("rest", True): [],  # first: a Trainer logs the rate of the first group
-        ("rest", False): [],
-        ("vision_tower", True): [],
-        ("vision_tower", False): [],
-        ("gates", False): [],
+    rates = {
+        "rest": learning_rate,  # first: a Trainer logs the rate of the first group
+        "vision_tower": vision_learning_rate,
+        "language_model": language_model_learning_rate,
+        "gates": gate_learning_rate,
     }
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {(k, decays): [] for k in rates for decays in (True, False)}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if GATE.search(name):
             groups["gates", False].append(parameter)
             continue
-        kind = "vision_tower" if "vision_tower." in name else "rest"
+        part = parts_of(name)[0]
         decays = name in decayed if decayed is not None else parameter.ndim > 1
-        groups[kind, decays].append(parameter)
+        groups["rest" if rates.get(part) is None else part, decays].append(parameter)
     if not any(groups.values()):
         raise ValueError("Nothing of the model learns: all its parameters are frozen.")
     return [
         {
             "params": parameters,
-            "lr": learning_rate if rates[kind] is None else rates[kind],
+            "lr": rates[kind],
             "weight_decay": weight_decay if decays else 0.0,
             "name": kind if decays or kind == "gates" else f"{kind}, no decay",
         }
@@ -201,6 +204,9 @@ class CrossLMMTrainingArguments(TrainingArguments):
     vision_learning_rate: float | None = field(
         default=None, metadata={"help": "Of the vision tower, if not the learning rate."}
     )
+    language_model_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the language model, if not the learning rate: new parts want a larger."}
+    )
     gate_learning_rate: float = field(
         default=1e-2, metadata={"help": "Of the gates: Adam moves a gate by no more than this in a step."}
     )
@@ -259,6 +265,10 @@ def parse_recipe(argv: Sequence[str]) -> CrossLMMTrainingArguments:
     recipe = read_yaml(path)
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} must hold options and their values; got {type(recipe).__name__}.")
+    if not torch.accelerator.is_available():
+        recipe["use_cpu"] = True
+        if not getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"):  # of torch 2.11 on
+            recipe.pop("bf16", None)  # other CPUs have no fast products in it
     behind = {word.partition("=")[0].strip("-").replace("-", "_") for word in argv[1:] if word.startswith("--")}
     for name, other in (("fps", "num_frames"), ("num_frames", "fps")):  # they exclude each other
         if name in behind:
@@ -312,6 +322,7 @@ class CrossLMMTrainer(Trainer):
             model,
             learning_rate=self.args.learning_rate,
             vision_learning_rate=self.args.vision_learning_rate,
+            language_model_learning_rate=self.args.language_model_learning_rate,
             gate_learning_rate=self.args.gate_learning_rate,
             weight_decay=self.args.weight_decay,
             decayed=self.get_decay_parameter_names(model),
@@ -342,6 +353,7 @@ class CrossLMMTrainer(Trainer):
         self.what_learns = describe(model, self.parameter_groups(model))
         if resume_from_checkpoint:
             self._refuse_another_recipe(Path(cast(str, resume_from_checkpoint)))
+        self._warn_of_few_steps()
         self.model.config.untrained = False
         # Transformers would delete older checkpoints before this one is marked as complete.
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -355,6 +367,18 @@ class CrossLMMTrainer(Trainer):
         if self.state.global_step == 0:
             raise ValueError("No step was made: the data holds no sample that can be used.")
         return output
+
+    def _warn_of_few_steps(self) -> None:
+        at_once = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        if self.args.max_steps > 0 or not has_length(self.train_dataset):
+            return
+        num_steps = math.ceil(len(self.train_dataset) * self.args.num_train_epochs / at_once)
+        if num_steps < FEW_STEPS:
+            logger.warning(
+                f"{len(self.train_dataset)} records, {self.args.num_train_epochs:g} times, {at_once} samples a step: "
+                f"the run makes {num_steps} steps, and below {FEW_STEPS} hardly anything is learned. Lower "
+                "`global_batch_size`, or raise `num_train_epochs`, and leave the rates as they are."
+            )
 
     def _refuse_another_recipe(self, checkpoint: Path) -> None:
         """The optimiser's state would be that of other parameters, and the rates those of before, unsaid."""
@@ -446,12 +470,6 @@ def is_complete(folder: str | os.PathLike) -> bool:
         return all(checksum(Path(folder) / name) == expected for name, expected in checksums.items())
     except (OSError, ValueError):
         return False
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
