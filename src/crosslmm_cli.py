@@ -232,6 +232,9 @@ def batch(
     ] = None,
     cpus_per_worker: Annotated[int, typer.Option(min=1, help="CPUs of each worker with Ray.")] = 1,
     device: Device = None,
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Ask again what has an error for an answer.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer a file of questions about many videos, each of which is looked at once.
@@ -258,6 +261,7 @@ def batch(
                 cpus_per_worker=cpus_per_worker,
                 device=device,
                 max_new_tokens=max_new_tokens,
+                retry_errors=retry_errors,
                 on_progress=steps.count,
                 **wanted,
             )
