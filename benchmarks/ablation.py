@@ -47,7 +47,7 @@ from transformers_crosslmm.tiny.train import (
     tiny_config,
     train_vision,
 )
-from transformers_crosslmm.training.data import IGNORED, chat_sample
+from transformers_crosslmm.training.samples import IGNORED, chat_sample
 from transformers_crosslmm.training.trainer import PARTS, CrossLMMTrainer, CrossLMMTrainingArguments, train_only
 
 RESULTS = Path(__file__).with_suffix(".json")

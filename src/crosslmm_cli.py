@@ -377,6 +377,10 @@ def info(
         int | None, typer.Option(min=1, help="Positions of the context.", show_default="the checkpoint's")
     ] = None,
     fps: Annotated[float, typer.Option(min=0.001, help="Frames per second of the longest video.")] = 1.0,
+    quantization: Annotated[
+        Literal["nf4", "int8", "fp8"] | None,
+        typer.Option(help="Count the language model's weights in 4 or 8 bits.", show_default="none"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Count what a checkpoint is made of, what a frame costs, and how long a video may be.
@@ -393,12 +397,15 @@ def info(
         from transformers_crosslmm.configuration_crosslmm import PRESETS
 
         steps.begin("Counting")
-        costs = count_costs(CrossLMMConfig.from_preset(name) if name in PRESETS else load_config(name))
+        config = CrossLMMConfig.from_preset(name) if name in PRESETS else load_config(name)
+        costs = count_costs(config, quantization=quantization)
     context = context or costs.max_positions
     in_context = costs.frames_in_context(context)
     in_memory = {form: costs.frames_in_memory(form, memory * 2**30) for form in costs.cache_bytes_per_frame}
     longest = {form: min(in_context, frames) / fps for form, frames in in_memory.items()}
     dtype = str(costs.dtype).removeprefix("torch.")
+    if quantization:
+        dtype += f", the language model's linear layers in {quantization}"
     if as_json:
         _print_json(
             {
@@ -628,21 +635,29 @@ app.add_typer(data, name="data")
 def check(
     path: Annotated[str, typer.Argument(help="What --train_data names: .json, .jsonl, .yaml, or a dataset.")],
     media_root: Annotated[str | None, typer.Option(help="Folder that the names of media files begin in.")] = None,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode all media too, as training would.")] = False,
+    model: Model = None,
 ) -> None:
-    """List the broken records, with file and line, and media files that do not exist. Decodes nothing.
+    """List the broken records, with file and line, and media files that do not exist.
+
+    With --decode also those whose media do not decode; the frames are those that --model samples.
 
     Example: crosslmm data check mixture.yaml --media-root videos
     """
     with Steps() as steps:
         _import_package(steps)
-        from transformers_crosslmm.training.data import find_broken, load_records
+        from transformers_crosslmm.training.datasets import find_broken
+        from transformers_crosslmm.training.records import load_records
 
         records = load_records(path)
         if len(records) == 0:
             raise ValueError(f"{path} holds no records.")
         steps.begin(f"Checking {len(records):,} records")
         num_broken = 0
-        for line in find_broken(records, media_root):
+        if decode:
+            from transformers_crosslmm.checkpoints.load import load_processor
+        processor = load_processor(_checkpoint(model)) if decode else None
+        for line in find_broken(records, media_root, decode_with=processor):
             typer.echo(line)
             num_broken += 1
     typer.echo(f"{len(records):,} records, {num_broken:,} broken", err=True)

@@ -9,17 +9,25 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 
 import crosslmm_cli
 from factories import random_model, save_checkpoint, save_training_data, tiny_config
-from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration
+from transformers_crosslmm import (
+    CrossLMMConfig,
+    CrossLMMForConditionalGeneration,
+    CrossLMMProcessor,
+    crosslmm_lora_config,
+)
+from transformers_crosslmm.training.samples import CrossLMMDataCollator
 from transformers_crosslmm.training.trainer import (
     COMPLETE,
     PARTS,
     RECIPES,
+    CrossLMMTrainer,
     CrossLMMTrainingArguments,
     count_parts,
     last_complete_checkpoint,
@@ -274,9 +282,14 @@ def test_only_checkpoints_with_all_that_was_saved_are_complete(tmp_path):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(bytes(step))
+        (folder / "optimizer.pt").write_bytes(bytes(step))
         mark_complete(folder)
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
     (tmp_path / "checkpoint-100" / "model.safetensors").write_bytes(bytes(99))
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
+    (tmp_path / "checkpoint-20" / "optimizer.pt").write_bytes(bytes([*bytes(13), 4, *bytes(6)]))  # one bit flipped
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+    (tmp_path / "checkpoint-20" / "optimizer.pt").write_bytes(bytes(20))
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
     (tmp_path / "checkpoint-20" / COMPLETE).unlink()
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
@@ -300,3 +313,28 @@ def test_broken_data_ends_a_run_before_it_begins(run_folder, tmp_path):
     with pytest.raises(ValueError, match="broken records"):
         train(arguments_of(run_folder, tmp_path / "out", train_data=str(tmp_path / "data.jsonl")))
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("kind", [CrossLMMTrainer, Trainer])
+@pytest.mark.parametrize("with_adapters", [False, True], ids=["whole", "lora"])
+def test_label_smoothing_is_pytorchs_on_the_labels_of_the_next_token(kind, with_adapters, run_folder, tmp_path):
+    processor = CrossLMMProcessor.from_pretrained(run_folder / "model")
+    records = [json.loads(line) for line in (run_folder / "data.jsonl").read_text().splitlines()]
+    collator = CrossLMMDataCollator(processor, media_root=run_folder / "media")
+    batch = collator(records)
+    found = {}
+    for factor in (0.0, 1e-7, 0.3):
+        model = CrossLMMForConditionalGeneration.from_pretrained(run_folder / "model").eval()
+        with torch.no_grad():
+            logits = model(**batch).logits[:, :-1].flatten(0, 1)
+        expected = F.cross_entropy(logits, batch["labels"][:, 1:].flatten(), label_smoothing=factor).item()
+        if with_adapters:
+            peft = pytest.importorskip("peft")
+            model = peft.get_peft_model(model, crosslmm_lora_config(r=2))
+        arguments = arguments_of(run_folder, tmp_path, label_smoothing_factor=factor, max_steps=1, save_strategy="no")
+        arguments.per_device_train_batch_size = len(records)
+        trainer = kind(model=model, args=arguments, train_dataset=records, data_collator=collator)
+        trainer.train()
+        found[factor] = losses(trainer)[0]
+        assert found[factor] == pytest.approx(expected, rel=1e-5)
+    assert abs(found[0.3] - found[0.0]) > 0.01

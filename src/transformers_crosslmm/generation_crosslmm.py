@@ -2,10 +2,13 @@
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.utils import logging
@@ -46,6 +49,18 @@ class ChunkedMedia:
         return media
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """The model as in evaluation for as long as the block runs."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class CrossLMMGenerationMixin(GenerationMixin):
     """`generate` for models whose tokens look back at encoded media."""
 
@@ -65,6 +80,18 @@ class CrossLMMGenerationMixin(GenerationMixin):
         Raises ValueError with an assistant or prompt lookup, which check several tokens at once, without
         `return_dict_in_generate`, and for a model without T2V.
         """
+        if (
+            self.training and self.model.language_model.gradient_checkpointing
+        ):  # its layers would keep nothing in any cache
+            with evaluation_mode(self):
+                return self.generate(
+                    inputs,
+                    generation_config,
+                    logits_processor,
+                    *args,
+                    output_cross_attentions=output_cross_attentions,
+                    **kwargs,
+                )
         if not output_cross_attentions:
             return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
         options = generation_config or self.generation_config
@@ -82,6 +109,25 @@ class CrossLMMGenerationMixin(GenerationMixin):
             processors = [*(logits_processor or []), weights]
             output = super().generate(inputs, generation_config, processors, *args, **kwargs)
         return weights.added_to(output)
+
+    def generate_batch(self, inputs, *args, **kwargs):
+        """As in Transformers, for texts alone. Raises ValueError where there are media, or places for them."""
+        media = [name for name in ("pixel_values", "pixel_values_videos", "mm_encoder_outputs") if name in kwargs]
+        placeholders = {self.config.image_token_id, self.config.video_token_id}
+        media += [f"placeholders in `inputs[{i}]`" for i, ids in enumerate(inputs) if not placeholders.isdisjoint(ids)]
+        if media:
+            raise ValueError(
+                f"`generate_batch` is for text alone; got {', '.join(media)}. Ask about images and videos with "
+                "`generate`."
+            )
+        return super().generate_batch(inputs, *args, **kwargs)
+
+    def init_continuous_batching(self, generation_config=None, *args, **kwargs):
+        """As in Transformers. A placeholder is never sampled: its request would end all that run beside it."""
+        generation_config = copy.deepcopy(generation_config or self.generation_config)
+        placeholders = self.config.image_token_id, self.config.video_token_id
+        generation_config.suppress_tokens = sorted({*(generation_config.suppress_tokens or ()), *placeholders})
+        return super().init_continuous_batching(generation_config, *args, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         super()._validate_model_kwargs(model_kwargs)

@@ -5,7 +5,6 @@ Shapes: B rows, L language tokens (pooled visual + text), F frames of all media,
         H query heads, G key/value heads, E head width.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -53,6 +52,7 @@ from .configuration_crosslmm import CrossLMMConfig, CrossLMMTextConfig
 from .generation_crosslmm import CrossLMMGenerationMixin
 from .inputs_crosslmm import check_inputs, check_pixels, frames_per_video
 from .media_crosslmm import locate_media, media_index
+from .quantization_crosslmm import leave_vision_unquantized
 from .vision_crosslmm import (
     CrossLMMMultiModalProjector,
     CrossLMMVisionTower,
@@ -285,19 +285,13 @@ class CrossLMMPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     # Full names: these are searched as patterns, and "gate" would also match every `gate_proj`.
     _keep_in_fp32_modules_strict = ["cross_attention.v2v.gate", "cross_attention.t2v.gate"]
-    # What a quantisation leaves alone unless it names modules of its own, as patterns of whole names: the encoder is a
-    # small part of the weights and everything hangs on it. (Gates and norms are no linear layers.)
-    modules_to_not_quantize = [r"(model\.)?vision_tower", r"(model\.)?multi_modal_projector", "lm_head"]
 
     @classmethod
     def from_pretrained(cls, *args, quantization_config=None, **kwargs):
-        """Transformers' own; a `quantization_config` that names no modules to skip skips `modules_to_not_quantize`."""
-        if quantization_config is not None and not isinstance(quantization_config, dict):
-            quantization_config = copy.copy(quantization_config)
-            for name in ("modules_to_not_convert", "llm_int8_skip_modules"):
-                if vars(quantization_config).get(name, ()) is None:
-                    setattr(quantization_config, name, list(cls.modules_to_not_quantize))
-        return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
+        """Transformers' own; what a quantisation leaves as it is stands in `NOT_QUANTIZED`."""
+        return super().from_pretrained(
+            *args, quantization_config=leave_vision_unquantized(quantization_config), **kwargs
+        )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -68,8 +68,7 @@ def checkpoint_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.name in PARTS or path.suffix in (".safetensors", ".bin"):
-            with path.open("rb") as file:
-                digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            digest.update(f"{path.name}\0{checksum(path)}\n".encode())
     return digest.hexdigest()
 
 
@@ -115,6 +114,12 @@ def read_json(path: Path) -> dict:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} must hold JSON; {error}.") from error
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -20,7 +20,6 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -29,7 +28,7 @@ import torch
 from .. import TINY_CHECKPOINT, __version__
 from ..asking.allowed_files import open_below
 from ..asking.prefilled import VIDEO_FAILURES, IsolatedStream, PrefilledVideo
-from ..checkpoints.folder import checkpoint_digest, find_folder
+from ..checkpoints.folder import checkpoint_digest, checksum, find_folder
 from ..checkpoints.load import load_model, load_processor
 from ..video_decoding import VideoDecodeWarning
 
@@ -270,7 +269,7 @@ def _pyarrow() -> Any:
 
 
 class AnswerFiles:
-    """The folder of answers: `part-00000.parquet`, …, each there as a whole or not at all.
+    """The folder of answers: `part-00000-….parquet`, each there as a whole or not at all, its SHA-256 in its name.
 
     `_run.json` says what the answers were made with and is locked as long as a run writes; readers of Parquet folders
     pass by names that begin with "_" or ".".
@@ -324,30 +323,29 @@ class AnswerFiles:
         found = {}
         for part in self.parts:
             try:
-                table = self._read(part)
+                for digest in part.stem.split("-")[2:]:
+                    if not checksum(part).startswith(digest):
+                        raise ValueError("its bytes are not those that were written")
+                rows = self._read(part)
             except (ValueError, OSError) as error:
                 raise ValueError(
                     f"{part} must be a file of answers: {error}. Delete it, and what it answered is asked again."
                 ) from error
-            for row in table.to_pylist():
+            for row in rows:
                 found[row["id"]] = (row["video"], row["question"], row["error"] is not None)
         return found
 
-    def _read(self, part: Path) -> Any:
-        return self.pyarrow.parquet.read_table(
-            part, columns=list(COLUMNS), partitioning=None, page_checksum_verification=True
-        )
+    def _read(self, part: Path) -> list[dict[str, Any]]:
+        return self.pyarrow.parquet.read_table(part, columns=list(COLUMNS), partitioning=None).to_pylist()
 
     def forget_errors(self) -> None:
         """Takes the rows with errors out, so that their questions are asked again. After `finished`."""
         for part in list(self.parts):
-            rows = self._read(part).to_pylist()
+            rows = self._read(part)
             answered = [row for row in rows if row["error"] is None]
-            if not answered:
-                part.unlink()
+            if len(answered) < len(rows):
                 self.parts.remove(part)
-            elif len(answered) < len(rows):
-                self._write(answered, part)
+                self._write(answered, instead_of=part)
 
     def forget_attempts(self) -> None:
         """Of all videos: what ends a run that is still there to say so killed no worker."""
@@ -361,23 +359,22 @@ class AnswerFiles:
 
     def flush(self) -> None:
         """Writes what waits."""
-        if not self._waiting:
-            return
-        names = (f"part-{number:05d}.parquet" for number in count(len(self.parts)))
-        part = next(part for part in map(self.folder.joinpath, names) if not part.exists())
-        self._write(self._waiting, part)
-        self.parts.append(part)
+        self._write(self._waiting)
         self._waiting, self._written = [], time.monotonic()
 
-    def _write(self, rows: list[dict[str, str | None]], part: Path) -> None:
-        """Under another name first, so that no file is ever half there, and with checksums, so that damage shows."""
-        unfinished = self.folder / f".{part.name}"
-        table = self.pyarrow.Table.from_pylist(rows, schema=self.schema)
-        with open(unfinished, "wb") as file:
-            self.pyarrow.parquet.write_table(table, file, write_page_checksum=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, part)
+    def _write(self, rows: list[dict[str, str | None]], *, instead_of: Path | None = None) -> None:
+        """Under another name first, so that no file is ever half there."""
+        unfinished = self.folder / ".part-unfinished.parquet"
+        if rows:
+            with open(unfinished, "wb") as file:
+                self.pyarrow.parquet.write_table(self.pyarrow.Table.from_pylist(rows, schema=self.schema), file)
+                file.flush()
+                os.fsync(file.fileno())
+        if instead_of is not None:
+            instead_of.unlink()  # what is lost if the run is killed here is asked again, and never there twice
+        if rows:
+            self.parts.append(self.folder / f"part-{len(self.parts):05d}-{checksum(unfinished)[:16]}.parquet")
+            os.replace(unfinished, self.parts[-1])
 
     def close(self) -> None:
         self._run.close()
