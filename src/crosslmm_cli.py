@@ -232,6 +232,9 @@ def batch(
     ] = None,
     cpus_per_worker: Annotated[int, typer.Option(min=1, help="CPUs of each worker with Ray.")] = 1,
     device: Device = None,
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Ask again what has an error for an answer.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer a file of questions about many videos, each of which is looked at once.
@@ -258,6 +261,7 @@ def batch(
                 cpus_per_worker=cpus_per_worker,
                 device=device,
                 max_new_tokens=max_new_tokens,
+                retry_errors=retry_errors,
                 on_progress=steps.count,
                 **wanted,
             )
@@ -588,13 +592,17 @@ def push(
     from transformers_crosslmm.checkpoints.publish import files_to_publish
     from transformers_crosslmm.checkpoints.publish import push as push_folder
 
-    if dry_run:
-        files = files_to_publish(folder, repo, with_code=with_code, untrained=untrained)
+    def list_files(files: list) -> None:
         for file in files:
-            typer.echo(f"{file.size:>16,} B  {file.path}")
-        typer.echo(f"{sum(file.size for file in files):>16,} B  in {len(files)} files, for {repo}; nothing was sent")
+            typer.echo(f"{file.size:>16,} B  {file.path}", err=not dry_run)
+        typer.echo(f"{sum(file.size for file in files):>16,} B  in {len(files)} files, for {repo}", err=not dry_run)
+
+    options: dict[str, Any] = {"with_code": with_code, "untrained": untrained}
+    if dry_run:
+        list_files(files_to_publish(folder, repo, **options))
+        typer.echo("Nothing was sent.")
         return
-    typer.echo(push_folder(folder, repo, private=private, revision=revision, with_code=with_code, untrained=untrained))
+    typer.echo(push_folder(folder, repo, private=private, revision=revision, on_files=list_files, **options))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
