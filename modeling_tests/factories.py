@@ -83,7 +83,8 @@ def random_model(
             elif "embed" in name and parameter.ndim == 2:
                 value = noise
             else:
-                value = noise / parameter[0].numel() ** 0.5  # keeps the size of what goes through
+                fan_in = parameter.shape[-1] if parameter.ndim == 3 else parameter[0].numel()  # 3: experts
+                value = noise / fan_in**0.5  # keeps the size of what goes through
             parameter.copy_(value)
     return model
 

@@ -47,7 +47,7 @@ from .cache_crosslmm import (
     memory_in,
 )
 from .configuration_crosslmm import CrossLMMConfig
-from .cross_attention_crosslmm import CrossLMMGate, VisualContext, add_cross_attention
+from .cross_attention_crosslmm import CrossLMMGate, VisualContext, add_cross_attention, check_head
 from .dialect_crosslmm import cache_argument, cache_of, takes_a_cache
 from .generation_crosslmm import CrossLMMGenerationMixin
 from .inputs_crosslmm import NewMedia, check_inputs, check_pixels, frames_per_video
@@ -443,6 +443,7 @@ class CrossLMMForConditionalGeneration(CrossLMMPreTrainedModel, CrossLMMGenerati
 
     def __init__(self, config: CrossLMMConfig):
         super().__init__(config)
+        check_head(config.text_config)
         self.model = CrossLMMModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
