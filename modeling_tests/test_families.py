@@ -22,7 +22,6 @@ from transformers import (
     AutoModelForImageTextToText,
     CompileConfig,
     DynamicCache,
-    GenerationMixin,
     PreTrainedModel,
 )
 

@@ -341,7 +341,7 @@ class _Returns(nn.Module):
 
 def _without_parts(module_class: type, attributes: dict[str, Any]) -> nn.Module:
     """A module of a class with these attributes, and neither parameters nor submodules."""
-    twin = nn.Module.__new__(module_class)
+    twin: nn.Module = nn.Module.__new__(module_class)
     nn.Module.__init__(twin)
     twin.__dict__.update(attributes)
     return twin.eval()
