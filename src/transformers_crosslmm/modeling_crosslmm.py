@@ -46,7 +46,7 @@ from .cache_crosslmm import (
     check_cache,
     memory_in,
 )
-from .configuration_crosslmm import CrossLMMConfig
+from .configuration_crosslmm import POOLING_MODES, CrossLMMConfig
 from .cross_attention_crosslmm import CrossLMMGate, VisualContext, add_cross_attention, check_head
 from .dialect_crosslmm import cache_argument, cache_of, takes_a_cache
 from .generation_crosslmm import CrossLMMGenerationMixin
@@ -401,10 +401,13 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         return VisualContext(memory, v2v, t2v)
 
 
-POOLINGS = {
-    "bilinear": partial(F.interpolate, mode="bilinear", align_corners=False),
-    "average": F.adaptive_avg_pool2d,
-}
+POOLINGS = dict(
+    zip(
+        POOLING_MODES,
+        (partial(F.interpolate, mode="bilinear", align_corners=False), F.adaptive_avg_pool2d),
+        strict=True,
+    )
+)
 """By `pooling_mode`: maps (F, D, g, g) and s to (F, D, s, s)."""
 
 
