@@ -439,7 +439,7 @@ def cached_length(cache: Cache | None, num_new: int) -> int | torch.Tensor:
 def cache_capacity(cache: Cache) -> int:
     """Most tokens that the cache can hold, -1 if it grows."""
     is_sliding = cache.is_sliding
-    return max((layer.get_max_length() for i, layer in enumerate(cache.layers) if not is_sliding[i]), default=-1)
+    return max([-1, *[layer.get_max_length() for i, layer in enumerate(cache.layers) if not is_sliding[i]]])
 
 
 __all__ = ["Medium", "VisualCacheLayer", "VisualMemory", "attach_visual_memory", "memory_in", "visual_layer"]
