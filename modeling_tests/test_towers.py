@@ -75,7 +75,13 @@ def test_original_tokens_are_the_hidden_states_of_the_whole_encoder(tower, layer
 def test_tokens_before_the_patches_are_those_that_the_encoder_has(tower):
     model = random_model(tower_config(tower))
     hidden = whole_encoder(model)(torch.randn(1, 3, 33, 33), output_hidden_states=True).hidden_states[1]
-    prefix = {"siglip_vision_model": 0, "clip_vision_model": 1, "dinov2": 1, "dinov2_with_registers": 4, "dinov3_vit": 5}
+    prefix = {
+        "siglip_vision_model": 0,
+        "clip_vision_model": 1,
+        "dinov2": 1,
+        "dinov2_with_registers": 4,
+        "dinov3_vit": 5,
+    }
     assert hidden.shape[1] == 25 + prefix[tower]
 
 
