@@ -446,8 +446,8 @@ class CrossLMMForConditionalGeneration(CrossLMMPreTrainedModel, CrossLMMGenerati
 
     def __init__(self, config: CrossLMMConfig):
         super().__init__(config)
-        check_head(config.text_config)
         self.model = CrossLMMModel(config)
+        check_head(config.text_config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
         # What the model writes is text; a placeholder among it would stand for nothing.
