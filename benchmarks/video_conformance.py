@@ -23,6 +23,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from fractions import Fraction
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -65,8 +66,12 @@ def by_ffmpeg(ffmpeg: str, path: Path) -> tuple[list[float], list[torch.Tensor],
         process.stdout.close()
         told.seek(0)
         lines = told.readlines()
-    found = (re.search(r"Parsed_showinfo.* n: *\d+ pts: *\S+ +pts_time: *(\S+)", line) for line in lines)
-    times = list(accumulate((float(line[1]) for line in found if line), max))  # ffmpeg never writes them backwards
+    # `pts_time` has six digits only.
+    base = next((line for line in lines if "config in time_base" in line), "time_base: 0/1")
+    tick = Fraction(re.search(r"time_base: (\d+/\d+)", base)[1])
+    found = (re.search(r"Parsed_showinfo.* n: *\d+ pts: *(-?\d+)", line) for line in lines)
+    times = [float(int(line[1]) * tick) for line in found if line]
+    times = list(accumulate(times, max))  # ffmpeg never writes them backwards
     count = min(len(times), len(means))
     if time.monotonic() > until:
         return [], [], "longer than the time limit"

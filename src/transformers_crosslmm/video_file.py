@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import av
 import av.error
-from av.sidedata.sidedata import SideData, SideDataContainer
+from av.sidedata.sidedata import SideDataContainer
 
 from .video_source import (
     RAISE_LIMITS,
@@ -339,19 +339,15 @@ def _is_encrypted(packet) -> bool:
     return hasattr(packet, "has_sidedata") and packet.has_sidedata("encryption_info")  # PyAV < 17 does not tell
 
 
-def _side_data(frame) -> list[SideData]:
-    """What is attached to a frame. PyAV fails at a kind that it has no name for (EXIF), when it has read those before:
-    a matrix, EXIF's own too, is among them."""
+def _display_matrix(frame) -> bytes | None:
+    """PyAV fails at side data that it has no name for, such as EXIF, when it has read what comes before: a matrix,
+    also the one that FFmpeg makes of EXIF, does."""
     found = SideDataContainer.__new__(SideDataContainer)
     with suppress(ValueError):
         found.__init__(frame)
-    return list(found)
-
-
-def _is_matrix(entry: SideData) -> bool:
     with suppress(ValueError):
-        return entry.type.name == "DISPLAYMATRIX"
-    return False
+        return next((bytes(entry) for entry in found if entry.type.name == "DISPLAYMATRIX"), None)
+    return None
 
 
 def _orientation(frame) -> tuple[bool, bool, bool]:
@@ -359,10 +355,10 @@ def _orientation(frame) -> tuple[bool, bool, bool]:
 
     FFmpeg's display matrix (a b u, c d v, x y w) sends the point (p, q) to (a p + c q, b p + d q).
     """
-    matrix = next(filter(_is_matrix, _side_data(frame)), None)
+    matrix = _display_matrix(frame)
     if matrix is None:
         return False, False, False
-    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
+    a, b, _, c, d = struct.unpack("=5i", matrix[:20])
     if a == d == 0 and b and c:
         return True, c < 0, b < 0
     return False, a < 0, d < 0
