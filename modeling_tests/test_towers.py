@@ -1,4 +1,4 @@
-"""Any vision encoder: the original tokens are those of Transformers' own class, without what stands before the patches."""
+"""Any vision encoder: the original tokens are those of Transformers' own class, without what precedes the patches."""
 
 import logging
 

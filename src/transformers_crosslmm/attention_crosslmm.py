@@ -12,7 +12,7 @@ Shapes: Q packed queries, P packed patches, H query heads, G key/value heads, E 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from itertools import accumulate, islice, repeat
+from itertools import accumulate, islice
 
 import torch
 from torch import nn
@@ -445,44 +445,32 @@ class Folding:
 
 def folded_attention(
     query: torch.Tensor,
-    features: torch.Tensor,
+    stored_tokens: Callable[[int, int], tuple[torch.Tensor, TokenNorm | None]],
     folding: "Folding",
     scaling: float,
     segments: Segments,
-    norm: TokenNorm | None = None,
+    *,
+    patches_per_frame: int,
 ) -> torch.Tensor:
     """The same attention without keys or values: W_k is folded into the query; W_v is applied to the attention output.
 
-    query (Q, H, E), features (P, D); returns (Q, H, E). With k = x W_k + b_k and v = x W_v + b_v:
+    stored_tokens: a stretch of patches in whole frames, [start, end), to tokens (end - start, D) and the normalisation
+    still to be applied to them. query (Q, H, E); returns (Q, H, E). With k = x W_k + b_k and v = x W_v + b_v:
     q . k = (W_k q) . x + q . b_k, whose second term is the same for all patches and so changes no softmax, and
-    sum p v = (sum p x) W_v + b_v. One copy of the features serves every layer, read twice. `norm` is still to be
-    applied to the features; None if it already is.
+    sum p v = (sum p x) W_v + b_v. One copy of the tokens serves every layer, read twice.
     """
     groups = len(folding.key)
     grouped = query.unflatten(1, (groups, -1))  # (Q, G, H/G, E)
     folded = torch.einsum("qgre,ged->qgrd", grouped, folding.key).flatten(1, 2)  # (Q, H, D)
-    step = 1 if norm is None else norm.scale.shape[1]
     outputs, row = [], 0
     for length, span in zip(segments.lengths, segments.spans, strict=True):
         queries = folded[row : row + length].flatten(0, 1)  # (length x H, D)
-        at_once = max(1, CHUNK_BYTES // (4 * len(queries) * step)) * step
-        pieces = _pieces(features, norm, span, at_once)
-        parts = (_attention_over_tokens(queries, *piece, scaling) for piece in pieces)
+        at_once = max(1, CHUNK_BYTES // (4 * len(queries) * patches_per_frame)) * patches_per_frame
+        pieces = [(at, min(at + at_once, end)) for start, end in span for at in range(start, end, at_once)]
+        parts = (_attention_over_tokens(queries, *stored_tokens(*piece), scaling) for piece in pieces)
         context, _ = reduce(lambda one, other: _merge(*one, *other), parts)
         outputs.append(context.to(query.dtype).unflatten(0, (length, groups, -1)))
         row += length
     context = torch.cat(outputs) if len(outputs) > 1 else outputs[0]  # (Q, G, H/G, D)
     attended = torch.einsum("qgrd,gde->qgre", context, folding.value)
     return (attended + folding.value_bias[:, None]).flatten(1, 2)
-
-
-def _pieces(
-    features: torch.Tensor, norm: TokenNorm | None, span: Span, at_once: int
-) -> Iterator[tuple[torch.Tensor, TokenNorm | None]]:
-    """The patches of a span, at most `at_once` at a time, in whole frames, and what normalises them."""
-    for start, end in span:
-        tokens = features[start:end].split(at_once)
-        if norm is None:
-            yield from zip(tokens, repeat(None))
-        else:
-            yield from zip(tokens, norm.clip_to_tokens(start, end).split(at_once), strict=True)

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache as memoize
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,8 +106,14 @@ class CrossLMMCrossAttentionBranch(nn.Module):
         elif memory.form == "kv":
             attended = packed_attention(self.attention(), self, query, *cache_layer.read_cross(query.device), segments)
         else:
-            norm, folding = memory.norm_on(query.device), memory.folding[self.layer_idx]
-            attended = folded_attention(query, states, folding, self.scaling, segments, norm)
+            attended = folded_attention(
+                query,
+                partial(memory.stored_tokens, states),
+                memory.folding[self.layer_idx],
+                self.scaling,
+                segments,
+                patches_per_frame=memory.patches_per_frame,
+            )
         return self.gate(self.o_proj(attended.flatten(1)))
 
     def attention(self) -> Callable:
@@ -147,7 +154,8 @@ class CrossLMMCrossAttentionBranch(nn.Module):
             if self.layer_idx not in memory.folding:
                 memory.folding[self.layer_idx] = Folding.of(self.keys_values, states)
             norm = () if memory.norm is None else (memory.norm.scale, memory.norm.codes)
-            cache_layer.mark_static(states, *memory.folding[self.layer_idx].tensors(), *norm)
+            index = () if memory.frame_index is None else (memory.frame_index,)
+            cache_layer.mark_static(states, *memory.folding[self.layer_idx].tensors(), *norm, *index)
             return
         known, last = cache_layer.num_cross_patches, memory.num_patches
         if known == last:
