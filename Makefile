@@ -6,7 +6,7 @@ SETUP := setup.cfg requirements/constraints.txt
 # Tests are small: one thread in each of as many processes as there are cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow test-gpu test-transformers check docs clean
+.PHONY: demo test test-slow test-versions test-transformers test-gpu check docs clean
 
 demo: $(VENV)/.installed  ## questions about samples/shapes.mp4, answered by the bundled checkpoint
 	@$(BIN)/python samples/demo.py
@@ -16,6 +16,9 @@ test: $(VENV)/.installed  ## the fast tests
 
 test-slow: $(VENV)/.installed  ## the tests that take minutes
 	$(PYTEST) -m slow
+
+test-versions: $(VENV)/.installed  ## a fast subset on every supported Transformers; ALL=1 runs every test
+	$(BIN)/python requirements/try_versions.py $(if $(ALL),--all)
 
 test-gpu: $(VENV)/.installed  ## the tests that need a GPU; a missing one is a failure
 	CROSSLMM_EXPECT_GPU=1 $(PYTEST) -m gpu

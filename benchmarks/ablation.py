@@ -47,7 +47,7 @@ from transformers_crosslmm.tiny.train import (
     tiny_config,
     train_vision,
 )
-from transformers_crosslmm.training.data import IGNORED, chat_sample
+from transformers_crosslmm.training.samples import IGNORED, chat_sample
 from transformers_crosslmm.training.trainer import PARTS, CrossLMMTrainer, CrossLMMTrainingArguments, train_only
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -73,7 +73,7 @@ LEARNING = [part for part in PARTS if part != "vision_tower"]
 class Arm:
     """What a run changes.
 
-    about: in words. against: the arm that it changes one thing of. text: fields of its `CrossLMMTextConfig`.
+    about: in words. against: the arm that it changes one thing of. text: fields of its config.
     question: where the question stands, seen from the video. gate_learning_rate: the gates' own.
     first_stage: what learns in the first half, with a language model that has learned the language alone before.
     """
@@ -280,8 +280,7 @@ def set_gates(model: torch.nn.Module, branch: str, value: float) -> None:
 
 def fit(model: CrossLMMForConditionalGeneration, samples: Samples, parts: Sequence[str], *, seed: int) -> list[float]:
     """Trains `parts` of the model on the samples in their order, once; returns the losses of the steps."""
-    text_config = model.config.text_config
-    has = {"v2v": text_config.use_v2v, "t2v": text_config.use_t2v}
+    has = {"v2v": model.config.use_v2v, "t2v": model.config.use_t2v}
     train_only(model, [part for part in parts if has.get(part, True)])
     with tempfile.TemporaryDirectory() as folder:
         arguments = CrossLMMTrainingArguments(
@@ -320,7 +319,7 @@ def train(arm: Arm, world: World, *, steps: int) -> tuple[CrossLMMForConditional
     half = steps // 2 * BATCH_SIZE
     losses = fit(model, Samples(asked[:half], arm), arm.first_stage, seed=world.seed)
     for branch in left_out:
-        set_gates(model, branch, model.config.text_config.gate_init)
+        set_gates(model, branch, model.config.gate_init)
     return model, losses + fit(model, Samples(asked[half:], arm), LEARNING, seed=world.seed)
 
 

@@ -108,7 +108,7 @@ def measured() -> dict[str, Any]:
     parts = parts_of("adapt")
     without = memory("VmRSS")
     config = CrossLMMConfig.from_preset("2B")
-    config.text_config.gate_init = 1.0
+    config.gate_init = 1.0
     model = CrossLMMForConditionalGeneration(config).train()
     train_only(model, parts)
     model.activation_checkpointing_enable()
@@ -154,7 +154,7 @@ def measured() -> dict[str, Any]:
 def timed() -> dict[str, float]:
     """Median CPU seconds of a step on one video, for each stage; the stages take turns."""
     config = CrossLMM("7B").config("toy")
-    config.text_config.gate_init = 1.0
+    config.gate_init = 1.0
     batch = batch_of(config, TOY_FRAMES, TEXT_TOKENS)
     runs = {}
     for stage in STAGES:

@@ -14,11 +14,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from transformers import Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from transformers_crosslmm.checkpoints.convert import network_fields
 from transformers_crosslmm.checkpoints.folder import SHARD_BYTES, StoredTensor, write_weights
-from transformers_crosslmm.configuration_crosslmm import PRESETS, CrossLMMTextConfig
+from transformers_crosslmm.configuration_crosslmm import PRESETS, CrossLMMConfig
 
 HERE = Path(__file__).parent
 TOGETHER = 10**12  # bytes: in one file, as both are published
@@ -57,7 +56,7 @@ def main(where: str | None = None) -> None:
         folder = Path(temporary)
         vision_config = SiglipVisionConfig(**PRESETS["2B"]["vision_config"])
         vision_bytes = write_backbone(folder / "vision", SiglipVisionModel, vision_config, torch.float32)
-        text_config = Qwen2Config(**network_fields(CrossLMMTextConfig()))
+        text_config = CrossLMMConfig().text_config
         text_bytes = write_backbone(folder / "text", Qwen2ForCausalLM, text_config, torch.bfloat16)
         imports, _ = peak_and_seconds("import transformers_crosslmm.checkpoints.commands")
         peak, seconds = peak_and_seconds(

@@ -135,7 +135,7 @@ def saved_by_step(model: CrossLMMForConditionalGeneration, num_frames: int) -> d
     with SavedBytes(model.parameters()) as saved:
         saved.note(pixels)  # the batch is there to the end of the step, whether autograd wants it or not
         encoded = base.get_video_features(pixels, return_dict=True)
-        states, _ = base._visual_states(encoded.last_hidden_state, torch.arange(num_frames), is_lazy=False)
+        states, _ = base.normalise(encoded.last_hidden_state, torch.arange(num_frames), is_lazy=False)
         memory = VisualMemory(
             "kv",
             config.patch_grid_size**2,
@@ -146,7 +146,7 @@ def saved_by_step(model: CrossLMMForConditionalGeneration, num_frames: int) -> d
         length = tokens + TEXT_TOKENS
         context = VisualContext(
             memory,
-            memory.v2v_segments(0, length, config.text_config.v2v_scope, states.device),
+            memory.v2v_segments(0, length, config.v2v_scope, states.device),
             memory.t2v_segments(0, length, None, states.device),
         )
         text = base.get_input_embeddings()(torch.zeros(1, TEXT_TOKENS, dtype=torch.long, device="meta"))

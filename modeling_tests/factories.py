@@ -19,6 +19,7 @@ from transformers_crosslmm import (
     CrossLMMProcessor,
     CrossLMMVideoProcessor,
 )
+from transformers_crosslmm.configuration_crosslmm import CROSS_ATTENTION_FIELDS
 
 
 def tiny_config(
@@ -26,8 +27,9 @@ def tiny_config(
 ) -> CrossLMMConfig:
     """A new CrossLMM config with a 5×5 patch grid (and 3 pixels to spare), five decoder layers and no two sizes alike.
 
-    text_config, vision_config: fields that differ from the tiny ones; overrides: fields of the top config. A config
-    belongs to one model: building a model writes the attention implementation into it, so ask for one each time.
+    text_config, vision_config: fields that differ from the tiny ones; those of the cross-attention may stand among the
+    former. overrides: fields of the top config. A config belongs to one model: building a model writes the attention
+    implementation into it, so ask for one each time.
     """
     text = {
         "vocab_size": 131,
@@ -37,8 +39,8 @@ def tiny_config(
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
         "tie_word_embeddings": False,
-        "cross_attention_interval": 2,
     }
     vision = {
         "hidden_size": 20,
@@ -48,9 +50,14 @@ def tiny_config(
         "image_size": 33,
         "patch_size": 6,
     }
-    top = {"image_token_id": 127, "video_token_id": 128, "pooled_grid_size": 3, "vision_chunk_size": 4}
+    top = {"image_token_id": 127, "video_token_id": 128, "pooled_grid_size": 3, "vision_chunk_size": 4} | overrides
+    own = {name: value for name, value in (text_config or {}).items() if name not in CROSS_ATTENTION_FIELDS}
+    top |= {name: value for name, value in (text_config or {}).items() if name in CROSS_ATTENTION_FIELDS}
+    if "cross_attention_layers" not in top:
+        top.setdefault("cross_attention_interval", 2)
+    model_type = own.get("model_type", "qwen2")
     return CrossLMMConfig(
-        text_config=text | (text_config or {}), vision_config=vision | (vision_config or {}), **(top | overrides)
+        text_config=text | own | {"model_type": model_type}, vision_config=vision | (vision_config or {}), **top
     )
 
 
@@ -67,7 +74,7 @@ def random_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("gate.weight"):
+            if name.endswith("2v.gate.weight"):
                 value = noise.sign() * (0.5 + noise.abs())  # tanh of it is far from the gate itself
             elif "norm" in name and name.endswith("weight"):
                 value = 1 + 0.3 * noise
@@ -76,7 +83,8 @@ def random_model(
             elif "embed" in name and parameter.ndim == 2:
                 value = noise
             else:
-                value = noise / parameter[0].numel() ** 0.5  # keeps the size of what goes through
+                fan_in = parameter.shape[-1] if parameter.ndim == 3 else parameter[0].numel()  # 3: experts
+                value = noise / fan_in**0.5  # keeps the size of what goes through
             parameter.copy_(value)
     return model
 

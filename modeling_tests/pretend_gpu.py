@@ -206,7 +206,14 @@ def flash_attention(query, key, value, dropout_p=0.0, is_causal=False, return_de
     return *result, *described[2:6], *(torch.zeros(one.shape, dtype=one.dtype) for one in described[6:])
 
 
-STAND_INS = {aten._scaled_dot_product_flash_attention.default: flash_attention}
+def float32_product(one, other, out_dtype):
+    """cuBLAS's product of matrices in half precision, summed and returned in float32."""
+    assert one.dtype == other.dtype
+    assert one.dtype in (torch.float16, torch.bfloat16)
+    return one.to(out_dtype) @ other.to(out_dtype)
+
+
+STAND_INS = {aten._scaled_dot_product_flash_attention.default: flash_attention, aten.bmm.dtype: float32_product}
 
 
 class Stream:

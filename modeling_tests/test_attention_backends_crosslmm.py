@@ -27,8 +27,9 @@ from test_modeling_crosslmm import (
     model_inputs,
     reference,
 )
-from transformers_crosslmm import CrossLMMForConditionalGeneration, attention_crosslmm, modeling_crosslmm
-from transformers_crosslmm.modeling_crosslmm import CrossLMMCrossAttentionBranch
+from transformers_crosslmm import CrossLMMForConditionalGeneration, attention_crosslmm, cross_attention_crosslmm
+from transformers_crosslmm.attention_crosslmm import Folding
+from transformers_crosslmm.cross_attention_crosslmm import CrossLMMCrossAttentionBranch
 from transformers_crosslmm.vision_crosslmm import TokenNorm, frame_codes
 
 MORE = (7, ("video", 4), 3)
@@ -336,7 +337,7 @@ def test_keys_made_piece_by_piece_give_the_same_answer(text, scope, form, monkey
         "_attention_with_weight",
         lambda q, k, v, scaling: pieces.append(k.shape) or kernel(q, k, v, scaling),
     )
-    for module in (attention_crosslmm, modeling_crosslmm):
+    for module in (attention_crosslmm, cross_attention_crosslmm):
         monkeypatch.setattr(module, "CHUNK_BYTES", SMALL)
     actual = prefilled_and_decoded()
     assert pieces
@@ -402,8 +403,7 @@ def test_folding_a_norm_into_queries_and_scores_is_no_worse_than_normalising(at_
     folded = attention_crosslmm.folded_attention(
         query,
         tokens.flatten(0, 1),
-        key_weight.permute(1, 2, 0),
-        value_weight.permute(1, 0, 2),
+        Folding(key_weight.permute(1, 2, 0), value_weight.permute(1, 0, 2), value_weight.new_zeros(groups, head_dim)),
         scaling,
         segments,
         norm,
@@ -414,7 +414,7 @@ def test_folding_a_norm_into_queries_and_scores_is_no_worse_than_normalising(at_
 def test_training_makes_all_keys_at_once_and_its_gradients_do_not_change(monkeypatch):
     gradients = []
     for limit in (2**26, SMALL):
-        for module in (attention_crosslmm, modeling_crosslmm):
+        for module in (attention_crosslmm, cross_attention_crosslmm):
             monkeypatch.setattr(module, "CHUNK_BYTES", limit)
         model = random_model(tiny_config()).train()
         inputs = model_inputs(make_sample(model.config, *MORE))
@@ -479,7 +479,7 @@ def test_attention_with_its_weight_is_no_worse_than_the_formulas(dtype, width, d
 @pytest.mark.parametrize("scope", ["video", "frame", "causal"])
 def test_prefill_in_pieces_and_decoding_are_no_worse_than_the_formulas(scope, form, dtype, device, monkeypatch):
     """Keys of two frames at a time, merged; then a step over the whole cache."""
-    for module in (attention_crosslmm, modeling_crosslmm):
+    for module in (attention_crosslmm, cross_attention_crosslmm):
         monkeypatch.setattr(module, "CHUNK_BYTES", SMALL * dtype.itemsize // 8)
     model = random_model(tiny_config(text_config={"v2v_scope": scope})).to(device, dtype)
     sample = make_sample(model.config, *INTERLEAVED)

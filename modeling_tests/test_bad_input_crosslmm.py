@@ -184,7 +184,7 @@ CASES = [
     (a_negative_id, ValueError, "between 0 and 130.*got -100"),
     (an_unknown_form, ValueError, "'kv', 'features'; got 'values'"),
     (longer_than_the_context, ValueError, "context of 100 positions; got 127.*rope scaling"),
-    (given_twice, ValueError, "same media twice"),
+    (given_twice, ValueError, "Pass either .* not both"),
     (a_tensor_as_encoded, TypeError, "`get_video_features` returns; got Tensor"),
     (given_encoded(pooler_output=None), TypeError, "`get_video_features` returns"),
     (given_encoded(last_hidden_state=None), ValueError, r"\(5, 25, 20\); got None"),
@@ -339,7 +339,7 @@ def test_new_tokens_alone_need_a_mask_of_the_whole(mask, shared_model):
     inputs = model_inputs(make_sample(shared_model.config, *FIRST))
     cache = shared_model(**inputs, use_cache=True).past_key_values
     length = inputs["input_ids"].shape[1]
-    with pytest.raises(ValueError, match=f"has seen {length} tokens, and the 3 given hold none behind them"):
+    with pytest.raises(ValueError, match=f"has seen {length} tokens, and the 3 given hold no further ones"):
         shared_model.generate(torch.tensor([[5, 6, 7]]), past_key_values=cache, max_new_tokens=2, **mask)
     whole = torch.ones(1, length + 3, dtype=torch.long)
     shared_model.generate(torch.tensor([[5, 6, 7]]), past_key_values=cache, attention_mask=whole, max_new_tokens=2)

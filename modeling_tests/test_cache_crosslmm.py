@@ -557,7 +557,7 @@ def assert_unchanged(cache: Cache, before):
     assert memory.rows == rows
     assert memory.num_patches == num_patches
     assert memory.states is states
-    assert memory.prefilling is False
+    assert memory.pooled is None
     for layer, (kind, state) in zip(cache.layers, layers, strict=True):
         assert type(layer) is kind
         assert vars(layer).keys() == state.keys()

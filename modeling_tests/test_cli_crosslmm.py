@@ -315,7 +315,7 @@ def test_info_counts_the_bytes_that_a_conversation_keeps(model, processor, folde
     with torch.no_grad():
         model(**inputs, past_key_values=cache, use_cache=True, cross_attention_cache=form)
     costs = count_costs(model.config)
-    layers = model.config.text_config.cross_attention_layer_indices
+    layers = model.config.cross_attention_layer_indices
     kept = [tensor for i in layers for tensor in (cache.layers[i].cross_keys, cache.layers[i].cross_values)]
     kept.append(cache.layers[0].memory.states)
     assert sum(tensor.nbytes for tensor in kept if tensor is not None) == 4 * costs.cache_bytes_per_frame[form]
@@ -334,6 +334,14 @@ def test_info_computes_the_longest_video(run):
     assert record["frames_in_context"] == in_context
     assert in_memory["kv"] < in_context < in_memory["features"]
     assert record["longest_video_seconds"] == {"kv": in_memory["kv"] / 2, "features": in_context / 2}
+
+
+def test_info_counts_the_language_models_matrices_in_four_bits(run):
+    """By hand: q, k, v, o and the MLP of 28 layers take 4.5 bits a weight; all else, cross-attention too, 16."""
+    record = json.loads(run("info", "7B", "--quantization", "nf4", "--json").stdout)
+    matrices = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+    assert record["weight_bytes"] == 2 * 8_406_544_686 + 14 * 2 - matrices * (16 - 4.5) / 8
+    assert "the language model's linear layers in int8" in run("info", "2B", "--quantization", "int8").stdout
 
 
 def test_info_knows_the_paper_sizes(run):

@@ -1,13 +1,15 @@
 """The configuration: the paper's sizes, what derives from them, and mistakes that fail when it is built."""
 
 import json
+from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
-from transformers import CLIPVisionConfig, Qwen2Config, SiglipVisionConfig
+from transformers import Qwen2Config, Siglip2VisionConfig, SiglipVisionConfig
 
 from factories import tiny_config
-from transformers_crosslmm import CrossLMMConfig, CrossLMMTextConfig
+from transformers_crosslmm import CrossLMMConfig
+from transformers_crosslmm.configuration_crosslmm import CROSS_ATTENTION_FIELDS
 
 # A mistake found by our checks; by the types of the fields; while the parts are put together.
 MISTAKE = (StrictDataclassClassValidationError, StrictDataclassFieldValidationError, ValueError)
@@ -37,12 +39,11 @@ def test_defaults_build_the_2b():
     assert (config.image_token_id, config.video_token_id) == (151655, 151656)
     assert (config.vision_feature_layer, config.vision_chunk_size) == (-2, 16)
     assert (config.pooled_grid_size, config.pooling_mode, config.projector_hidden_size) == (3, "bilinear", None)
-    assert config.text_config.cross_attention_hidden_size == 1152
 
 
 def test_the_papers_options_are_the_defaults():
     names = "use_v2v use_t2v v2v_scope visual_norm visual_time gate_init cross_attention_cache"
-    assert fields(CrossLMMTextConfig(), names) == (True, True, "video", "none", "none", 0.0, "kv")
+    assert fields(CrossLMMConfig(), names) == (True, True, "video", "none", "none", 0.0, "kv")
 
 
 @pytest.mark.parametrize(
@@ -58,10 +59,9 @@ def test_presets_are_the_papers_sizes(name, llm, vision, tied, tokens, patch_gri
     config = CrossLMMConfig.from_preset(name, flavour=flavour)
     assert fields(config.text_config, LLM) == llm
     assert fields(config.vision_config, VISION) == vision
-    assert config.text_config.cross_attention_hidden_size == vision[0]
     assert config.tie_word_embeddings is tied
     assert (config.tokens_per_frame, config.patch_grid_size) == (tokens, patch_grid)
-    assert config.text_config.cross_attention_layer_indices == [0, 4, 8, 12, 16, 20, 24]
+    assert config.cross_attention_layer_indices == [0, 4, 8, 12, 16, 20, 24]
     assert config.num_vision_blocks == vision[1] - 1
     assert CrossLMMConfig.from_preset(name, flavour=flavour, tokens_per_frame=1).tokens_per_frame == 1
 
@@ -70,9 +70,9 @@ def test_the_flavours_differ_in_the_options_alone():
     paper, recommended = (
         CrossLMMConfig.from_preset("7B", flavour=flavour).to_dict() for flavour in ("paper", "recommended")
     )
-    options = {name: paper["text_config"].pop(name) for name in ("visual_norm", "visual_time")}
+    options = {name: paper.pop(name) for name in ("visual_norm", "visual_time")}
     assert options == {"visual_norm": "none", "visual_time": "none"}
-    assert {recommended["text_config"].pop(name) for name in options} == {"layernorm", "sinusoidal"}
+    assert {recommended.pop(name) for name in options} == {"layernorm", "sinusoidal"}
     assert paper == recommended
 
 
@@ -96,11 +96,11 @@ def test_unknown_presets_are_refused(arguments, text):
 
 
 def test_long_context_is_qwens_yarn_setting():
-    text_config = CrossLMMConfig.from_preset("2B", long_context=True).text_config
-    assert text_config.rope_parameters["rope_type"] == "yarn"
-    assert text_config.rope_parameters["rope_theta"] == 1e6
-    assert text_config.max_sequence_length == 131072
-    assert CrossLMMTextConfig().max_sequence_length == 32768
+    config = CrossLMMConfig.from_preset("2B", long_context=True)
+    assert config.text_config.rope_parameters["rope_type"] == "yarn"
+    assert config.text_config.rope_parameters["rope_theta"] == 1e6
+    assert config.max_sequence_length == 131072
+    assert CrossLMMConfig().max_sequence_length == 32768
 
 
 # -- what derives from what -------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def test_long_context_is_qwens_yarn_setting():
     ids=str,
 )
 def test_layers_follow_from_what_is_given_and_only_that_is_serialised(given, layers):
-    config = CrossLMMTextConfig(num_hidden_layers=10, **given)
+    config = CrossLMMConfig(text_config={"num_hidden_layers": 10}, **given)
     assert config.cross_attention_layer_indices == layers
     for written in (config.to_dict(), json.loads(config.to_json_string())):
         names = ("cross_attention_interval", "cross_attention_layers")
@@ -127,24 +127,48 @@ def test_layers_follow_from_what_is_given_and_only_that_is_serialised(given, lay
 
 
 def test_layers_follow_a_changed_depth():
-    numbers = CrossLMMTextConfig(num_hidden_layers=10).to_dict()
-    numbers |= {"num_hidden_layers": 5, "layer_types": None}
-    assert CrossLMMTextConfig(**numbers).cross_attention_layer_indices == [0, 4]
+    numbers = CrossLMMConfig(text_config={"num_hidden_layers": 10}).to_dict()
+    numbers["text_config"] |= {"num_hidden_layers": 5, "layer_types": None}
+    assert CrossLMMConfig(**numbers).cross_attention_layer_indices == [0, 4]
 
 
-def test_width_of_the_original_tokens_comes_from_the_vision_config():
-    assert CrossLMMTextConfig().cross_attention_hidden_size == 1152
-    vision_config = SiglipVisionConfig(hidden_size=24, num_attention_heads=3)
-    for text_config in (None, {"num_hidden_layers": 6}, CrossLMMTextConfig(num_hidden_layers=6)):
-        config = CrossLMMConfig(vision_config=vision_config, text_config=text_config)
-        assert config.text_config.cross_attention_hidden_size == 24
+def test_without_a_branch_no_layer_has_a_block():
+    config = CrossLMMConfig(use_v2v=False, use_t2v=False)
+    assert config.cross_attention_layer_indices == []
 
 
-def test_tied_embeddings_are_the_text_configs():
-    for tied in (True, False):
-        text_config = {"tie_word_embeddings": tied}
-        assert CrossLMMConfig(text_config=text_config).tie_word_embeddings is tied
-        assert CrossLMMConfig(text_config=text_config, tie_word_embeddings=tied).tie_word_embeddings is tied
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_embeddings_are_one_field_under_two_names(tied, tmp_path):
+    for given in (
+        {"text_config": {"tie_word_embeddings": tied}},
+        {"text_config": {"tie_word_embeddings": not tied}, "tie_word_embeddings": tied},
+        {"text_config": Qwen2Config(tie_word_embeddings=not tied), "tie_word_embeddings": tied},
+    ):
+        config = CrossLMMConfig(**given)
+        assert config.tie_word_embeddings is config.text_config.tie_word_embeddings is tied
+        assert config.to_dict()["tie_word_embeddings"] is tied
+    config.tie_word_embeddings = not tied
+    assert config.text_config.tie_word_embeddings is not tied
+    config.text_config.tie_word_embeddings = tied
+    assert config.tie_word_embeddings is tied
+    config.save_pretrained(tmp_path)
+    for change in ({"tie_word_embeddings": not tied}, {"text_config": {"tie_word_embeddings": not tied}}):
+        loaded = CrossLMMConfig.from_pretrained(tmp_path, **change)
+        assert loaded.tie_word_embeddings is loaded.text_config.tie_word_embeddings is not tied
+
+
+@pytest.mark.parametrize(
+    ("text_config", "heads"),
+    [
+        ({"model_type": "qwen2", "num_key_value_heads": 2}, (8, 6, 2)),
+        ({"model_type": "qwen3", "num_key_value_heads": 3, "head_dim": 12}, (12, 6, 3)),
+        ({"model_type": "llama", "num_key_value_heads": None, "head_dim": 14}, (14, 6, 6)),
+    ],
+    ids=["derived", "qwen3", "llama"],
+)
+def test_heads_are_as_many_and_as_wide_as_the_language_models(text_config, heads):
+    config = CrossLMMConfig(text_config=text_config | {"hidden_size": 48, "num_attention_heads": 6})
+    assert (config.head_dim, config.num_attention_heads, config.num_key_value_heads) == heads
 
 
 def test_the_vision_head_is_never_asked_for():
@@ -181,9 +205,8 @@ def test_a_saved_config_comes_back_the_same(tmp_path):
     config.save_pretrained(tmp_path)
     loaded = CrossLMMConfig.from_pretrained(tmp_path)
     assert loaded.to_dict() == config.to_dict()
-    assert type(loaded.text_config) is CrossLMMTextConfig
+    assert type(loaded.text_config) is Qwen2Config
     assert type(loaded.vision_config) is SiglipVisionConfig
-    assert CrossLMMTextConfig.from_pretrained(tmp_path).to_dict() == config.text_config.to_dict()
 
 
 def test_the_same_config_is_written_the_same_way_again(tmp_path):
@@ -223,9 +246,7 @@ TEXT_MISTAKES = {
         {"cross_attention_layers": [0, 3], "cross_attention_interval": 2},
         r"\[0, 3\] contradicts `cross_attention_interval` 2, which means \[0, 2, 4\]; give one of the two",
     ),
-    "width-of-another-encoder": ({"cross_attention_hidden_size": 24}, r"vision encoder's width \(20\); got 24"),
     "flag-as-text": ({"use_v2v": "yes"}, "'use_v2v' expected bool"),
-    "heads-that-do-not-divide": ({"num_attention_heads": 7}, "`num_attention_heads` must divide.*got 7 heads"),
     "key-heads-that-do-not-divide": ({"num_key_value_heads": 5}, "multiple of `num_key_value_heads`.*5 key/value"),
     "gate-that-is-no-number": ({"gate_init": float("nan")}, "`gate_init` must be finite; got nan"),
 }
@@ -237,7 +258,6 @@ TOP_MISTAKES = {
     "vision-layer-too-negative": ({"vision_feature_layer": -5}, r"`vision_feature_layer`.*-4 and 3.*got -5"),
     "no-frames-at-a-time": ({"vision_chunk_size": 0}, "`vision_chunk_size` must be at least 1 frame; got 0"),
     "projector-of-width-zero": ({"projector_hidden_size": 0}, "`projector_hidden_size` must be at least 1; got 0"),
-    "tied-and-untied": ({"tie_word_embeddings": True}, "`tie_word_embeddings=True` contradicts .*text config only"),
     "layout-of-a-later-version": ({"weight_layout": 2}, "`weight_layout` must be 1.*got 2.*Upgrade"),
     "one-token-for-both": ({"image_token_id": 128}, "must differ; both are 128"),
     "size-as-text": ({"pooled_grid_size": "3"}, "'pooled_grid_size' expected int"),
@@ -245,7 +265,10 @@ TOP_MISTAKES = {
 VISION_MISTAKES = {
     "frames-not-square": ({"image_size": [33, 39]}, r"`vision_config.image_size` must be one number.*\[33, 39\]"),
     "heads-that-do-not-divide": ({"num_attention_heads": 7}, "must divide its width 20; got 7"),
-    "encoder-of-another-kind": ({"model_type": "siglip2_vision_model"}, "SigLIP.*got 'siglip2_vision_model'"),
+    "encoder-of-another-kind": (
+        {"model_type": "siglip2_vision_model"},
+        "must be one of 'siglip_vision_model', 'clip_vision_model', .*; got 'siglip2_vision_model'",
+    ),
     "frame-below-a-patch": ({"image_size": 5}, r"patch grid \(0\)"),
 }
 
@@ -275,7 +298,7 @@ def test_a_mistake_in_the_vision_config_fails_when_it_is_built(mistake, text):
 
 def test_time_needs_an_even_width():
     """Half of the width holds sines, the other half cosines."""
-    with pytest.raises(MISTAKE, match="needs an even `cross_attention_hidden_size`; got 21"):
+    with pytest.raises(MISTAKE, match=r"encoder of even width; got `vision_config\.hidden_size` 21"):
         tiny_config(
             text_config={"visual_norm": "layernorm", "visual_time": "sinusoidal"},
             vision_config={"hidden_size": 21, "num_attention_heads": 3},
@@ -285,9 +308,9 @@ def test_time_needs_an_even_width():
 @pytest.mark.parametrize(
     ("parts", "text"),
     [
-        ({"vision_config": CLIPVisionConfig()}, "SigLIP.*got 'clip_vision_model'"),
-        ({"text_config": Qwen2Config()}, "`text_config` must be a `CrossLMMTextConfig`.*got Qwen2Config"),
-        ({"text_config": {"model_type": "llama"}}, "`text_config` must describe a Qwen2.*got 'llama'"),
+        ({"vision_config": Siglip2VisionConfig()}, "'siglip_vision_model', .*got 'siglip2_vision_model'"),
+        ({"text_config": Siglip2VisionConfig()}, "config of a decoder; a Siglip2VisionConfig has no vocab_size"),
+        ({"text_config": {"model_type": "qwen2x"}}, "model type of Transformers.*got 'qwen2x'"),
     ],
     ids=["vision", "text", "text-fields"],
 )
@@ -296,18 +319,34 @@ def test_backbones_of_another_kind_are_refused(parts, text):
         CrossLMMConfig(**parts)
 
 
-def test_fields_of_a_qwen2_become_a_crosslmms():
-    fields = Qwen2Config(hidden_size=24, num_attention_heads=3, num_key_value_heads=1).to_dict()
-    config = CrossLMMConfig(text_config=fields)
-    assert (type(config.text_config), config.text_config.hidden_size) == (CrossLMMTextConfig, 24)
-    assert config.to_dict()["text_config"]["model_type"] == "crosslmm_text"
+def test_the_earlier_form_is_read_and_the_new_one_written():
+    """`earlier_config.json` was written before the fields of the cross-attention moved out of the text config."""
+    earlier = json.loads((Path(__file__).parent / "earlier_config.json").read_text())
+    config = CrossLMMConfig.from_dict(earlier)
+    text = earlier["text_config"]
+    assert text["model_type"] == "crosslmm_text"
+    assert type(config.text_config) is Qwen2Config
+    for name in CROSS_ATTENTION_FIELDS:
+        assert getattr(config, name) == text.get(name, getattr(CrossLMMConfig(), name))
+    assert config.text_config.hidden_size == text["hidden_size"]
+    assert config.text_config.num_hidden_layers == 28  # Qwen2.5-1.5B's, which the earlier form left out
+    assert config.text_config.rope_parameters["rope_theta"] == 1e6
+    written = json.loads(config.to_json_string())
+    assert written["text_config"]["model_type"] == "qwen2"
+    assert not set(CROSS_ATTENTION_FIELDS) & set(written["text_config"])
+    assert CrossLMMConfig.from_dict(written).to_dict() == config.to_dict()
+
+
+def test_another_encoders_width_in_the_earlier_form_is_refused():
+    with pytest.raises(MISTAKE, match=r"vision encoder's width \(1152\); got 24"):
+        CrossLMMConfig(text_config={"cross_attention_hidden_size": 24})
 
 
 def test_a_mistake_in_a_saved_config_fails_when_it_is_loaded(tmp_path):
     tiny_config().save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     numbers = json.loads(file.read_text())
-    numbers["text_config"]["v2v_scope"] = "clip"
+    numbers["v2v_scope"] = "clip"
     file.write_text(json.dumps(numbers))
     with pytest.raises(MISTAKE, match="`v2v_scope` must be one of"):
         CrossLMMConfig.from_pretrained(tmp_path)

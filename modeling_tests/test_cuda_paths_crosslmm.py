@@ -18,9 +18,9 @@ from numerics import assert_close_to_scale, assert_no_worse_than
 from pretend_gpu import pretend_gpus
 from test_generation_crosslmm import lengths_run
 from test_modeling_crosslmm import FLOAT32, INTERLEAVED, NORM_AND_TIME, in_dtype, make_sample, model_inputs, reference
-from transformers_crosslmm import attention_crosslmm, encode_video, generation_crosslmm, modeling_crosslmm
+from transformers_crosslmm import attention_crosslmm, cross_attention_crosslmm, encode_video, generation_crosslmm
 from transformers_crosslmm.attention_crosslmm import Segments
-from transformers_crosslmm.cache_crosslmm import visual_memory
+from transformers_crosslmm.cache_crosslmm import memory_in
 
 FORMS = ("kv", "features")
 MEDIA = ("pixel_values", "pixel_values_videos", "video_num_frames")
@@ -221,7 +221,7 @@ def test_a_step_under_autocast_has_gradients_near_those_of_float32():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_long_videos_use_the_flash_kernel_where_the_gpu_has_one(dtype, has_flash_kernel, monkeypatch):
     """Keys of two frames at a time. GPUs before Ampere have none for halves; nobody has one for float32."""
-    for module in (attention_crosslmm, modeling_crosslmm):
+    for module in (attention_crosslmm, cross_attention_crosslmm):
         monkeypatch.setattr(module, "CHUNK_BYTES", (2 * 25 * 16 * 2 + 1) * dtype.itemsize)
     calls = []
     kernel, plain = pretend_gpu.flash_attention, attention_crosslmm._plain_attention
@@ -402,7 +402,7 @@ def test_a_new_video_is_seen_by_layers_that_were_fetched_before_it_came(form, gp
         for call in calls:
             call.pop("attention_mask", None)
         logits = [model(**call, past_key_values=cache, cross_attention_cache=form).logits for call in calls]
-        assert visual_memory(cache, [0]).num_patches == 5 * 25
+        assert memory_in(cache).num_patches == 5 * 25
         return [one.cpu() for one in logits]
 
     expected = conversation("cpu", offloading=False)

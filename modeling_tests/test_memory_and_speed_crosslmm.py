@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from factories import random_model, tiny_config
 from test_modeling_crosslmm import gradients, labelled, make_sample, model_inputs
-from transformers_crosslmm import attention_crosslmm, modeling_crosslmm, vision_crosslmm
-from transformers_crosslmm.cache_crosslmm import visual_memory
+from transformers_crosslmm import attention_crosslmm, cross_attention_crosslmm, vision_crosslmm
+from transformers_crosslmm.cache_crosslmm import memory_in
 
 BLOCKS = (0, 2, 4)  # layers that look back
 WIDTH, PATCHES = 20, 25
@@ -77,10 +77,10 @@ def test_a_step_reads_keys_and_values_once(dtype, layouts):
 @pytest.mark.parametrize("text", [{}, NORMALISED], ids=["paper", "recommended"])
 def test_a_step_reads_features_twice_per_layer(text, dtype, layouts):
     model, cache = decoding("features", dtype, *layouts, **text)
-    memory = visual_memory(cache, list(BLOCKS))
+    memory = memory_in(cache)
     states = memory.states
     # Kernels for bfloat16 copy what lies otherwise, layer by layer and step by step.
-    assert all(tensor.is_contiguous() for pair in memory.folding.values() for tensor in pair)
+    assert all(tensor.is_contiguous() for folding in memory.folding.values() for tensor in folding.tensors())
     with BytesRead(states) as bytes_read:
         model(input_ids=torch.full((len(layouts), 1), 5), past_key_values=cache, use_cache=True)
     assert list(bytes_read.read.values()) == [2 * len(BLOCKS) * states.nbytes]
@@ -129,7 +129,7 @@ class Probe:
 @pytest.mark.parametrize("prefill_chunk_size", [None, 8], ids=["whole", "chunks"])
 def test_original_tokens_that_decoding_does_not_read_are_gone_after_prefill(prefill_chunk_size, monkeypatch):
     model = random_model(tiny_config())
-    encode, probe = model.model.get_video_features, Probe()
+    encode, probe = model.model.encode, Probe()
 
     @functools.wraps(encode)
     def watched(*args, **kwargs):
@@ -137,7 +137,7 @@ def test_original_tokens_that_decoding_does_not_read_are_gone_after_prefill(pref
         probe.reference = weakref.ref(output.last_hidden_state)
         return output
 
-    monkeypatch.setattr(model.model, "get_video_features", watched)
+    monkeypatch.setattr(model.model, "encode", watched)
     inputs = model_inputs(make_sample(model.config, 3, ("video", 3), 4))
     model.generate(
         **inputs,
@@ -155,7 +155,7 @@ def test_original_tokens_that_decoding_does_not_read_are_gone_after_prefill(pref
 @pytest.mark.parametrize("layout", [(3, ("video", 21), 4), (3, ("video", 19), 1, ("image", 1), 4)], ids=str)
 def test_no_normalised_copy_of_the_original_tokens_is_made(layout, monkeypatch):
     """With room for the keys of two frames, neither prefill nor a step makes anything of the size of all patches."""
-    for module in (attention_crosslmm, modeling_crosslmm):
+    for module in (attention_crosslmm, cross_attention_crosslmm):
         monkeypatch.setattr(module, "CHUNK_BYTES", 2 * 25 * (2 * 16 + WIDTH) * 4)
     monkeypatch.setattr(vision_crosslmm, "FRAMES_AT_ONCE", 2)
     model = random_model(tiny_config(text_config=NORMALISED, vision_chunk_size=2), attn_implementation="sdpa")
@@ -171,7 +171,7 @@ def test_no_normalised_copy_of_the_original_tokens_is_made(layout, monkeypatch):
     whole = {shape for shape in made.shapes if shape[-1:] == (WIDTH,) and shape.numel() >= patches * WIDTH}
     joined = {torch.Size([patches // PATCHES, PATCHES, WIDTH])} if len(media) > 1 else set()
     assert whole == joined  # media of two kinds are laid one after the other, once
-    memory = visual_memory(cache, list(BLOCKS))
+    memory = memory_in(cache)
     assert torch.equal(memory.states, torch.cat([media[name].last_hidden_state for name in media]).flatten(0, 1))
 
 

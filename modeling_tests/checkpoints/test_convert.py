@@ -299,8 +299,8 @@ def test_the_command_takes_config_fields_by_name(tmp_path, vision_folder, text_f
     printed = run("compose", *parts, *sizes, *layers, "--out", tmp_path / "out")
     model = CrossLMMForConditionalGeneration.from_pretrained(tmp_path / "out")
     config = model.config
-    assert (config.pooled_grid_size, config.projector_hidden_size, config.text_config.v2v_scope) == (2, 37, "frame")
-    assert config.text_config.cross_attention_layer_indices == [1, 3]
+    assert (config.pooled_grid_size, config.projector_hidden_size, config.v2v_scope) == (2, 37, "frame")
+    assert config.cross_attention_layer_indices == [1, 3]
     block = model.model.language_model.layers[3].cross_attention
     assert not hasattr(block, "t2v")
     assert block.v2v.q_proj.weight.dtype == torch.bfloat16
@@ -727,7 +727,7 @@ def test_a_foreign_crosslmm_converts_and_goes_back_bit_for_bit(tmp_path, their_c
     run("convert", folder, "--name-table", names, "--out", tmp_path / "ours")
     model, info = CrossLMMForConditionalGeneration.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values()), info
-    assert model.config.text_config.cross_attention_layers == [1, 3]
+    assert model.config.cross_attention_layers == [1, 3]
     assert model.config.projector_hidden_size == 31
     assert not model.config.untrained
     for name, tensor in trained.state_dict().items():

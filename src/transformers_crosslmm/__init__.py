@@ -14,18 +14,19 @@ from transformers import (  # noqa: E402
     AutoProcessor,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # noqa: E402
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor  # noqa: E402
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil  # noqa: E402
 from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
 
 from ._version import __version__  # noqa: E402
-from .configuration_crosslmm import CrossLMMConfig, CrossLMMTextConfig  # noqa: E402
+from .configuration_crosslmm import CrossLMMConfig  # noqa: E402
+from .dialect_crosslmm import warn_of_untested_release  # noqa: E402
 from .media_crosslmm import encode_video, load_encoded_media, save_encoded_media  # noqa: E402
 from .modeling_crosslmm import (  # noqa: E402
     CrossLMMForConditionalGeneration,
     CrossLMMModel,
     CrossLMMPreTrainedModel,
-    CrossLMMTextModel,
 )
 from .pipeline_crosslmm import VideoTextToTextPipeline  # noqa: E402
 from .processing_crosslmm import CrossLMMProcessor  # noqa: E402
@@ -36,12 +37,14 @@ from .video_processing_crosslmm import CrossLMMVideoProcessor  # noqa: E402
 TINY_CHECKPOINT = Path(__file__).parent / "tiny" / "crosslmm-tiny"
 """Folder of the small trained checkpoint that comes with the package."""
 
+warn_of_untested_release()
+
 AutoConfig.register("crosslmm", CrossLMMConfig, exist_ok=True)
-AutoConfig.register("crosslmm_text", CrossLMMTextConfig, exist_ok=True)
 AutoModel.register(CrossLMMConfig, CrossLMMModel, exist_ok=True)
-AutoModel.register(CrossLMMTextConfig, CrossLMMTextModel, exist_ok=True)
 AutoModelForImageTextToText.register(CrossLMMConfig, CrossLMMForConditionalGeneration, exist_ok=True)
 AutoModelForMultimodalLM.register(CrossLMMConfig, CrossLMMForConditionalGeneration, exist_ok=True)
+# By the class's name a Trainer tells whose labels it has to shift for label smoothing.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["crosslmm"] = CrossLMMForConditionalGeneration.__name__
 AutoProcessor.register(CrossLMMConfig, CrossLMMProcessor, exist_ok=True)
 AutoVideoProcessor.register(CrossLMMConfig, CrossLMMVideoProcessor, exist_ok=True)
 AutoImageProcessor.register(
@@ -64,8 +67,6 @@ __all__ = [
     "CrossLMMModel",
     "CrossLMMPreTrainedModel",
     "CrossLMMProcessor",
-    "CrossLMMTextConfig",
-    "CrossLMMTextModel",
     "CrossLMMVideoProcessor",
     "VideoDecodeWarning",
     "VideoError",

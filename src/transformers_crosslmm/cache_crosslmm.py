@@ -1,20 +1,23 @@
-"""What generation keeps of the media it has seen, and how it rides in any Transformers cache.
+"""What generation keeps of the media it has seen, and how it is stored in any Transformers cache.
 
-The patches of all media lie one after the other and never change; an index says which rows see which stretches.
-Beams, selection, cropping and copies touch the index and share the patches.
+The patches of all media lie one after the other and never change; an index says which rows attend to which stretches.
+Beams, selection, cropping and copies change the index and share the patches.
 
-Shapes: B rows, L tokens of this call, P patches of all media, N patches per frame, G key/value heads, E head width.
+Shapes: B rows, L tokens of a call, P patches of all media, N patches per frame, G key/value heads, E head width,
+        D vision width, C language width.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache as memoize
+from typing import Any
 
 import torch
+from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
-from .attention_crosslmm import Segments, Span, merge_span
+from .attention_crosslmm import Folding, Segments, Span, merge_span
 from .vision_crosslmm import TokenNorm
 
 
@@ -33,6 +36,45 @@ class Medium:
     def start(self) -> int:
         return self.positions[0]
 
+    def before(self, length: int) -> "Medium":
+        """The same medium where tokens from position `length` on are no longer placeholders."""
+        if self.positions[-1] < length:
+            return self
+        return Medium([position for position in self.positions if position < length], self.patches)
+
+
+@dataclass(frozen=True)
+class PooledTokens:
+    """Pooled tokens whose placeholders a call, or the chunks of a prefill, still have to fill.
+
+    tokens: (n, C). numbers: (B, columns), which of the tokens stands at a position, -1 where none does.
+    start: the position of the first column. is_in_order: every token stands once, in order.
+    """
+
+    tokens: torch.Tensor
+    numbers: torch.Tensor
+    start: int
+    is_in_order: bool = True
+
+    @property
+    def end(self) -> int:
+        return self.start + self.numbers.shape[1]
+
+    def fill(self, inputs_embeds: torch.Tensor, position: int) -> torch.Tensor:
+        """`inputs_embeds` (B, L, C), whose first column is `position`, with the tokens at their placeholders."""
+        first, length = position - self.start, inputs_embeds.shape[1]
+        numbers = self.numbers[:, first : first + length].to(inputs_embeds.device)
+        numbers = F.pad(numbers, (0, length - numbers.shape[1]), value=-1)  # what was generated is text
+        is_filled = (numbers >= 0)[..., None]
+        tokens = self.tokens.to(inputs_embeds)
+        if self.is_in_order and first == 0 and length >= self.numbers.shape[1]:
+            return inputs_embeds.masked_scatter(is_filled, tokens)
+        return torch.where(is_filled, tokens[numbers.clamp(min=0)], inputs_embeds)
+
+    def repeat_rows(self, times: int) -> "PooledTokens":
+        """For rows that are each repeated `times` times."""
+        return PooledTokens(self.tokens, self.numbers.repeat_interleave(times, dim=0), self.start, is_in_order=False)
+
 
 @dataclass
 class VisualMemory:
@@ -42,10 +84,11 @@ class VisualMemory:
     patches_per_frame, tokens_per_frame: N and s x s.
     rows: the media of each row, in the order in which they begin.
     states: (patches from `first_patch` on, D), the original tokens; None once no longer needed.
-    norm: what makes of them what K and V are made of; None where they are that already.
+    norm: normalisation still to be applied to `states` before K and V; None if already applied.
     num_patches: patches seen so far, whether or not `states` still holds them.
-    prefilling: placeholders of known media are still to come (chunked prefill).
-    folding: per layer, the key and value projections as (G, E, D) and (G, D, E), for decoding from features.
+    pooled: tokens whose placeholders are still to be filled; None once the prompt has been seen.
+    folding: per layer, the projections for decoding from features.
+    is_placeholder: no row has media; one frame keeps distributed ranks in step, with weight zero.
     """
 
     form: str
@@ -56,79 +99,117 @@ class VisualMemory:
     norm: TokenNorm | None = None
     first_patch: int = 0
     num_patches: int = 0
-    prefilling: bool = False
-    folding: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    _seen_by_all: dict[int, Segments | None] = field(default_factory=dict)
+    pooled: PooledTokens | None = None
+    folding: dict[int, Folding] = field(default_factory=dict)
+    is_placeholder: bool = False
+    _seen_by_all: dict[int, Segments | None] = field(default_factory=dict, repr=False)
+    _copies: dict[tuple[str, torch.device], tuple[Any, Any]] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo) -> "VisualMemory":
         """A fork: an index of its own over the same patches."""
         fork = copy.copy(self)
         fork.rows = [list(media) for media in self.rows]
         fork.folding = dict(self.folding)
-        fork._seen_by_all = {}
+        fork._seen_by_all, fork._copies = {}, dict(self._copies)
         memo[id(self)] = fork
         return fork
 
-    def append(self, rows: list[list[Medium]], states: torch.Tensor, norm: TokenNorm | None = None) -> None:
-        """Adds the media of this call; their `patches` count from 0 within `states` (patches, D).
-
-        norm: given with states that are kept already if, and only if, it was given with these.
-        """
+    def append(self, new: "VisualMemory") -> None:
+        """Takes over the media of another memory of the same rows, which is empty afterwards."""
+        assert new.states is not None
         if self.form == "features" and self.states is not None:
-            self.states = torch.cat([self.states, states])
-            self.norm = None if norm is None else self.norm.followed_by(norm)
+            self.states = torch.cat([self.states, new.states])
+            self.norm = None if new.norm is None else self.norm.concat(new.norm)
         else:
-            self.first_patch, self.states, self.norm = self.num_patches, states, norm
-        for known, new in zip(self.rows, rows, strict=True):
-            for medium in new:
+            self.first_patch, self.states, self.norm = self.num_patches, new.states, new.norm
+        for known, media in zip(self.rows, new.rows, strict=True):
+            for medium in media:
                 start, end = medium.patches
                 known.append(Medium(medium.positions, (start + self.num_patches, end + self.num_patches)))
-        self.num_patches += states.shape[0]
+        self.num_patches += new.num_patches
+        self.pooled = new.pooled
         self._seen_by_all.clear()
+        new.clear()
 
-    def drop_states(self) -> None:
-        """After prefill the keys and values of the layers are all that "kv" needs."""
-        if self.form == "kv" and not self.prefilling and self.states is not None:
+    @property
+    def is_empty(self) -> bool:
+        return not any(self.rows) and not self.is_placeholder
+
+    def repeat_rows(self, times: int) -> None:
+        """Row i becomes the rows [i x times, (i + 1) x times)."""
+        if times > 1:
+            self.select([row for row in range(len(self.rows)) for _ in range(times)])
+            self.pooled = None if self.pooled is None else self.pooled.repeat_rows(times)
+
+    def end_call(self, length: int) -> None:
+        """Drops what later calls do not need, once the cache has seen `length` positions."""
+        if self.pooled is not None and length >= self.pooled.end:
+            self.pooled = None
+        if self.form == "kv" and self.pooled is None:
             self.states = self.norm = None
+            self._copies.clear()
 
     def whole_frames(self, most: int) -> int:
         """The patches, about `most`, of whole frames; of one at least."""
         return max(1, most // self.patches_per_frame) * self.patches_per_frame
 
+    def states_on(self, device: torch.device) -> torch.Tensor | None:
+        """`states` on a device; see `_on`."""
+        return self._on("states", device)
+
+    def norm_on(self, device: torch.device) -> TokenNorm | None:
+        """`norm` on a device; see `_on`."""
+        return self._on("norm", device)
+
+    def _on(self, name: str, device: torch.device) -> Any:
+        """An attribute on a device. Layers on other devices share one copy for each, not made again in every step."""
+        original = getattr(self, name)
+        if original is None or original.device == device:
+            return original
+        copied_from, copy_there = self._copies.get((name, device), (None, None))
+        if copied_from is not original:
+            copy_there = original.to(device)
+            self._copies[name, device] = original, copy_there
+        return copy_there
+
     def tokens(self, states: torch.Tensor, start: int, end: int) -> torch.Tensor:
-        """What K and V of the patches [start, end) are made of: (end - start, D).
+        """What K and V of the patches [start, end) are projected from: (end - start, D).
 
         states: those of the memory, on the device where they are wanted.
         """
         start, end = start - self.first_patch, end - self.first_patch
         if self.norm is None:
             return states[start:end]
-        return self.norm.between(start, end).to(states.device).applied(states[start:end])
+        return self.norm_on(states.device).clip_to_tokens(start, end).apply(states[start:end])
 
     def select(self, indices: list[int]) -> None:
         """Row i becomes the former row `indices[i]`."""
         rows = [list(self.rows[index]) for index in indices]
-        if rows != self.rows:  # beams of one sample see the same, so their reordering mostly changes nothing
+        if rows != self.rows:  # beams of one sample attend to the same, so reordering them mostly changes nothing
             self._seen_by_all.clear()
         self.rows = rows
 
     def crop(self, length: int) -> None:
-        """Forgets the media that begin at or after `length` positions."""
-        self.rows = [[medium for medium in media if medium.start < length] for media in self.rows]
+        """Forgets the media that begin at or after `length` positions. One that begins before keeps its patches, and
+        tokens that follow it from there on are text."""
+        self.rows = [[medium.before(length) for medium in media if medium.start < length] for media in self.rows]
         self.num_patches = max((medium.patches[1] for media in self.rows for medium in media), default=0)
         if self.states is not None:
             left = max(self.num_patches - self.first_patch, 0)
             self.states = self.states[:left]
-            self.norm = None if self.norm is None else self.norm.between(0, left)
+            self.norm = None if self.norm is None else self.norm.clip_to_tokens(0, left)
+        if self.pooled is not None and length <= self.pooled.start:
+            self.pooled = None
         self._seen_by_all.clear()
+        self._copies.clear()
 
     def clear(self) -> None:
         self.rows = []
-        self.states = self.norm = None
+        self.states = self.norm = self.pooled = None
         self.first_patch = self.num_patches = 0
-        self.prefilling = False
         self.folding.clear()
         self._seen_by_all.clear()
+        self._copies.clear()
 
     # Positions are Python numbers that differ from call to call: a graph of them could not be used twice.
     @torch.compiler.disable
@@ -153,9 +234,10 @@ class VisualMemory:
 
     @torch.compiler.disable
     def t2v_segments(
-        self, start: int, length: int, is_token: torch.Tensor | None, device: torch.device
+        self, start: int, length: int, scope: str, is_token: torch.Tensor | None, device: torch.device
     ) -> Segments | None:
-        """Text among positions [start, start + length) with the patches of every medium that began before it.
+        """Text among positions [start, start + length) with the patches of every medium that began before it; between
+        the frames of a medium, with scope "causal", of the frames before it only.
 
         is_token: (B, length) on the CPU, False at padding, None when there is none.
         """
@@ -163,18 +245,29 @@ class VisualMemory:
         for row, media in enumerate(self.rows):
             is_text = torch.ones(length, dtype=torch.bool) if is_token is None else is_token[row].clone()
             for medium in media:
-                inside = [p - start for p in medium.positions if start <= p < start + length]
-                is_text[inside] = False
+                is_text[[p - start for p in medium.positions if start <= p < start + length]] = False
             columns = is_text.nonzero()[:, 0]
-            began = torch.tensor([medium.start - start for medium in media], dtype=torch.long)
-            visible = torch.searchsorted(began, columns)
-            for count in range(1, len(media) + 1):
-                span = merge_span([medium.patches for medium in media[:count]])
-                groups.setdefault(span, []).extend((columns[visible == count] + row * length).tolist())
+            begins, spans = zip(*self._what_begins(media, scope), strict=True) if media else ((), ())
+            begun = torch.searchsorted(torch.tensor(begins, dtype=torch.long), columns + start)
+            for count in begun.unique().tolist():
+                if count:
+                    rows = (columns[begun == count] + row * length).tolist()
+                    groups.setdefault(merge_span(list(spans[:count])), []).extend(rows)
         return Segments.build(groups, device)
 
+    def _what_begins(self, media: list[Medium], scope: str) -> Iterator[tuple[int, tuple[int, int]]]:
+        """What text can come to see, in order: the position that it must follow, and the stretch of patches."""
+        for medium in media:
+            first, last = medium.patches
+            if scope != "causal":
+                yield medium.start, (first, last)
+                continue
+            for frame, position in enumerate(medium.positions[:: self.tokens_per_frame]):
+                patch = first + frame * self.patches_per_frame
+                yield position, (patch, patch + self.patches_per_frame)
+
     def segments_after_media(self, length: int, device: torch.device) -> Segments | None:
-        """`length` tokens per row behind all media: each sees all of its row's patches. No look at the tokens."""
+        """`length` tokens per row after all media: each attends to all patches of its row."""
         if length not in self._seen_by_all:
             groups: dict[Span, list[int]] = {}
             for row, media in enumerate(self.rows):
@@ -187,7 +280,7 @@ class VisualMemory:
 class VisualCacheLayer(CacheLayerMixin):
     """Mixed into the cache layer of every cross-attention layer.
 
-    memory: shared by all of them; `owns_memory` is True on one, which carries the index operations.
+    memory: shared by all of them; `owns_memory` is True on one, which applies reorder, select and crop to it.
     cross_keys, cross_values: (P, G, E), T2V's, in form "kv".
     """
 
@@ -197,20 +290,21 @@ class VisualCacheLayer(CacheLayerMixin):
     cross_values: torch.Tensor | None
     _fetched: tuple[torch.Tensor, torch.Tensor] | None
 
-    def carry(self, memory: VisualMemory, *, owns_memory: bool) -> None:
+    def hold_memory(self, memory: VisualMemory, *, owns_memory: bool) -> None:
         self.memory, self.owns_memory = memory, owns_memory
         self.cross_keys = self.cross_values = self._fetched = None
 
     def append_cross(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keeps T2V keys and values (new patches, G, E) after those it has."""
         if self.cross_keys is not None and self.cross_values is not None:
             keys = torch.cat([self.cross_keys, keys.to(self.cross_keys.device)])
             values = torch.cat([self.cross_values, values.to(self.cross_values.device)])
-        self.stay(keys, values)
+        self.mark_static(keys, values)
         self.cross_keys, self.cross_values = keys, values
-        self._fetched = None  # a copy of what was here before
+        self._fetched = None  # a copy of the shorter ones
 
-    def stay(self, *tensors: torch.Tensor) -> None:
-        """They stay where they are for as long as they are read, so CUDA graphs need no copy of them per step."""
+    def mark_static(self, *tensors: torch.Tensor) -> None:
+        """Marks addresses as static, so that CUDA graphs do not copy the tensors in every step."""
         if self.is_compileable and not torch.compiler.is_compiling():
             for tensor in tensors:
                 torch._dynamo.mark_static_address(tensor, guard=False)
@@ -233,7 +327,7 @@ class VisualCacheLayer(CacheLayerMixin):
         return fork
 
     def __reduce__(self):
-        """A class that is made on the fly has no name to be found by."""
+        """A class that is made at run time has no name that pickle could find."""
         layer_class = type(self).__bases__[1]
         return _revive, (layer_class, self.__dict__)
 
@@ -298,46 +392,57 @@ def visual_layer(cache: Cache | None, layer_idx: int) -> VisualCacheLayer | None
     return layer if isinstance(layer, VisualCacheLayer) else None
 
 
-def visual_memory(cache: Cache | None, layer_indices: list[int]) -> VisualMemory | None:
+def memory_in(cache: Cache | None) -> VisualMemory | None:
     """The memory in a cache, or None when it has seen no media."""
-    layer = visual_layer(cache, layer_indices[0]) if layer_indices else None
-    return layer.memory if layer is not None and any(layer.memory.rows) else None
+    for layer in () if cache is None else getattr(cache, "layers", ()):
+        if isinstance(layer, VisualCacheLayer):
+            return None if layer.memory.is_empty else layer.memory
+    return None
 
 
-def attach_visual_memory(cache: Cache, memory: VisualMemory, layer_indices: list[int], num_layers: int) -> None:
-    """Puts the memory into a cache, whichever kind its layers are."""
+def attach_visual_memory(cache: Cache, new: VisualMemory, layer_indices: list[int], num_layers: int) -> VisualMemory:
+    """Puts new media into a cache, whatever its layers are, and returns its memory. Doing it again changes nothing.
+
+    layer_indices: the layers with cross-attention; a model without any keeps the memory in its first layer.
+    """
+    known = memory_in(cache)
+    if known is not None:
+        if new is not known and not new.is_empty:
+            known.append(new)
+        return known
     while len(cache.layers) < num_layers:
         cache.layers.append(cache.layer_class_to_replicate())
-    for layer_idx in layer_indices:
+    homes = layer_indices or [0]
+    for layer_idx in homes:
         layer = cache.layers[layer_idx]
         if not isinstance(layer, VisualCacheLayer):
             layer = _revive(type(layer), layer.__dict__)
             cache.layers[layer_idx] = layer
-        layer.carry(memory, owns_memory=layer_idx == layer_indices[0])
+        layer.hold_memory(new, owns_memory=layer_idx == homes[0])
+    return new
 
 
 def check_cache(cache: Cache, num_layers: int) -> None:
-    """Raises TypeError unless the cache is a list of layers that can carry the memory of a video, and ValueError if
-    these are another model's."""
+    """Raises TypeError unless the cache is made of attention layers, and ValueError if these are another model's."""
     if isinstance(cache, EncoderDecoderCache) or not isinstance(cache, Cache) or not hasattr(cache, "layers"):
         raise TypeError(
-            "`past_key_values` must be a Transformers cache made of layers (DynamicCache, StaticCache, "
+            "`cache` must be a Transformers cache made of layers (DynamicCache, StaticCache, "
             f"QuantizedCache, ...); got {type(cache).__name__}. Pass a DynamicCache(), or leave it out."
         )
     if not all(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
         kinds = sorted({type(layer).__name__ for layer in cache.layers if not isinstance(layer, CacheLayerMixin)})
-        raise TypeError(f"`past_key_values` must hold attention layers only; got {', '.join(kinds)}.")
+        raise TypeError(f"`cache` must hold attention layers only; got {', '.join(kinds)}.")
     grows = cache.layer_class_to_replicate is not None
     if len(cache.layers) > num_layers or (len(cache.layers) < num_layers and not grows):
         raise ValueError(
-            f"`past_key_values` must have one layer for each of the model's {num_layers}; got {len(cache.layers)}. "
+            f"`cache` must have one layer for each of the model's {num_layers}; got {len(cache.layers)}. "
             "Make it from the config of this model."
         )
 
 
 def cached_length(cache: Cache | None, num_new: int) -> int | torch.Tensor:
-    """Tokens that the cache has seen. A static cache counts on its device; asking it would stop every decode step, so
-    the count of one that goes on by a single token stays a tensor."""
+    """Tokens that the cache has seen. A static cache counts on its device; reading the count would stall every decode
+    step, so for a single new token it stays a tensor."""
     length = 0 if cache is None else cache.get_seq_length()
     return length if num_new == 1 or torch.compiler.is_compiling() else int(length)
 
@@ -345,7 +450,7 @@ def cached_length(cache: Cache | None, num_new: int) -> int | torch.Tensor:
 def cache_capacity(cache: Cache) -> int:
     """Most tokens that the cache can hold, -1 if it grows."""
     is_sliding = cache.is_sliding
-    return max((layer.get_max_length() for i, layer in enumerate(cache.layers) if not is_sliding[i]), default=-1)
+    return max([-1, *[layer.get_max_length() for i, layer in enumerate(cache.layers) if not is_sliding[i]]])
 
 
-__all__ = ["Medium", "VisualCacheLayer", "VisualMemory", "attach_visual_memory", "visual_layer", "visual_memory"]
+__all__ = ["Medium", "VisualCacheLayer", "VisualMemory", "attach_visual_memory", "memory_in", "visual_layer"]

@@ -4,15 +4,30 @@ import math
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig, Qwen2Config, SiglipVisionConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 
 POOLING_MODES = ("bilinear", "average")
-TEXT_TYPES = ("crosslmm_text", "qwen2")
 V2V_SCOPES = ("video", "frame", "causal")
 CROSS_ATTENTION_CACHES = ("kv", "features")
 VISUAL_NORMS = ("none", "layernorm")
 VISUAL_TIMES = ("none", "sinusoidal")
+VISION_TYPES = ("siglip_vision_model", "clip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit")
 WEIGHT_LAYOUT = 1
+
+OLD_TEXT_TYPE = "crosslmm_text"
+"""`model_type` of the text configs of earlier checkpoints, which held the fields of the cross-attention too."""
+
+CROSS_ATTENTION_FIELDS = (
+    "cross_attention_interval",
+    "cross_attention_layers",
+    "cross_attention_cache",
+    "use_v2v",
+    "use_t2v",
+    "v2v_scope",
+    "visual_norm",
+    "visual_time",
+    "gate_init",
+)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -21,142 +36,41 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 @strict
-class CrossLMMTextConfig(Qwen2Config):
-    """Qwen2 with dual cross-attention in some of its layers. The defaults are Qwen2.5-1.5B's.
+class CrossLMMConfig(PreTrainedConfig):
+    """A vision encoder, a token merge, a projector and a language model with dual cross-attention in some layers.
 
-    cross_attention_interval (`int`, *optional*): K of the paper: every K-th layer, from layer 0 on, looks at the
-        original tokens. 4 when neither this nor `cross_attention_layers` is given.
+    The defaults are the 2B's.
+
+    vision_config (`PreTrainedConfig` or `dict`, *optional*): a SigLIP (SigLIP2-so400m/14 at 384 px when not given),
+        CLIP, DINOv2 or DINOv3 ViT encoder with one square image size. A dict names its type by `model_type`.
+    text_config (`PreTrainedConfig` or `dict`, *optional*): any decoder of Transformers whose layers the
+        cross-attention fits into; Qwen2.5-1.5B's numbers when not given. A dict names its type by `model_type`.
+    image_token_id, video_token_id (`int`): the placeholders in `input_ids`; Qwen2.5's own.
+    cross_attention_interval (`int`, *optional*): K of the paper: every K-th layer, from layer 0 on, has a dual
+        cross-attention block. 4 when neither this nor `cross_attention_layers` is given.
     cross_attention_layers (`list[int]`, *optional*): the layers by index, instead of an interval.
-    cross_attention_hidden_size (`int`, *optional*): D, the width of the original tokens. `CrossLMMConfig` fills it
-        from its vision config; 1152 alone.
     cross_attention_cache (`str`): what generation keeps per video: "kv" (T2V keys and values of every layer) or
         "features" (the original tokens, once for all layers).
     use_v2v, use_t2v (`bool`): whether the branch exists.
-    v2v_scope (`str`): what a pooled token sees: its whole "video" (Eq. 6), its own "frame", or, "causal", the frames
-        up to its own.
+    v2v_scope (`str`): what a pooled token attends to: its whole "video" (Eq. 6), its own "frame", or, "causal", the
+        frames up to its own.
     visual_norm (`str`): "layernorm" normalises the original tokens, without parameters, before K and V.
     visual_time (`str`): "sinusoidal" adds a code of the frame's number to the normalised tokens.
     gate_init (`float`): value of every gate before tanh in a newly initialised model.
-    """
-
-    model_type = "crosslmm_text"
-    base_config_key = "text_config"
-    default_theta = 1_000_000.0
-    base_model_tp_plan: ClassVar[dict[str, str]] = {
-        **Qwen2Config.base_model_tp_plan,
-        **{
-            f"layers.*.cross_attention.{branch}.{name}_proj": "rowwise" if name == "o" else "colwise"
-            for branch in ("v2v", "t2v")
-            for name in "qkvo"
-        },
-    }
-
-    hidden_size: int = 1536
-    intermediate_size: int = 8960
-    num_hidden_layers: int = 28
-    num_attention_heads: int = 12
-    num_key_value_heads: int | None = 2
-    tie_word_embeddings: bool = True
-    cross_attention_interval: int | None = None
-    cross_attention_layers: list[int] | None = None
-    cross_attention_hidden_size: int | None = None
-    cross_attention_cache: str = "kv"
-    use_v2v: bool = True
-    use_t2v: bool = True
-    v2v_scope: str = "video"
-    visual_norm: str = "none"
-    visual_time: str = "none"
-    gate_init: float | int = 0.0
-
-    def __post_init__(self, **kwargs):
-        if self.cross_attention_hidden_size is None:
-            self.cross_attention_hidden_size = 1152
-        super().__post_init__(**kwargs)
-
-    def validate_cross_attention(self) -> None:
-        """Checks the fields of the cross-attention against each other and the depth of the network."""
-        _check_choice("cross_attention_cache", self.cross_attention_cache, CROSS_ATTENTION_CACHES)
-        _check_choice("v2v_scope", self.v2v_scope, V2V_SCOPES)
-        _check_choice("visual_norm", self.visual_norm, VISUAL_NORMS)
-        _check_choice("visual_time", self.visual_time, VISUAL_TIMES)
-        interval, layers, depth = self.cross_attention_interval, self.cross_attention_layers, self.num_hidden_layers
-        if interval is not None and interval < 1:
-            raise ValueError(f"`cross_attention_interval` must be at least 1; got {interval}.")
-        if layers is not None:
-            if sorted(set(layers)) != layers:
-                raise ValueError(f"`cross_attention_layers` must be ascending and without repeats; got {layers}.")
-            if any(not 0 <= layer < depth for layer in layers):
-                raise ValueError(
-                    f"`cross_attention_layers` must lie between 0 and {depth - 1} (`num_hidden_layers` is {depth}); "
-                    f"got {layers}."
-                )
-            if interval is not None and layers != list(range(0, depth, interval)):
-                raise ValueError(
-                    f"`cross_attention_layers` {layers} contradicts `cross_attention_interval` {interval}, which "
-                    f"means {list(range(0, depth, interval))}; give one of the two."
-                )
-        heads, key_heads = self.num_attention_heads, self.num_key_value_heads
-        if self.hidden_size % heads or heads % key_heads:
-            raise ValueError(
-                f"`num_attention_heads` must divide `hidden_size` and be a multiple of `num_key_value_heads`; got "
-                f"{heads} heads, {key_heads} key/value heads and width {self.hidden_size}."
-            )
-        if not math.isfinite(self.gate_init):
-            raise ValueError(f"`gate_init` must be finite; got {self.gate_init}.")
-        if self.cross_attention_hidden_size < 1:
-            raise ValueError(
-                f"`cross_attention_hidden_size` must be at least 1; got {self.cross_attention_hidden_size}."
-            )
-        if self.visual_time == "sinusoidal":
-            if self.visual_norm == "none":
-                raise ValueError(
-                    '`visual_time="sinusoidal"` is added to normalised tokens: set `visual_norm="layernorm"` too.'
-                )
-            if self.cross_attention_hidden_size % 2:
-                raise ValueError(
-                    '`visual_time="sinusoidal"` needs an even `cross_attention_hidden_size`; '
-                    f"got {self.cross_attention_hidden_size}."
-                )
-
-    @property
-    def cross_attention_layer_indices(self) -> list[int]:
-        """The layers that hold a dual cross-attention block, whichever way they were given."""
-        if self.cross_attention_layers is not None:
-            return self.cross_attention_layers
-        return list(range(0, self.num_hidden_layers, self.cross_attention_interval or 4))
-
-    @property
-    def max_sequence_length(self) -> int:
-        """Most positions a sequence may have: `max_position_embeddings`, or what rope scaling stretches it to."""
-        rope = self.rope_parameters
-        original = rope.get("original_max_position_embeddings") or self.max_position_embeddings
-        if rope.get("rope_type", "default") in ("yarn", "linear", "dynamic"):
-            return max(self.max_position_embeddings, int(original * rope["factor"]))
-        return self.max_position_embeddings
-
-
-@strict
-class CrossLMMConfig(PreTrainedConfig):
-    """A SigLIP encoder, a token merge, a projector and a Qwen2 with dual cross-attention. The defaults are the 2B's.
-
-    vision_config (`SiglipVisionConfig` or `dict`, *optional*): SigLIP2-so400m/14 at 384 px when not given. Its pooling
-        head is never built.
-    text_config (`CrossLMMTextConfig` or `dict`, *optional*)
-    image_token_id, video_token_id (`int`): the placeholders in `input_ids`; Qwen2.5's own.
-    vision_feature_layer (`int`): the SigLIP hidden state that is V of the paper, as an index into `hidden_states`.
-        Later blocks are not built.
+    vision_feature_layer (`int`): which of the encoder's `hidden_states` is V of the paper. Later blocks are not built.
     vision_chunk_size (`int`): frames per run of the vision encoder.
     pooled_grid_size (`int`): s; a frame becomes s x s pooled tokens.
     pooling_mode (`str`): "bilinear" or "average".
-    projector_hidden_size (`int`, *optional*): the LLM's width when not given.
-    tie_word_embeddings (`bool`, *optional*): the text config's value.
+    projector_hidden_size (`int`, *optional*): the language model's width when not given.
+    tie_word_embeddings (`bool`, *optional*): the text config's value; setting either of the two changes both.
     untrained (`bool`): whether the weights were put together or converted, and never trained as a CrossLMM since.
     weight_layout (`int`): which names and shapes the checkpoint's tensors have; there is one layout so far.
     """
 
     model_type = "crosslmm"
-    sub_configs: ClassVar[dict[str, type]] = {"vision_config": SiglipVisionConfig, "text_config": CrossLMMTextConfig}
+    sub_configs: ClassVar[dict[str, type]] = {"vision_config": AutoConfig, "text_config": AutoConfig}
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "cache",
         "past_key_values",
         "image_hidden_states",
         "video_hidden_states",
@@ -173,6 +87,15 @@ class CrossLMMConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     image_token_id: int = 151655
     video_token_id: int = 151656
+    cross_attention_interval: int | None = None
+    cross_attention_layers: list[int] | None = None
+    cross_attention_cache: str = "kv"
+    use_v2v: bool = True
+    use_t2v: bool = True
+    v2v_scope: str = "video"
+    visual_norm: str = "none"
+    visual_time: str = "none"
+    gate_init: float | int = 0.0
     vision_feature_layer: int = -2
     vision_chunk_size: int = 16
     pooled_grid_size: int = 3
@@ -184,48 +107,105 @@ class CrossLMMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if not self.is_remote_code():
-            # What a folder says of the code beside it is no concern of the installed package, and is not saved by it.
+            # The installed package provides the code, so `auto_map` from disk is ignored and not saved again.
             kwargs = {name: value for name, value in kwargs.items() if name not in ("auto_map", "custom_pipelines")}
-        if not isinstance(self.vision_config, PreTrainedConfig):
-            given = SO400M_384 if self.vision_config is None else self.vision_config
-            self._check_vision_type(given.get("model_type", SiglipVisionConfig.model_type))
-            self.vision_config = SiglipVisionConfig(**given)
-        self._check_vision_type(self.vision_config.model_type)
-        self.vision_config.vision_use_head = False
-
-        width = self.vision_config.hidden_size
-        if isinstance(self.text_config, CrossLMMTextConfig):
-            # 1152 is what a text config says that was built alone; any other width was asked for.
-            if self.text_config.cross_attention_hidden_size == 1152:
-                self.text_config.cross_attention_hidden_size = width
-        elif isinstance(self.text_config, PreTrainedConfig):
-            raise ValueError(
-                f"`text_config` must be a `CrossLMMTextConfig` or a dict of its fields; "
-                f"got {type(self.text_config).__name__}."
-            )
-        else:
-            given = {"cross_attention_hidden_size": width, **(self.text_config or {})}
-            if (kind := given.pop("model_type", CrossLMMTextConfig.model_type)) not in TEXT_TYPES:
-                raise ValueError(f"`text_config` must describe a Qwen2 ({' or '.join(TEXT_TYPES)}); got {kind!r}.")
-            self.text_config = CrossLMMTextConfig(**given)
-
-        tied = self.text_config.tie_word_embeddings
-        if self.tie_word_embeddings is None:
-            self.tie_word_embeddings = tied
-        elif self.tie_word_embeddings != tied:
-            raise ValueError(
-                f"`tie_word_embeddings={self.tie_word_embeddings}` contradicts the text config's {tied}; "
-                "set it in the text config only."
-            )
+        self.vision_config = self._vision_config(self.vision_config)
+        self.text_config = self._text_config(self.text_config)
+        self.tie_word_embeddings = self.__dict__.pop("_tie_word_embeddings", None)
         super().__post_init__(**kwargs)
 
     @staticmethod
-    def _check_vision_type(model_type: str) -> None:
-        if model_type != SiglipVisionConfig.model_type:
+    def _vision_config(given: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+        if not isinstance(given, PreTrainedConfig):
+            fields = dict(SO400M_384 if given is None else given)
+            model_type = fields.pop("model_type", SiglipVisionConfig.model_type)
+            _check_choice("vision_config.model_type", model_type, VISION_TYPES)
+            given = AutoConfig.for_model(model_type, **fields)
+        _check_choice("vision_config.model_type", given.model_type, VISION_TYPES)
+        if given.model_type == SiglipVisionConfig.model_type:
+            given.vision_use_head = False
+        return given
+
+    def _text_config(self, given: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+        """The language model's config. Fields of the cross-attention that an earlier checkpoint has in it move to this
+        config; what such a checkpoint leaves out has the value of Qwen2.5-1.5B."""
+        if isinstance(given, PreTrainedConfig):
+            return given
+        fields = dict(given or {})
+        model_type = fields.pop("model_type", None)
+        for name in CROSS_ATTENTION_FIELDS:
+            if name in fields:
+                setattr(self, name, fields.pop(name))
+        width = fields.pop("cross_attention_hidden_size", None)
+        if width is not None and width != self.vision_config.hidden_size:
             raise ValueError(
-                "`vision_config` must describe a fixed-resolution SigLIP or SigLIP2 encoder "
-                f"({SiglipVisionConfig.model_type!r}); got {model_type!r}."
+                f"`text_config.cross_attention_hidden_size` must be the vision encoder's width "
+                f"({self.vision_config.hidden_size}); got {width}. Leave it out: the encoder's width is used."
             )
+        if model_type in (None, OLD_TEXT_TYPE):
+            return Qwen2Config(**{**QWEN2_5_1_5B, **fields})
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"`text_config.model_type` must be a model type of Transformers, as 'qwen2' or 'llama'; got "
+                f"{model_type!r}."
+            )
+        return AutoConfig.for_model(model_type, **fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, `tie_word_embeddings` among them."""
+        return super().to_dict() | {"tie_word_embeddings": self.tie_word_embeddings}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is written to config.json: `tie_word_embeddings` stands in the text config, its one home."""
+        return {name: value for name, value in super().to_diff_dict().items() if name != "tie_word_embeddings"}
+
+    def validate_cross_attention(self) -> None:
+        """Checks the fields of the cross-attention against each other and the depth of the language model."""
+        _check_choice("cross_attention_cache", self.cross_attention_cache, CROSS_ATTENTION_CACHES)
+        _check_choice("v2v_scope", self.v2v_scope, V2V_SCOPES)
+        _check_choice("visual_norm", self.visual_norm, VISUAL_NORMS)
+        _check_choice("visual_time", self.visual_time, VISUAL_TIMES)
+        needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+        if missing := [name for name in needed if getattr(self.text_config, name, None) is None]:
+            raise ValueError(
+                f"`text_config` must be the config of a decoder; a {type(self.text_config).__name__} has no "
+                f"{', '.join(missing)}. Pass the language model's own config (`config.get_text_config()` of a "
+                "composite one)."
+            )
+        interval, layers = self.cross_attention_interval, self.cross_attention_layers
+        depth = self.text_config.num_hidden_layers
+        if interval is not None and interval < 1:
+            raise ValueError(f"`cross_attention_interval` must be at least 1; got {interval}.")
+        if layers is not None:
+            if sorted(set(layers)) != layers:
+                raise ValueError(f"`cross_attention_layers` must be ascending and without repeats; got {layers}.")
+            if any(not 0 <= layer < depth for layer in layers):
+                raise ValueError(
+                    f"`cross_attention_layers` must lie between 0 and {depth - 1} (`num_hidden_layers` is {depth}); "
+                    f"got {layers}."
+                )
+            if interval is not None and layers != list(range(0, depth, interval)):
+                raise ValueError(
+                    f"`cross_attention_layers` {layers} contradicts `cross_attention_interval` {interval}, which "
+                    f"means {list(range(0, depth, interval))}; give one of the two."
+                )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`text_config.num_attention_heads` must be a multiple of `num_key_value_heads`; got "
+                f"{self.num_attention_heads} heads and {self.num_key_value_heads} key/value heads."
+            )
+        if not math.isfinite(self.gate_init):
+            raise ValueError(f"`gate_init` must be finite; got {self.gate_init}.")
+        if self.visual_time == "sinusoidal":
+            if self.visual_norm == "none":
+                raise ValueError(
+                    '`visual_time="sinusoidal"` is added to normalised tokens: set `visual_norm="layernorm"` too.'
+                )
+            if self.vision_config.hidden_size % 2:
+                raise ValueError(
+                    '`visual_time="sinusoidal"` needs a vision encoder of even width; '
+                    f"got `vision_config.hidden_size` {self.vision_config.hidden_size}."
+                )
 
     def validate_vision(self) -> None:
         """Checks the fields that concern the encoder, the token merge and the projector."""
@@ -256,12 +236,6 @@ class CrossLMMConfig(PreTrainedConfig):
             )
         if self.projector_hidden_size is not None and self.projector_hidden_size < 1:
             raise ValueError(f"`projector_hidden_size` must be at least 1; got {self.projector_hidden_size}.")
-        if self.text_config.cross_attention_hidden_size != self.vision_config.hidden_size:
-            raise ValueError(
-                f"`text_config.cross_attention_hidden_size` must be the vision encoder's width "
-                f"({self.vision_config.hidden_size}); got {self.text_config.cross_attention_hidden_size}. "
-                "Leave it out and it is filled in."
-            )
         if self.weight_layout != WEIGHT_LAYOUT:
             raise ValueError(
                 f"`weight_layout` must be {WEIGHT_LAYOUT}, the one this version reads; got {self.weight_layout}. "
@@ -270,8 +244,44 @@ class CrossLMMConfig(PreTrainedConfig):
         if self.image_token_id == self.video_token_id:
             raise ValueError(
                 f"`image_token_id` and `video_token_id` must differ; both are {self.image_token_id}. "
-                "The tokens tell images from videos."
+                "The model uses them to distinguish images from videos."
             )
+
+    @property
+    def cross_attention_layer_indices(self) -> list[int]:
+        """The layers that hold a dual cross-attention block, whichever way they were given."""
+        if not (self.use_v2v or self.use_t2v):
+            return []
+        if self.cross_attention_layers is not None:
+            return self.cross_attention_layers
+        return list(range(0, self.text_config.num_hidden_layers, self.cross_attention_interval or 4))
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads of the language model, and so of the cross-attention."""
+        return self.text_config.num_attention_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Key/value heads of the language model, and so of the cross-attention."""
+        return getattr(self.text_config, "num_key_value_heads", None) or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head of the language model, and so of the cross-attention."""
+        own = getattr(self.text_config, "head_dim", None)
+        return own or self.text_config.hidden_size // self.num_attention_heads
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Most positions a sequence may have: `max_position_embeddings`, or what rope scaling stretches it to."""
+        longest = self.text_config.max_position_embeddings
+        rope = getattr(self.text_config, "rope_parameters", None) or {}
+        rope = rope.get("full_attention", rope)  # some models have one setting for each kind of layer
+        if rope.get("rope_type") in ("yarn", "linear", "dynamic"):
+            original = rope.get("original_max_position_embeddings") or longest
+            return max(longest, int(original * rope["factor"]))
+        return longest
 
     @property
     def patch_grid_size(self) -> int:
@@ -309,15 +319,33 @@ class CrossLMMConfig(PreTrainedConfig):
         own_tokens = preset["pooled_grid_size"] ** 2
         if tokens_per_frame not in (None, 1, own_tokens):
             raise ValueError(f"`tokens_per_frame` of {name!r} must be 1 or {own_tokens}; got {tokens_per_frame}.")
-        text_config: dict[str, Any] = {**preset["text_config"], **FLAVOURS[flavour]}
+        text_config = dict(preset["text_config"])
         if long_context:
             text_config |= {"rope_parameters": dict(YARN_131072), "max_position_embeddings": 131_072}
         return cls(
             vision_config=dict(preset["vision_config"]),
             text_config=text_config,
             pooled_grid_size=1 if tokens_per_frame == 1 else preset["pooled_grid_size"],
+            **FLAVOURS[flavour],
         )
 
+
+def _tie_word_embeddings(config: CrossLMMConfig) -> bool | None:
+    """Whether input and output embeddings are one tensor: the text config's field under another name."""
+    if isinstance(config.text_config, PreTrainedConfig):
+        return config.text_config.tie_word_embeddings
+    return config.__dict__.get("_tie_word_embeddings")
+
+
+def _set_tie_word_embeddings(config: CrossLMMConfig, value: bool | None) -> None:
+    if not isinstance(config.__dict__.get("text_config"), PreTrainedConfig):
+        config.__dict__["_tie_word_embeddings"] = value
+    elif value is not None:
+        config.text_config.tie_word_embeddings = value
+
+
+# A property that is set after the class was made: within it, it would be the field's default.
+CrossLMMConfig.tie_word_embeddings = property(_tie_word_embeddings, _set_tie_word_embeddings)  # type: ignore
 
 SO400M_384 = {
     "hidden_size": 1152,
@@ -335,7 +363,17 @@ GIANT_384 = {
     "image_size": 384,
     "patch_size": 16,
 }
+QWEN2_5_1_5B = {
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+}
 QWEN2_5_7B = {
+    **QWEN2_5_1_5B,
     "vocab_size": 152_064,
     "hidden_size": 3584,
     "intermediate_size": 18_944,
@@ -344,7 +382,7 @@ QWEN2_5_7B = {
     "tie_word_embeddings": False,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    "2B": {"vision_config": SO400M_384, "text_config": {}, "pooled_grid_size": 3},
+    "2B": {"vision_config": SO400M_384, "text_config": QWEN2_5_1_5B, "pooled_grid_size": 3},
     "7B": {"vision_config": SO400M_384, "text_config": QWEN2_5_7B, "pooled_grid_size": 3},
     "7B-16": {"vision_config": GIANT_384, "text_config": QWEN2_5_7B, "pooled_grid_size": 4},
 }
@@ -359,4 +397,4 @@ YARN_131072 = {
     "original_max_position_embeddings": 32_768,
 }
 
-__all__ = ["CrossLMMConfig", "CrossLMMTextConfig"]
+__all__ = ["CrossLMMConfig"]

@@ -48,7 +48,7 @@ class FrameWeights(LogitsProcessor):
 
     def __init__(self, model: Any) -> None:
         layers = model.model.language_model.layers
-        indices = model.config.text_config.cross_attention_layer_indices if model.config.text_config.use_t2v else []
+        indices = model.config.cross_attention_layer_indices if model.config.use_t2v else []
         if not indices:
             raise ValueError(
                 "`output_cross_attentions` are T2V's, and this model has none: `use_t2v` is False or no layer has a "
@@ -82,7 +82,7 @@ class FrameWeights(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """A token is about to be chosen; `scores` stay what they are."""
         layers = [self.latest[branch.layer_idx] for branch in self.branches if self.latest]
-        num_heads = self.branches[0].config.num_attention_heads
+        num_heads = self.branches[0].num_heads
         nothing = torch.zeros(len(self.branches), num_heads, 0)
         self.steps.append(
             [torch.stack([layer[row].cpu() for layer in layers]) if layers else nothing for row in range(len(scores))]
@@ -124,13 +124,13 @@ def last_token_weights(
     num_rows, patches_per_frame = len(memory.rows), memory.patches_per_frame
     length = len(normed) // num_rows
     weights = [
-        normed.new_zeros(branch.config.num_attention_heads, num_frames, dtype=torch.float32)
+        normed.new_zeros(branch.num_heads, num_frames, dtype=torch.float32)
         for num_frames in (
             sum(end - start for start, end in (medium.patches for medium in media)) // patches_per_frame
             for media in memory.rows
         )
     ]
-    if segments.is_dummy:
+    if segments.is_placeholder:
         return weights
     queries = iter(segments.queries.tolist())
     for count, span in zip(segments.lengths, segments.spans, strict=True):
@@ -138,7 +138,7 @@ def last_token_weights(
         if last:
             query = branch.split_heads(branch.q_proj(normed[last]))
             scores = _scores(branch, query, states, memory, cache_layer)
-            per_patch = max(query[..., 0].numel(), branch.config.cross_attention_hidden_size)
+            per_patch = max(query[..., 0].numel(), branch.k_proj.in_features)
             frames = max(1, CHUNK_ELEMENTS // (patches_per_frame * per_patch))
             looked = _sum_per_frame(scores, span, patches_per_frame, frames)
             for row, summed in zip(last, looked, strict=True):
@@ -156,14 +156,14 @@ def _scores(
     """From a stretch of patches to the scores (R, H, patches) of `query` (R, H, E), in float32 or better: by the keys
     that are kept, by features and the projection folded into the query, or by keys projected for the purpose."""
     precise = torch.promote_types(query.dtype, torch.float32)
-    grouped = query.to(precise).unflatten(1, (branch.config.num_key_value_heads, -1)) * branch.scaling
+    grouped = query.to(precise).unflatten(1, (branch.num_key_value_heads, -1)) * branch.scaling
 
     def patches(start: int, end: int) -> torch.Tensor:
         assert states is not None  # these two ways have no keys to look at
         return memory.tokens(states, start, end)
 
     if cache_layer is not None and memory.form == "features":
-        key_weight, _ = memory.folding[branch.layer_idx]
+        key_weight = memory.folding[branch.layer_idx].key
         folded = torch.einsum("qgre,ged->qgrd", grouped, key_weight.to(precise)).flatten(1, 2)
         return lambda start, end: folded @ patches(start, end).to(precise).T
 

@@ -1,20 +1,38 @@
-"""Everything that can be wrong with the inputs of a call, told before any weight is used.
+"""Input validation, before any weight is used.
 
 Shapes: B rows, L tokens of this call, F frames, S pixels along a side, N patches per frame, D vision width,
         C language width.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
-from transformers import SiglipVisionConfig
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, is_accelerate_available, torch_compilable_check
 
-from .cache_crosslmm import VisualMemory, cache_capacity, visual_memory
-from .configuration_crosslmm import CROSS_ATTENTION_CACHES, CrossLMMConfig, CrossLMMTextConfig
-from .media_crosslmm import EncodedMedia, first_placeholders, media_index
+from .cache_crosslmm import VisualMemory, cache_capacity, memory_in
+from .configuration_crosslmm import CROSS_ATTENTION_CACHES, CrossLMMConfig
+from .media_crosslmm import EncodedMedia, media_index
+
+
+@dataclass(frozen=True)
+class NewMedia:
+    """The media that come with a call, checked.
+
+    pixels: (frames, 3, S, S) by modality. frames: of each medium in `pixels`. encoded: media that came encoded.
+    masks: the placeholders (B, L) that media fill, by modality. form: "kv" or "features", how the cache keeps them.
+    """
+
+    pixels: dict[str, torch.Tensor] = field(default_factory=dict)
+    frames: dict[str, list[int]] = field(default_factory=dict)
+    encoded: EncodedMedia = field(default_factory=dict)
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
+    form: str = "kv"
+
+    def __bool__(self) -> bool:
+        return bool(self.pixels or self.encoded)
 
 
 def check_inputs(
@@ -23,7 +41,7 @@ def check_inputs(
     *,
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     past_length: int | torch.Tensor,
     pixel_values: torch.Tensor | None,
     pixel_values_videos: torch.Tensor | None,
@@ -33,73 +51,66 @@ def check_inputs(
     position_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     num_rows: int | None = None,
-) -> tuple[dict[str, BaseModelOutputWithPooling], dict[str, torch.Tensor], str]:
-    """The checks of one call of the model, or, for `generate`, of its first.
+) -> NewMedia:
+    """Checks one call of the model, or, for `generate`, its first, and returns the media that come with it.
 
     find_placeholders: ids and embeddings, one of them None, to the places (B, L) of each modality's placeholders.
     past_length: tokens that the cache has seen. num_rows: rows of the call once `generate` has repeated each for its
         beams; as given otherwise.
-    Returns the media that came encoded, the placeholders that media fill, per modality, and the form in which their
-    keys and values are kept. Without new media, tokens behind cached ones are not looked at: their placeholder ids are
-    text.
+    Without new media, tokens that follow cached ones are not searched: their placeholder ids are text.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
     tokens = input_ids if inputs_embeds is None else inputs_embeds
-    text_config, length = config.text_config, tokens.shape[1]
-    memory = visual_memory(past_key_values, text_config.cross_attention_layer_indices)
+    length, memory = tokens.shape[1], memory_in(cache)
     if memory is not None and len(memory.rows) != (num_rows or len(tokens)):
         raise ValueError(
-            f"`past_key_values` holds media of {len(memory.rows)} rows; got {num_rows or len(tokens)} rows of "
-            "tokens. Change the cache first, with `batch_repeat_interleave` or `batch_select_indices`."
+            f"`cache` holds media of {len(memory.rows)} rows; got {num_rows or len(tokens)} rows of tokens. Change "
+            "the cache first, with `batch_repeat_interleave` or `batch_select_indices`."
         )
     if isinstance(past_length, int):
-        check_length(past_length + length, text_config, past_key_values)
+        check_length(past_length + length, config, cache)
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] < length:
         raise ValueError(
             f"`attention_mask` must cover the {length} tokens of the call, and what the cache has seen before them; "
             f"got {attention_mask.shape[1]} columns."
         )
     if input_ids is not None and length > 1 and not torch.compiler.is_compiling():
-        check_ids(input_ids, text_config.vocab_size)
-    form = cache_form(cross_attention_cache, memory, text_config)
+        check_ids(input_ids, config.text_config.vocab_size)
+    form = cache_form(cross_attention_cache, memory, config)
 
-    media = {modality: output for modality, output in (mm_encoder_outputs or {}).items() if output is not None}
-    pixels = {"image": pixel_values, "video": pixel_values_videos}
-    is_prefilling = memory is not None and memory.prefilling
-    if media:
-        check_encoded(media, config, has_original=not is_prefilling)
-    has_new_media = bool(media) or pixel_values is not None or pixel_values_videos is not None
+    encoded = {modality: output for modality, output in (mm_encoder_outputs or {}).items() if output is not None}
+    given = {"image": pixel_values, "video": pixel_values_videos}
+    pixels = {modality: frames for modality, frames in given.items() if frames is not None}
+    check_encoded(encoded, config)
+    has_new_media = bool(encoded or pixels)
     has_begun = not isinstance(past_length, int) or past_length > 0
-    if not has_new_media and (has_begun or tokens.device.type == "meta"):
-        return media, {}, form
+    is_prefilling = memory is not None and memory.pooled is not None
+    if not has_new_media and (has_begun or is_prefilling or tokens.device.type == "meta"):
+        return NewMedia(form=form)
     if has_new_media and not torch.compiler.is_compiling():
         check_whole_sequences()
-    if has_new_media and position_ids is not None and not torch.compiler.is_compiling():
-        check_unpacked(position_ids, attention_mask)
+        if position_ids is not None:
+            check_unpacked(position_ids, attention_mask)
     masks = find_placeholders(input_ids, inputs_embeds)
+    frames: dict[str, list[int]] = {}
     for modality, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         lengths: list[int] = []
-        if pixels[modality] is not None:
-            if modality in media:
-                raise ValueError(
-                    f"`{name}` and `mm_encoder_outputs[{modality!r}]` are the same media twice; give one."
-                )
+        if modality in pixels:
+            if modality in encoded:
+                raise ValueError(f"Pass either `{name}` or `mm_encoder_outputs[{modality!r}]`, not both.")
             check_pixels(name, pixels[modality], config.vision_config)
-            frames = [1] * len(pixels[modality])
+            frames[modality] = [1] * len(pixels[modality])
             if modality == "video":
-                frames = frames_per_video(pixels[modality], video_num_frames)
-            lengths = [count * config.tokens_per_frame for count in frames]
-        elif modality in media:
-            masks[modality] = first_placeholders(masks[modality], media[modality])
-            lengths = [len(pooled) for pooled in media[modality].pooler_output]
-        # In the chunk of a batch a medium may go on in the next row.
-        frame = None if is_prefilling else config.tokens_per_frame
-        check_placeholders(modality, name, masks[modality], lengths, tokens_per_frame=frame)
-    return media, masks, form
+                frames[modality] = frames_per_video(pixels[modality], video_num_frames)
+            lengths = [count * config.tokens_per_frame for count in frames[modality]]
+        elif modality in encoded:
+            lengths = [len(pooled) for pooled in encoded[modality].pooler_output]
+        check_placeholders(modality, name, masks[modality], lengths, tokens_per_frame=config.tokens_per_frame)
+    return NewMedia(pixels, frames, encoded, masks, form)
 
 
-def cache_form(asked: str | None, memory: VisualMemory | None, text_config: CrossLMMTextConfig) -> str:
+def cache_form(asked: str | None, memory: VisualMemory | None, config: CrossLMMConfig) -> str:
     """ "kv" or "features": what was asked for, what the cache holds already, or the config's.
 
     Raises ValueError for anything else, and when the first two differ.
@@ -109,26 +120,26 @@ def cache_form(asked: str | None, memory: VisualMemory | None, text_config: Cros
             f"`cross_attention_cache` must be one of {', '.join(map(repr, CROSS_ATTENTION_CACHES))}; got {asked!r}."
         )
     if memory is None:
-        return asked or text_config.cross_attention_cache
+        return asked or config.cross_attention_cache
     if asked not in (None, memory.form):
         raise ValueError(
-            f"A cache keeps the form it began with; this one holds {memory.form!r}, "
-            f"got `cross_attention_cache={asked!r}`. Leave it out, or begin a new cache."
+            f"This cache was created with {memory.form!r}; it cannot switch to `cross_attention_cache={asked!r}`. "
+            "Leave the argument out, or begin a new cache."
         )
     return memory.form
 
 
-def check_length(length: int, text_config: CrossLMMTextConfig, cache: Cache | None) -> None:
+def check_length(length: int, config: CrossLMMConfig, cache: Cache | None) -> None:
     """Raises ValueError unless a sequence of `length` fits the context and the cache."""
-    if length > text_config.max_sequence_length:
+    if length > config.max_sequence_length:
         raise ValueError(
-            f"The sequence must fit the context of {text_config.max_sequence_length} positions; got {length}. Sample "
+            f"The sequence must fit the context of {config.max_sequence_length} positions; got {length}. Sample "
             "fewer frames, use a smaller `pooled_grid_size`, or stretch the context with rope scaling (YaRN)."
         )
     capacity = -1 if cache is None else cache_capacity(cache)
     if 0 <= capacity < length:
         raise ValueError(
-            f"The sequence must fit `past_key_values`, which holds {capacity} tokens; got {length}. Make the static "
+            f"The sequence must fit `cache`, which holds {capacity} tokens; got {length}. Make the static "
             "cache larger, or pass a DynamicCache()."
         )
 
@@ -155,19 +166,19 @@ def check_whole_sequences() -> None:
     for name in ("cp_size", "sp_size"):
         if (size := getattr(parallelism, name, None) or 1) > 1:
             raise ValueError(
-                f"Media need whole sequences: context and sequence parallelism part placeholders from pixels; got "
+                f"Media need whole sequences: context and sequence parallelism separate placeholders from pixels; got "
                 f"`parallelism_config.{name}={size}`. Set it to 1 and shard the weights instead (FSDP2)."
             )
 
 
 def check_unpacked(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-    """Raises ValueError for rows in which positions begin anew: several samples in one, of which a later one would see
-    the media of those before it."""
+    """Raises ValueError for rows in which positions begin anew: several samples in one, of which a later one would
+    attend to the media of those before it."""
     is_token = torch.ones_like(position_ids)
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
         is_token = attention_mask[:, -position_ids.shape[1] :].to(position_ids)
     elif attention_mask is not None:
-        return  # made for the layers already, as with a static cache: padding cannot be told from it
+        return  # a mask prepared for the layers, as with a static cache
     positions = position_ids * is_token
     falls = is_token.bool() & (positions < positions.cummax(dim=-1).values)
     if falls.device.type != "meta" and falls.any():
@@ -177,7 +188,7 @@ def check_unpacked(position_ids: torch.Tensor, attention_mask: torch.Tensor | No
         )
 
 
-def check_pixels(name: str, pixels: torch.Tensor, vision_config: SiglipVisionConfig) -> None:
+def check_pixels(name: str, pixels: torch.Tensor, vision_config: PreTrainedConfig) -> None:
     """Raises unless `pixels` are finite, normalised frames of the encoder's size, at least one: (F, 3, S, S).
 
     TypeError for what is no tensor, ValueError for the rest.
@@ -193,8 +204,8 @@ def check_pixels(name: str, pixels: torch.Tensor, vision_config: SiglipVisionCon
         )
     if not pixels.is_floating_point():
         raise ValueError(f"`{name}` must hold normalised floats; got {pixels.dtype}: use the processor.")
-    # Not `isfinite`, which writes another tensor of their size.
-    if pixels.device.type != "meta" and not torch.stack(pixels.aminmax()).isfinite().all():
+    # The sum reads them once, on all threads; `isfinite` would write another tensor of their size.
+    if pixels.device.type != "meta" and not pixels.sum(dtype=torch.float32).isfinite():
         raise ValueError(f"`{name}` must be finite; got NaN or infinity. Check the frames before the processor.")
 
 
@@ -214,12 +225,9 @@ def frames_per_video(pixels: torch.Tensor, video_num_frames: torch.Tensor | None
     return frames
 
 
-def check_encoded(media: EncodedMedia, config: CrossLMMConfig, *, has_original: bool) -> None:
-    """Raises unless encoded media are what `get_video_features` and `get_image_features` return.
-
-    has_original: whether the original tokens must be there; the chunks of a prefill bring pooled ones only.
-    TypeError for other objects, ValueError for other modalities and shapes.
-    """
+def check_encoded(media: EncodedMedia, config: CrossLMMConfig) -> None:
+    """Raises unless encoded media are what `get_video_features` and `get_image_features` return: TypeError for other
+    objects, ValueError for other modalities and shapes."""
     tokens_per_frame, num_patches = config.tokens_per_frame, config.patch_grid_size**2
     for modality, output in media.items():
         if modality not in ("image", "video"):
@@ -229,8 +237,6 @@ def check_encoded(media: EncodedMedia, config: CrossLMMConfig, *, has_original: 
                 f"`mm_encoder_outputs[{modality!r}]` must be what `get_{modality}_features` returns; "
                 f"got {type(output).__name__}."
             )
-        if not has_original:
-            continue
         lengths = [len(pooled) for pooled in output.pooler_output]
         frames = dict(zip(media_index(output), (length // tokens_per_frame for length in lengths), strict=True))
         wanted = (sum(frames.values()), num_patches, config.vision_config.hidden_size)
@@ -244,13 +250,10 @@ def check_encoded(media: EncodedMedia, config: CrossLMMConfig, *, has_original: 
 
 
 def check_placeholders(
-    modality: str, name: str, mask: torch.Tensor, lengths: list[int], *, tokens_per_frame: int | None
+    modality: str, name: str, mask: torch.Tensor, lengths: list[int], *, tokens_per_frame: int
 ) -> None:
     """Raises ValueError unless the placeholders `mask` (B, L) are those of media with `lengths` pooled tokens, each
-    medium in one row and each frame in one piece.
-
-    tokens_per_frame: None to look at their number alone.
-    """
+    medium in one row and each frame in one piece."""
     if mask.device.type == "meta":
         return
     if torch.compiler.is_compiling():  # a graph cannot tell the numbers
@@ -263,8 +266,6 @@ def check_placeholders(
             f"placeholders, `{name}` or `mm_encoder_outputs` fill {sum(lengths)}. Make both with the processor in "
             "one call, without truncation, and check that nothing drops the pixels on the way."
         )
-    if tokens_per_frame is None:
-        return
     for medium in rows.split(lengths):
         if medium[0] != medium[-1]:
             raise ValueError(

@@ -1,5 +1,4 @@
-"""Encoded videos and images as objects: how a long video becomes one, which placeholders they fill, whose they are,
-and how they are kept on disk.
+"""Encoded videos and images as objects: how a long video becomes one, where they stand, how they are kept on disk.
 
 Shapes: B rows, L tokens, F frames of all media, T of one video, S pixels along a side, N patches per frame, D vision
         width, C language width.
@@ -25,12 +24,10 @@ class CrossLMMEncodedMedia(BaseModelOutputWithPooling):
     """Encoded media of which several rows may use the same. Copies share tensors.
 
     media_index: `pooler_output[j]` belongs to medium `media_index[j]` of `last_hidden_state` (F, N, D); None when each
-        has its own. So beams share patches.
-    row_index: the row in which each entry of `pooler_output` stands; None until somebody has looked.
+        has its own. So rows that ask about one video share its patches.
     """
 
     media_index: tuple[int, ...] | None = None
-    row_index: tuple[int, ...] | None = None
 
     def __deepcopy__(self, memo) -> "CrossLMMEncodedMedia":
         return replace(self)
@@ -91,56 +88,6 @@ def media_index(output: BaseModelOutputWithPooling) -> tuple[int, ...]:
     return tuple(range(len(output.pooler_output))) if index is None else index
 
 
-def assign_rows(media: EncodedMedia, masks: dict[str, torch.Tensor]) -> dict[str, CrossLMMEncodedMedia]:
-    """The same media, each with the row in which it stands; the caller's dict and outputs stay untouched.
-
-    masks: placeholders (B, L) of each modality, as many as the media fill.
-    """
-    assigned = {}
-    for modality, output in media.items():
-        if output is None:
-            continue
-        row_index = output.row_index if isinstance(output, CrossLMMEncodedMedia) else None
-        if row_index is None:
-            rows = masks[modality].nonzero()[:, 0].cpu()
-            starts = torch.tensor([0, *(len(tokens) for tokens in output.pooler_output)]).cumsum(0)[:-1]
-            row_index = tuple(rows[starts].tolist())
-        assigned[modality] = CrossLMMEncodedMedia(
-            last_hidden_state=output.last_hidden_state,
-            pooler_output=tuple(output.pooler_output),
-            media_index=media_index(output),
-            row_index=row_index,
-        )
-    return assigned
-
-
-def expand_media(media: dict[str, CrossLMMEncodedMedia], times: int) -> dict[str, CrossLMMEncodedMedia]:
-    """Media for rows that are each repeated `times` times: A, B of one row become A, B, A, B. Nothing is copied."""
-    expanded = {}
-    for modality, output in media.items():
-        entries = list(zip(output.row_index, output.pooler_output, output.media_index, strict=True))
-        repeated = [
-            (row * times + copy, tokens, medium)
-            for row in dict.fromkeys(output.row_index)
-            for copy in range(times)
-            for own_row, tokens, medium in entries
-            if own_row == row
-        ]
-        rows, tokens, index = zip(*repeated, strict=True)
-        expanded[modality] = replace(output, pooler_output=tokens, media_index=index, row_index=rows)
-    return expanded
-
-
-def first_placeholders(mask: torch.Tensor, output: BaseModelOutputWithPooling) -> torch.Tensor:
-    """The placeholders (B, L) that media fill. Once their rows are known, what a row has beyond its media is text."""
-    if not isinstance(output, CrossLMMEncodedMedia) or output.row_index is None:
-        return mask
-    filled = torch.zeros(len(mask), 1, dtype=torch.long)
-    for row, tokens in zip(output.row_index, output.pooler_output, strict=True):
-        filled[row] += len(tokens)
-    return mask & (mask.cumsum(-1) <= filled.to(mask.device))
-
-
 def locate_media(
     media: EncodedMedia, masks: dict[str, torch.Tensor], past_length: int, *, tokens_per_frame: int
 ) -> tuple[list[list[Medium]], torch.Tensor, torch.Tensor]:
@@ -186,6 +133,17 @@ def locate_media(
     if not original.is_meta:  # where costs are counted, ids alone are real
         original = original.to(masks[next(iter(media))].device)
     return rows, original, frame_numbers
+
+
+def number_placeholders(masks: dict[str, torch.Tensor], modalities: Iterable[str]) -> torch.Tensor:
+    """Which pooled token each position shows, (B, L), -1 where none; tokens are counted through all modalities."""
+    numbers, counted = None, 0
+    for modality in modalities:
+        mask = masks[modality]
+        order = mask.flatten().cumsum(0).view_as(mask) - 1 + counted
+        numbers = torch.where(mask, order, -1 if numbers is None else numbers)
+        counted = counted + mask.sum()
+    return numbers
 
 
 def save_encoded_media(media: EncodedMedia, path: str | os.PathLike) -> None:

@@ -4,8 +4,9 @@ frames become one tensor.
 Shapes: F frames, N patches per frame, D vision width, C language width.
 """
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 
@@ -13,9 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
 from .configuration_crosslmm import CrossLMMConfig
 
@@ -26,42 +26,84 @@ FRAMES_AT_ONCE = 16
 """Frames whose original tokens are in float32 at a time, while they are normalised."""
 
 
-class CrossLMMVisionEmbeddings(SiglipVisionEmbeddings):
-    """SigLIP's, a patch behind the other in memory. The convolution leaves channel behind channel, which every block
-    would inherit: each of its norms copied its input, and so did whoever reads the original tokens."""
+@dataclass(frozen=True)
+class TowerLayout:
+    """Where the parts of an encoder of Transformers lie.
 
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
-        return super().forward(pixel_values, **kwargs).contiguous()
+    blocks: the list of its blocks. final_norm: what follows the last block. registers: the config's fields that count
+    tokens between the class token and the patches; None where there is no class token either.
+    """
+
+    blocks: str
+    final_norm: str
+    registers: tuple[str, ...] | None
 
 
-class CrossLMMVisionTower(SiglipVisionModel):
-    """SigLIP up to the hidden state that CrossLMM reads; what lies behind it is not built."""
+TOWERS = {
+    "siglip_vision_model": TowerLayout("encoder.layers", "post_layernorm", None),
+    "clip_vision_model": TowerLayout("encoder.layers", "post_layernorm", ()),
+    "dinov2": TowerLayout("encoder.layer", "layernorm", ()),
+    "dinov2_with_registers": TowerLayout("encoder.layer", "layernorm", ("num_register_tokens",)),
+    "dinov3_vit": TowerLayout("model.layer", "norm", ("num_register_tokens",)),
+}
 
-    # SigLIP's own list names parts that are not built, which FSDP would look for.
-    _no_split_modules = ["SiglipEncoderLayer"]
 
-    def __init__(self, config: SiglipVisionConfig, num_blocks: int):
-        super().__init__(config)
-        self.embeddings = CrossLMMVisionEmbeddings(config)
-        left_out = "|".join(str(block) for block in range(num_blocks, len(self.encoder.layers)))
-        del self.encoder.layers[num_blocks:]
-        self.post_layernorm = nn.Identity()
-        # A whole SigLIP may be loaded without a word about what is not built.
-        self._keys_to_ignore_on_load_unexpected.add(r"vision_tower\.(post_layernorm|head)\.")
-        if left_out:
-            self._keys_to_ignore_on_load_unexpected.add(rf"vision_tower\.encoder\.layers\.({left_out})\.")
+def build_vision_tower(config: CrossLMMConfig) -> PreTrainedModel:
+    """Transformers' own encoder up to the hidden state that CrossLMM reads; what follows it is not built.
 
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """Under checkpointing a chunk is kept as pixels. Checkpointed by block alone, it would keep the input of every
-        block: as much as the original tokens, 26 times. A frozen tower keeps nothing and has no backward pass;
-        Transformers' checkpointing makes its embeddings ask for gradients, which would run through all of it."""
-        learns = torch.is_grad_enabled() and (
-            pixel_values.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
-        )
-        with torch.set_grad_enabled(learns):
-            if learns and self.training and self.encoder.gradient_checkpointing:
-                return checkpoint(super().forward, pixel_values, use_reentrant=False, **kwargs)
-            return super().forward(pixel_values, **kwargs)
+    The blocks after that state go, and the final norm becomes the identity; loading a whole encoder skips the tensors
+    of both without a word.
+    """
+    tower = AutoModel.from_config(config.vision_config)
+    layout = TOWERS[config.vision_config.model_type]
+    blocks = tower.get_submodule(layout.blocks)
+    dropped = "|".join(str(block) for block in range(config.num_vision_blocks, len(blocks)))
+    del blocks[config.num_vision_blocks :]
+    setattr(tower, layout.final_norm, nn.Identity())
+    ignored = {rf"vision_tower\.({layout.final_norm}|head)\."}
+    if dropped:
+        ignored.add(rf"vision_tower\.{re.escape(layout.blocks)}\.({dropped})\.")
+    tower._keys_to_ignore_on_load_unexpected |= ignored
+    # The class may name parts that are not built (SigLIP's pooling head), which FSDP would look for.
+    built = {type(module).__name__ for module in tower.modules()}
+    tower._no_split_modules = set(tower._no_split_modules) & built
+    mask_token = getattr(tower.embeddings, "mask_token", None)
+    if mask_token is not None:
+        mask_token.requires_grad_(False)  # DINO's, for its own pretraining: nothing here reads it
+    tower.embeddings.register_forward_hook(_contiguous)
+    return tower
+
+
+def _contiguous(module: nn.Module, inputs: tuple, embedded: torch.Tensor) -> torch.Tensor:
+    """Hook: lays embedded patches out token by token. The convolution's strides would make every LayerNorm of every
+    block copy its input."""
+    return embedded.contiguous()
+
+
+def encode_frames(tower: PreTrainedModel, pixels: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    """What a tower gives for a chunk of frames (F, 3, S, S): `last_hidden_state` is V of Eq. 1, (F, N, D), without the
+    tokens that stand before the patches.
+
+    Under checkpointing a chunk is kept as pixels. Checkpointed by block alone, it would keep the input of every block:
+    26 times as much as the original tokens. A frozen tower keeps nothing and has no backward pass; Transformers'
+    checkpointing makes its embeddings ask for gradients, which would run through all of it.
+    """
+    learns = torch.is_grad_enabled() and (
+        pixels.requires_grad or any(parameter.requires_grad for parameter in tower.parameters())
+    )
+    is_checkpointed = learns and any(
+        module.training and getattr(module, "gradient_checkpointing", False) for module in tower.modules()
+    )
+    with torch.set_grad_enabled(learns):
+        run = partial(checkpoint, tower, use_reentrant=False) if is_checkpointed else tower
+        output = run(pixels, **kwargs)
+    return replace(output, last_hidden_state=output.last_hidden_state[:, num_prefix_tokens(tower.config) :])
+
+
+def num_prefix_tokens(config: PreTrainedConfig) -> int:
+    """Tokens before the patches: a class token and registers, where the encoder has them."""
+    registers = TOWERS[config.model_type].registers
+    return 0 if registers is None else 1 + sum(getattr(config, name) for name in registers)
 
 
 class CrossLMMMultiModalProjector(nn.Module):
@@ -93,17 +135,21 @@ class TokenNorm:
     @classmethod
     def of(cls, original: torch.Tensor, codes: torch.Tensor) -> "TokenNorm":
         """For tokens (F, N, D) of frames with these codes."""
-        variances = (precisely(some).var(-1, correction=0) for some in original.split(FRAMES_AT_ONCE))
-        return cls((joined(variances, len(original)) + NORM_EPS).rsqrt(), codes)
+        variances = (to_float32(some).var(-1, correction=0) for some in original.split(FRAMES_AT_ONCE))
+        return cls((concat_parts(variances, len(original)) + NORM_EPS).rsqrt(), codes)
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
 
     def to(self, device: torch.device) -> "TokenNorm":
-        return self if self.codes.device == device else TokenNorm(self.scale.to(device), self.codes.to(device))
+        return TokenNorm(self.scale.to(device), self.codes.to(device))
 
-    def followed_by(self, other: "TokenNorm") -> "TokenNorm":
-        """That of these frames, and others behind them."""
+    def concat(self, other: "TokenNorm") -> "TokenNorm":
+        """That of these frames followed by others."""
         return TokenNorm(torch.cat([self.scale, other.scale]), torch.cat([self.codes, other.codes]))
 
-    def between(self, first: int, last: int) -> "TokenNorm":
+    def clip_to_tokens(self, first: int, last: int) -> "TokenNorm":
         """That of the tokens [first, last), counted through all frames; whole frames."""
         frames = slice(first // self.scale.shape[1], last // self.scale.shape[1])
         return TokenNorm(self.scale[frames], self.codes[frames])
@@ -113,12 +159,12 @@ class TokenNorm:
         frames = at_once // self.scale.shape[1]
         return [TokenNorm(*part) for part in zip(self.scale.split(frames), self.codes.split(frames), strict=True)]
 
-    def applied(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens (F x N, D), normalised and dated."""
+    def apply(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (F x N, D), normalised and with the codes of their frames added."""
         return normalised_tokens(tokens.view(*self.scale.shape, -1), self.codes).flatten(0, 1)
 
 
-def precisely(tokens: torch.Tensor) -> torch.Tensor:
+def to_float32(tokens: torch.Tensor) -> torch.Tensor:
     return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
 
 
@@ -127,12 +173,12 @@ def normalised_tokens(original: torch.Tensor, codes: torch.Tensor, *, is_checkpo
     again in the backward pass when `is_checkpointed`."""
 
     def normalised(some: torch.Tensor, its_codes: torch.Tensor) -> torch.Tensor:
-        states = F.layer_norm(precisely(some), some.shape[-1:], eps=NORM_EPS)
+        states = F.layer_norm(to_float32(some), some.shape[-1:], eps=NORM_EPS)
         return (states + its_codes[:, None]).to(some.dtype)
 
     make = partial(checkpoint, normalised, use_reentrant=False) if is_checkpointed else normalised
     chunks = zip(original.split(FRAMES_AT_ONCE), codes.split(FRAMES_AT_ONCE), strict=True)
-    return joined((make(*chunk) for chunk in chunks), len(original))
+    return concat_parts((make(*chunk) for chunk in chunks), len(original))
 
 
 def frame_codes(frame_numbers: torch.Tensor, width: int, *, visual_time: str) -> torch.Tensor:
@@ -144,7 +190,7 @@ def frame_codes(frame_numbers: torch.Tensor, width: int, *, visual_time: str) ->
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def joined(parts: Iterator[torch.Tensor], length: int) -> torch.Tensor:
+def concat_parts(parts: Iterator[torch.Tensor], length: int) -> torch.Tensor:
     """Parts one after the other, `length` along dim 0; without a gradient, no part is kept until the last has come."""
     first = next(parts)
     if torch.is_grad_enabled() and first.requires_grad:

@@ -31,11 +31,11 @@ from transformers import (
     SiglipConfig,
     SiglipVisionConfig,
 )
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from .._version import __version__
-from ..configuration_crosslmm import FLAVOURS, PRESETS, YARN_131072, CrossLMMConfig, CrossLMMTextConfig
-from ..modeling_crosslmm import CrossLMMCrossAttentionBranch, CrossLMMForConditionalGeneration, CrossLMMModel
+from ..configuration_crosslmm import FLAVOURS, PRESETS, YARN_131072, CrossLMMConfig
+from ..cross_attention_crosslmm import CrossLMMCrossAttentionBranch
+from ..modeling_crosslmm import CrossLMMForConditionalGeneration, CrossLMMModel
 from ..processing_crosslmm import CHAT_TEMPLATE, IMAGE_TOKEN, MARKS, VIDEO_TOKEN, CrossLMMProcessor
 from .folder import (
     SHARD_BYTES,
@@ -69,13 +69,9 @@ LLAVA_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("<|vision_start|>", "").replace("<|v
 
 NEW_IN_LAYER = re.compile(r"(model\.language_model\.layers\.\d+)\.cross_attention\.(.+)")
 VISION_BLOCK = re.compile(r"model\.vision_tower\.encoder\.layers\.(\d+)\..*")
-TEXT_FIELDS_OF_ITS_OWN = {f.name for f in fields(CrossLMMTextConfig)} - {f.name for f in fields(Qwen2Config)}
 TOP_FIELDS = {f.name for f in fields(CrossLMMConfig)} - {f.name for f in fields(PreTrainedConfig)}
 TOP_FIELDS -= {"vision_config", "text_config", "tie_word_embeddings", "untrained", "weight_layout"}
-CONFIG_FIELDS = sorted(
-    (TOP_FIELDS | TEXT_FIELDS_OF_ITS_OWN | {"rope_parameters", "max_position_embeddings"})
-    - {"cross_attention_hidden_size"}
-)
+CONFIG_FIELDS = sorted(TOP_FIELDS | {"rope_parameters", "max_position_embeddings"})
 """What a conversion leaves to its user; everything else follows from the weights."""
 
 
@@ -279,7 +275,7 @@ def initial_tensors(
             if origin in taken_over:
                 initial[name] = taken_over[origin]
         elif projection == "gate":
-            gate = partial(torch.full, shape, config.text_config.gate_init, dtype=torch.float32)
+            gate = partial(torch.full, shape, config.gate_init, dtype=torch.float32)
             initial[name] = StoredTensor(shape, torch.float32, gate)
         elif block or (name.startswith("model.multi_modal_projector.") and name.endswith(".weight")):
             initial[name] = StoredTensor(shape, dtype, partial(_drawn, shape, dtype, f"{seed} {name}"))
@@ -322,8 +318,8 @@ def config_overrides(
     overrides: Mapping[str, Any], *, preset: str | None = None, flavour: str = "paper", long_context: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields for `CrossLMMConfig` and for its text config, from a preset and from fields by name, which win."""
-    top: dict[str, Any] = {}
-    text: dict[str, Any] = dict(FLAVOURS[flavour])
+    top: dict[str, Any] = dict(FLAVOURS[flavour])
+    text: dict[str, Any] = {}
     if preset is not None:
         top["pooled_grid_size"] = PRESETS[preset]["pooled_grid_size"]
     if long_context:
@@ -350,7 +346,7 @@ def siglip_vision_config(folder: Path) -> dict[str, Any]:
 
 def network_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """What a config says of the network, without what it says of its file and of how it is called."""
-    other = {f.name for f in fields(PreTrainedConfig)} | {"model_type", "transformers_version", "_name_or_path"}
+    other = {f.name for f in fields(PreTrainedConfig)} | {"transformers_version", "_name_or_path"}
     return {name: value for name, value in config.to_dict().items() if name not in other}
 
 
@@ -416,9 +412,7 @@ def llava_next_config(
     said = {name for name, value in raw.items() if value is not None}
     if said & {"cross_attention_interval", "cross_attention_layers"}:
         in_weights = {name: value for name, value in in_weights.items() if name != "cross_attention_layers"}
-    top_in_weights, text_in_weights = config_overrides(in_weights)
-    top |= top_in_weights | {name: raw[name] for name in (TOP_FIELDS | {"untrained"}) & said}
-    text |= text_in_weights | {name: raw[name] for name in TEXT_FIELDS_OF_ITS_OWN & said}
+    top |= config_overrides(in_weights)[0] | {name: raw[name] for name in (TOP_FIELDS | {"untrained"}) & said}
     top_overrides, text_overrides = config_overrides(overrides)
     return CrossLMMConfig(vision_config=encoder, text_config=text | text_overrides, **top | top_overrides)
 
@@ -701,9 +695,8 @@ def crosslmm_to_llava_next(
         theirs[str(rename(name, table))] = tensor
     if (folder / UNUSED_WEIGHTS).is_file():
         theirs |= safetensors_of(folder / UNUSED_WEIGHTS)
-    text = network_fields(CrossLMMTextConfig.from_pretrained(folder))
     raw = {
-        **text,
+        **network_fields(config.text_config),
         **{name: getattr(config, name) for name in (*sorted(TOP_FIELDS), "untrained")},
         "architectures": ["LlavaQwenForCausalLM"],
         "model_type": "llava_qwen",
@@ -748,7 +741,7 @@ def attention_entropy(config: CrossLMMConfig, tensors: Mapping[str, StoredTensor
     # Made of the config, not of weights, so there is nothing on the disk to fill them from.
     embeddings = model.vision_tower.embeddings
     embeddings.position_ids = torch.arange(embeddings.num_positions)[None]
-    model.language_model.rotary_emb = Qwen2RotaryEmbedding(config=text_config)
+    model.language_model.rotary_emb = type(model.language_model.rotary_emb)(config=text_config)
     for name, module in model.named_modules():
         parameters = [key for key, _ in module.named_parameters(recurse=False)]
         if parameters:

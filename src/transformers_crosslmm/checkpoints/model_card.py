@@ -116,8 +116,8 @@ def counted_costs(config: CrossLMMConfig) -> Costs:
             part, times = "language_model", tokens if ".layers." in name else 0
         count[part] += size
         macs += size * times if len(shape) > 1 else 0
-    head_bytes = 2 * 2 * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
-    cross_layers = len(text.cross_attention_layer_indices) if text.use_t2v else 0
+    head_bytes = 2 * 2 * config.num_key_value_heads * config.head_dim
+    cross_layers = len(config.cross_attention_layer_indices) if config.use_t2v else 0
     return Costs(
         parameters=sum(count.values()),
         **count,
@@ -177,17 +177,17 @@ def model_card(
         title=title,
         repo=repo,
         tokens_per_frame=tokens,
-        layers=text.cross_attention_layer_indices,
+        layers=config.cross_attention_layer_indices,
         depth=text.num_hidden_layers,
         patches=config.patch_grid_size**2,
         grid=config.patch_grid_size,
         pooled=config.pooled_grid_size,
         pooling_mode=config.pooling_mode,
         image_size=config.vision_config.image_size,
-        context=text.max_sequence_length,
+        context=config.max_sequence_length,
         costs=counted_costs(config),
         options=", ".join(f"`{name}={value!r}`" for name, value in options.items()) or "none",
-        has_time=text.visual_time != "none",
+        has_time=config.visual_time != "none",
         results=results,
         paper=scores,
         paper_tokens=tokens,

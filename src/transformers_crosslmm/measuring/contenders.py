@@ -96,8 +96,8 @@ class CrossLMM(Contender):
         return [config.video_token_id] * config.tokens_per_frame * frames
 
     def prepare(self, model: Any) -> None:
-        model.config.text_config.v2v_scope = self.scope
-        model.config.text_config.cross_attention_cache = self.form
+        model.config.v2v_scope = self.scope
+        model.config.cross_attention_cache = self.form
 
 
 class LlavaOneVision(Contender):

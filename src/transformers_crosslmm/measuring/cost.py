@@ -89,16 +89,15 @@ def multiply_accumulates(config: CrossLMMConfig, frames: int, *, text_tokens: in
     num_patches, patch_values = config.patch_grid_size**2, vision.num_channels * vision.patch_size**2
     visual = frames * config.tokens_per_frame
     length = visual + text_tokens
-    head_dim = text.hidden_size // text.num_attention_heads
-    query_width, key_width = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
-    num_cross = len(text.cross_attention_layer_indices)
-    v2v, t2v = num_cross * text.use_v2v, num_cross * text.use_t2v
+    query_width, key_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    num_cross = len(config.cross_attention_layer_indices)
+    v2v, t2v = num_cross * config.use_v2v, num_cross * config.use_t2v
     block = (
         num_patches * (4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size)
         + 2 * num_patches**2 * vision.hidden_size
     )
     hidden_size = config.projector_hidden_size or text.hidden_size
-    frames_seen = {"video": frames * frames, "frame": frames, "causal": frames * (frames + 1) // 2}[text.v2v_scope]
+    frames_seen = {"video": frames * frames, "frame": frames, "causal": frames * (frames + 1) // 2}[config.v2v_scope]
     return {
         "vision": frames * (num_patches * patch_values * vision.hidden_size + config.num_vision_blocks * block),
         "projector": visual * hidden_size * (vision.hidden_size + text.hidden_size),
@@ -110,7 +109,7 @@ def multiply_accumulates(config: CrossLMMConfig, frames: int, *, text_tokens: in
         "keys and values": (v2v + t2v) * 2 * frames * num_patches * vision.hidden_size * key_width,
         "queries and outputs": (v2v * visual + t2v * text_tokens) * 2 * text.hidden_size * query_width,
         "T2V scores": t2v * 2 * text_tokens * frames * num_patches * query_width,
-        "folding": t2v * 2 * vision.hidden_size**2 * key_width * (text.cross_attention_cache == "features"),
+        "folding": t2v * 2 * vision.hidden_size**2 * key_width * (config.cross_attention_cache == "features"),
         "V2V scores": v2v * 2 * config.tokens_per_frame * frames_seen * num_patches * query_width,
         "head": text.hidden_size * text.vocab_size,
     }

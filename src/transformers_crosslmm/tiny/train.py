@@ -39,7 +39,7 @@ from transformers import (
 from ..configuration_crosslmm import CrossLMMConfig
 from ..modeling_crosslmm import CrossLMMForConditionalGeneration
 from ..processing_crosslmm import CHAT_TEMPLATE, MARKS, CrossLMMProcessor
-from ..training.data import IGNORED, VideoChatCollator, chat_sample
+from ..training.samples import IGNORED, VideoChatCollator, chat_sample
 from .procedural_videos import (
     COLOURS,
     FILLED,
@@ -132,6 +132,8 @@ def tiny_config(
             "patch_size": 12,
         },
         text_config={
+            "model_type": "qwen2",
+            "tie_word_embeddings": True,
             "vocab_size": math.ceil(len(tokenizer) / 64) * 64,
             "hidden_size": 128,
             "intermediate_size": 384,
@@ -141,19 +143,19 @@ def tiny_config(
             "max_position_embeddings": 2048,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
             "initializer_range": 0.05,
-            "cross_attention_interval": 1,
-            "use_v2v": cross_attention,
-            "use_t2v": cross_attention,
-            "v2v_scope": "frame",
-            "visual_norm": "layernorm",
-            "visual_time": "sinusoidal",
-            "gate_init": 1.0,
             "bos_token_id": None,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         },
         image_token_id=tokenizer.vocab["<|image_pad|>"],
         video_token_id=tokenizer.vocab["<|video_pad|>"],
+        cross_attention_interval=1,
+        use_v2v=cross_attention,
+        use_t2v=cross_attention,
+        v2v_scope="frame",
+        visual_norm="layernorm",
+        visual_time="sinusoidal",
+        gate_init=1.0,
         pooled_grid_size=1,
         pooling_mode=pooling_mode,
     )
