@@ -124,7 +124,7 @@ class CrossLMMImageSuite(Suite, unittest.TestCase):
     additional_model_inputs = ["pixel_values"]
 
 
-@differing(VIDEOS)
+@differing(VIDEOS | {"test_eager_matches_sdpa_inference": "the suite cuts frames as if they were rows"})
 class CrossLMMVideoSuite(Suite, unittest.TestCase):
     model_tester_class = VideoTester
     additional_model_inputs = ["pixel_values_videos", "video_num_frames"]
