@@ -170,9 +170,12 @@ def main() -> None:
         print(f"{number}/{len(paths)} {row['outcome']:12} {seconds:5.1f} s {path.name[-60:]} {said}", flush=True)
     counts = Counter(row["outcome"] for row in rows.values())
     unexplained = sum(row["outcome"] in ("differs", "only ffmpeg") and "why" not in row for row in rows.values())
+    here = Path(__file__).resolve().parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here).stdout.strip()
     version = subprocess.run([given.ffmpeg, "-version"], capture_output=True, text=True).stdout.split(" Copyright")[0]
     about = {
         "command": f"python benchmarks/video_conformance.py FOLDER, {len(rows)} different files",
+        "commit": commit,
         "ffmpeg": version,
         "pyav": av.__version__,
         "its_ffmpeg": av.ffmpeg_version_info,
