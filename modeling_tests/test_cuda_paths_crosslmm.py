@@ -21,6 +21,7 @@ from test_modeling_crosslmm import FLOAT32, INTERLEAVED, NORM_AND_TIME, in_dtype
 from transformers_crosslmm import attention_crosslmm, cross_attention_crosslmm, encode_video, generation_crosslmm
 from transformers_crosslmm.attention_crosslmm import Segments
 from transformers_crosslmm.cache_crosslmm import memory_in
+from transformers_crosslmm.dialect_crosslmm import CHECKPOINTING
 
 FORMS = ("kv", "features")
 MEDIA = ("pixel_values", "pixel_values_videos", "video_num_frames")
@@ -179,7 +180,7 @@ def test_generation_writes_what_it_writes_on_the_cpu(way, form, gpu):
 def test_training_gives_the_gradients_of_the_cpu(setting, gpu):
     model = random_model(tiny_config(text_config=NORM_AND_TIME)).train()
     if setting == "checkpointed":
-        model.activation_checkpointing_enable()
+        getattr(model, f"{CHECKPOINTING}_enable")()
     inputs = model_inputs(make_sample(model.config, 11)) if setting == "without media" else two_rows(model.config)
 
     def gradients(inputs):

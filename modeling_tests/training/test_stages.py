@@ -22,6 +22,7 @@ from transformers_crosslmm import (
     CrossLMMProcessor,
     crosslmm_lora_config,
 )
+from transformers_crosslmm.dialect_crosslmm import CHECKPOINTING
 from transformers_crosslmm.tiny.procedural_videos import write_videos
 from transformers_crosslmm.training.samples import CrossLMMDataCollator
 from transformers_crosslmm.training.trainer import (
@@ -181,7 +182,7 @@ def test_the_counted_cost_of_a_training_step_is_what_pytorch_counts(stage, check
     model = random_model(config, attn_implementation="eager").train()
     train_only(model, parts)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        getattr(model, f"{CHECKPOINTING}_enable")()
     ids = torch.tensor([[config.video_token_id] * frames * config.tokens_per_frame + [3] * text_tokens])
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids, pixel_values_videos=torch.rand(frames, 3, 33, 33)).loss.backward()

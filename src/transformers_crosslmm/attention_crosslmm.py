@@ -218,7 +218,8 @@ def attention_piece_by_piece(
             output, weight = _attention_with_weight(queries, keys, values, scaling)
             output, weight = (_rows_as_heads(tokens, query.shape[1]) for tokens in (output, weight))
             known = batch.take(merged), batch.take(total)
-            new = _merge(*(tokens.flatten(0, 1) for tokens in known), output, weight)
+            attended, total_weight = (tokens.flatten(0, 1) for tokens in known)
+            new = _merge(attended, total_weight, output, weight)
             for old, tokens in zip(known, new, strict=True):
                 old.copy_(tokens.view_as(old))
     return merged.to(query.dtype)

@@ -266,8 +266,9 @@ def add_cross_attention(language_model: PreTrainedModel, config: CrossLMMConfig)
         if layer_idx in config.cross_attention_layer_indices:
             norm = copy.deepcopy(layer.input_layernorm)
             layer.cross_attention = CrossLMMCrossAttention(config, layer_idx, norm)
-    names = {type(layer).__name__ for layer in language_model.layers}
-    language_model._no_split_modules = {*language_model._no_split_modules, *names}
+    built = {type(module).__name__ for module in language_model.modules()}
+    layers = {type(layer).__name__ for layer in language_model.layers}
+    language_model._no_split_modules = (set(language_model._no_split_modules) | layers) & built  # FSDP looks for each
 
 
 def check_layers(language_model: PreTrainedModel) -> None:

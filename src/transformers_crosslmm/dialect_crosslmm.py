@@ -22,6 +22,10 @@ CACHE = "cache" if RELEASE >= (5, 24) else "past_key_values"
 """The keyword by which Transformers' own models, masks, `generate` and outputs know a cache: `cache` from 5.24 on,
 `past_key_values` before. Can go when 5.23 is no longer supported."""
 
+CHECKPOINTING = "activation_checkpointing" if RELEASE >= (5, 23) else "gradient_checkpointing"
+"""What Transformers calls recomputing activations in the backward pass: an option of `TrainingArguments`, and with
+`_enable` a method of models. From 5.23 on the older name warns. Can go with 5.22."""
+
 
 def warn_of_untested_release() -> None:
     """One warning when this Transformers is older or newer than what the package is tested with."""

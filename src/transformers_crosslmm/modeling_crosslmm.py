@@ -283,6 +283,16 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         for bad pixels, before the encoder runs.
         """
         given = input_ids if inputs_embeds is None else inputs_embeds
+        if "write_index" in kwargs:  # continuous batching: texts of several requests in a row, a cache for all
+            outputs = self.language_model(
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=self.get_input_embeddings()(input_ids),
+                use_cache=False,
+                cache=cache,
+                **kwargs,
+            )
+            return CrossLMMModelOutputWithPast(last_hidden_state=outputs.last_hidden_state)
         if cache is not None:
             check_cache(cache, self.config.text_config.num_hidden_layers)
         past_length = cached_length(cache, 1 if given is None else given.shape[1])

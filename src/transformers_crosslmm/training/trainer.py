@@ -35,6 +35,7 @@ from transformers.utils import logging
 
 from ..checkpoints.folder import checksum
 from ..checkpoints.load import load_processor
+from ..dialect_crosslmm import CHECKPOINTING
 from ..modeling_crosslmm import CrossLMMPreTrainedModel
 from ..processing_crosslmm import CrossLMMProcessor
 from .datasets import CrossLMMDataset, find_broken, stream_samples
@@ -274,7 +275,8 @@ def parse_recipe(argv: Sequence[str]) -> CrossLMMTrainingArguments:
     for name, other in (("fps", "num_frames"), ("num_frames", "fps")):  # they exclude each other
         if name in behind:
             recipe.pop(other, None)
-    options = [*_as_options(recipe), *argv[1:]]
+    newest = "--activation_checkpointing"
+    options = [word.replace(newest, f"--{CHECKPOINTING}") for word in (*_as_options(recipe), *argv[1:])]
     arguments, unknown = parser.parse_args_into_dataclasses(options, return_remaining_strings=True)
     if unknown:
         names = [f"--{option.name}" for option in fields(CrossLMMTrainingArguments)]
