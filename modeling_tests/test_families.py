@@ -184,6 +184,22 @@ def test_every_way_to_generate_writes_what_whole_forwards_write(family, form):
 
 
 @each_family
+@each_form
+@torch.no_grad()
+def test_right_padded_rows_write_from_a_static_cache_what_they_write_from_a_dynamic_one(family, form):
+    """The first token is chosen behind padding, which sees nothing in either."""
+    model = family_model(family)
+    inputs = batch_of(model.config, padding_side="right")
+    assert not inputs["attention_mask"][:, -1].all()
+    options = {"do_sample": False, "max_new_tokens": 4, "cross_attention_cache": form, "disable_compile": True}
+    expected = model.generate(**inputs, **options, use_cache=False).tolist()
+    for kind in ("dynamic", "static"):
+        for chunk in (None, 6, 11):
+            found = model.generate(**inputs, **options, cache_implementation=kind, prefill_chunk_size=chunk)
+            assert found.tolist() == expected, (kind, chunk)
+
+
+@each_family
 def test_a_compiled_step_writes_the_same(family):
     torch.compiler.reset()
     model = family_model(family)

@@ -4,10 +4,12 @@ Shapes: B rows, L tokens of this call, F frames, S pixels along a side, N patche
         C language width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput, is_accelerate_available, torch_compilable_check
@@ -157,6 +159,20 @@ def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
             f"`input_ids` must lie between 0 and {vocab_size - 1} (`vocab_size` is {vocab_size}); "
             f"got {low if low < 0 else high}. Use the tokenizer of this checkpoint."
         )
+
+
+def check_adapters(modules: Iterable[nn.Module]) -> None:
+    """Raises ValueError where PEFT tells modules which adapter each row has (`adapter_names`), or where in a row it
+    begins (aLoRA), and these see frames, patches or packed tokens instead of rows."""
+    for module in modules:
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, partial) and hook.keywords.keys() & {"adapter_names", "alora_offsets"}:
+                raise ValueError(
+                    "With media, adapters that differ from row to row (`adapter_names`) or begin within a row (aLoRA) "
+                    "must lie in the language model's own layers; got one in a "
+                    f"{type(module).__name__} of the encoder, the projector or the cross-attention. Leave these out "
+                    'of `target_modules`, as r".*language_model.*self_attn.*_proj" does, or run one adapter per call.'
+                )
 
 
 def check_whole_sequences() -> None:

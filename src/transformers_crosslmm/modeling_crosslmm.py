@@ -50,7 +50,7 @@ from .configuration_crosslmm import POOLING_MODES, CrossLMMConfig
 from .cross_attention_crosslmm import CrossLMMGate, VisualContext, add_cross_attention, check_head
 from .dialect_crosslmm import cache_argument, cache_of, takes_a_cache
 from .generation_crosslmm import CrossLMMGenerationMixin
-from .inputs_crosslmm import NewMedia, check_inputs, check_pixels, frames_per_video
+from .inputs_crosslmm import NewMedia, check_adapters, check_inputs, check_pixels, frames_per_video
 from .media_crosslmm import (
     CrossLMMEncodedMedia,
     EncodedMedia,
@@ -220,6 +220,9 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         """The media of a call, encoded, with pooled tokens of this model. Those of media that came encoded are
         projected again when they have another width, or in any case with `project_anew` (for a draft model, which gets
         what the main model encoded)."""
+        blocks = (layer.cross_attention for layer in self.language_model.layers if layer.cross_attention is not None)
+        parts = (self.vision_tower, self.multi_modal_projector, *blocks)
+        check_adapters(module for part in parts for module in part.modules())
         index = {"video": new.frame_index}
         media = {
             modality: self.encode(pixels, new.frames[modality], index.get(modality))
@@ -458,14 +461,16 @@ def tokens_of_mask(attention_mask: torch.Tensor | dict | None, start: int, lengt
     """Which positions [start, start + length) hold tokens and not padding, (B, length), on the CPU; None when all do.
 
     In a mask prepared for the layers (B, 1, L, columns), with a static cache for instance, padding is a position that
-    does not attend to itself; a dict has one mask for each kind of layer.
+    does not attend to itself; a dict has one mask for each kind of layer. Where a window slides, the columns begin
+    later than the sequence and end with these positions.
     """
     if isinstance(attention_mask, dict):
-        attention_mask = attention_mask.get("full_attention")
+        attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
     if not isinstance(attention_mask, torch.Tensor):
         return None
     if attention_mask.ndim == 2:
         return attention_mask[:, -length:].bool().cpu()
+    start = min(start, attention_mask.shape[-1] - length)
     own = attention_mask[:, 0].diagonal(start, dim1=1, dim2=2)[:, :length]
     return (own if own.dtype == torch.bool else own >= 0).cpu()
 
