@@ -21,7 +21,7 @@ from transformers import SiglipVisionModel
 from transformers_crosslmm import TINY_CHECKPOINT, CrossLMMForConditionalGeneration, CrossLMMProcessor
 from transformers_crosslmm.checkpoints.compose import compose
 from transformers_crosslmm.checkpoints.conversion import write_checkpoint
-from transformers_crosslmm.training.data import CrossLMMDataCollator
+from transformers_crosslmm.training.samples import CrossLMMDataCollator
 from transformers_crosslmm.training.trainer import parameter_groups, train_only
 
 BATCH_SIZE, HELD_OUT, SEEDS = 8, 32, (0, 1)

@@ -403,9 +403,7 @@ def test_folding_a_norm_into_queries_and_scores_is_no_worse_than_normalising(at_
     folded = attention_crosslmm.folded_attention(
         query,
         tokens.flatten(0, 1),
-        Folding(
-            key_weight.permute(1, 2, 0), value_weight.permute(1, 0, 2), value_weight.new_zeros(groups, head_dim)
-        ),
+        Folding(key_weight.permute(1, 2, 0), value_weight.permute(1, 0, 2), value_weight.new_zeros(groups, head_dim)),
         scaling,
         segments,
         norm,

@@ -112,6 +112,13 @@ def test_files_and_processor_options(pipe, tmp_path):
     assert record["generated_text"] == answer(pipe, chat, num_frames=2)
 
 
+def test_unchanged_frames_change_no_answer(pipe):
+    still = np.repeat(clip(2), 3, axis=0)
+    expected = answer(pipe, chat_of(still))
+    [record] = pipe(chat_of(still), processor_kwargs={"skip_unchanged": True}, return_full_text=False, **GREEDY)
+    assert record["generated_text"] == expected
+
+
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_several_sequences_are_returned_for_each_input(pipe, batch_size):
     options = {"max_new_tokens": 3, "generate_kwargs": {"num_beams": 3, "num_return_sequences": 2, "do_sample": False}}

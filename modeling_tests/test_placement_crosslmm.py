@@ -3,6 +3,7 @@
 Quantised models run on the CPU where torchao or bitsandbytes is installed.
 """
 
+import copy
 import os
 import re
 from pathlib import Path
@@ -10,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForImageTextToText, TorchAoConfig
 from transformers.distributed import DistributedConfig
 
 from factories import random_model, tiny_config
 from numerics import assert_close_to_scale
 from test_modeling_crosslmm import FLOAT32, make_sample, model_inputs
 from transformers_crosslmm import CrossLMMForConditionalGeneration
+from transformers_crosslmm.checkpoints.inspect import count_costs
 from two_processes import run_on_two_ranks
 
 SAMPLE = (4, ("video", 2), 3, ("image", 1), 6)
@@ -218,7 +221,7 @@ def test_gates_can_be_trained_and_saved_beside_adapters(checkpoint, tmp_path):
 
 def quantisation(name: str, **kwargs):
     """A config that says no more than how: 8 bits by torchao or bitsandbytes, or 4 bits."""
-    from transformers import BitsAndBytesConfig, TorchAoConfig
+    from transformers import BitsAndBytesConfig
 
     if name == "torchao-int8":
         config = pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig()
@@ -270,7 +273,8 @@ def test_a_quantised_model_answers_alike_with_both_forms_of_the_cache(name, dtyp
     quantised = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     left = {name for name in quantised if not is_quantised(model.get_submodule(name))}
     projector = {f"model.multi_modal_projector.linear_{number}" for number in (1, 2)}
-    assert left == {"lm_head"} | projector | {name for name in quantised if "vision_tower" in name}
+    by_pixels = {name for name in quantised if "vision_tower" in name or "cross_attention" in name}
+    assert left == {"lm_head"} | projector | by_pixels
     for parameter_name, parameter in model.named_parameters():
         if "gate.weight" in parameter_name and ".gate." in parameter_name:
             assert parameter.dtype == torch.float32, parameter_name
@@ -302,8 +306,43 @@ def test_the_encoder_of_a_base_model_is_left_alone_too(blocks):
     given = quantisation("torchao-int8")
     model = CrossLMMModel.from_pretrained(blocks, quantization_config=given)
     assert not is_quantised(model.vision_tower.encoder.layers[0].mlp.fc1)
-    assert is_quantised(model.language_model.layers[0].cross_attention.t2v.k_proj)
+    assert not is_quantised(model.language_model.layers[0].cross_attention.t2v.k_proj)
+    assert is_quantised(model.language_model.layers[0].self_attn.k_proj)
     assert given.modules_to_not_convert is None, "the caller's own config was changed"
+
+
+@pytest.mark.parametrize("load_with", [CrossLMMForConditionalGeneration, AutoModelForImageTextToText])
+@pytest.mark.parametrize("name", PRECISION)
+def test_a_quantisation_given_as_a_dict_leaves_alone_what_the_object_does(name, load_with, blocks):
+    given = quantisation(name).to_dict()
+    before = copy.deepcopy(given)
+    model = load_with.from_pretrained(blocks, quantization_config=given, dtype=torch.bfloat16)
+    expected = load(blocks, quantization_config=quantisation(name), dtype=torch.bfloat16)
+    for parameter_name, module in expected.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert is_quantised(module) == is_quantised(model.get_submodule(parameter_name)), parameter_name
+    inputs = sample_of(model.config)
+    inputs["pixel_values_videos"] = inputs["pixel_values_videos"].bfloat16()
+    assert torch.equal(last_three_logits(model.eval(), inputs), last_three_logits(expected, inputs))
+    assert given == before, "the caller's own dict was changed"
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8", "fp8"])
+def test_the_counted_bytes_of_a_quantised_model_are_those_of_the_real_one(name, blocks):
+    if name == "nf4":
+        given = quantisation("bitsandbytes-nf4")
+    else:
+        torchao = pytest.importorskip("torchao.quantization")
+        kinds = {"int8": torchao.Int8WeightOnlyConfig, "fp8": torchao.Float8WeightOnlyConfig}
+        given = TorchAoConfig(kinds[name]())
+    model = load(blocks, quantization_config=given, dtype=torch.bfloat16)
+    real = 0
+    for tensor in model.state_dict().values():
+        parts = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else None
+        real += sum(getattr(tensor, part).nbytes for part in parts) if parts else tensor.nbytes
+    counted = count_costs(model.config, quantization=name).weight_bytes
+    assert counted == pytest.approx(real, rel=0.01)
+    assert counted < 0.9 * count_costs(model.config).weight_bytes
 
 
 def test_adapters_train_on_a_four_bit_model(blocks):

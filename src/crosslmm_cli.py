@@ -232,6 +232,9 @@ def batch(
     ] = None,
     cpus_per_worker: Annotated[int, typer.Option(min=1, help="CPUs of each worker with Ray.")] = 1,
     device: Device = None,
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Ask again what has an error for an answer.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer a file of questions about many videos, each of which is looked at once.
@@ -258,6 +261,7 @@ def batch(
                 cpus_per_worker=cpus_per_worker,
                 device=device,
                 max_new_tokens=max_new_tokens,
+                retry_errors=retry_errors,
                 on_progress=steps.count,
                 **wanted,
             )
@@ -373,6 +377,10 @@ def info(
         int | None, typer.Option(min=1, help="Positions of the context.", show_default="the checkpoint's")
     ] = None,
     fps: Annotated[float, typer.Option(min=0.001, help="Frames per second of the longest video.")] = 1.0,
+    quantization: Annotated[
+        Literal["nf4", "int8", "fp8"] | None,
+        typer.Option(help="Count the language model's weights in 4 or 8 bits.", show_default="none"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Count what a checkpoint is made of, what a frame costs, and how long a video may be.
@@ -389,12 +397,15 @@ def info(
         from transformers_crosslmm.configuration_crosslmm import PRESETS
 
         steps.begin("Counting")
-        costs = count_costs(CrossLMMConfig.from_preset(name) if name in PRESETS else load_config(name))
+        config = CrossLMMConfig.from_preset(name) if name in PRESETS else load_config(name)
+        costs = count_costs(config, quantization=quantization)
     context = context or costs.max_positions
     in_context = costs.frames_in_context(context)
     in_memory = {form: costs.frames_in_memory(form, memory * 2**30) for form in costs.cache_bytes_per_frame}
     longest = {form: min(in_context, frames) / fps for form, frames in in_memory.items()}
     dtype = str(costs.dtype).removeprefix("torch.")
+    if quantization:
+        dtype += f", the language model's linear layers in {quantization}"
     if as_json:
         _print_json(
             {
@@ -587,13 +598,17 @@ def push(
     from transformers_crosslmm.checkpoints.publish import files_to_publish
     from transformers_crosslmm.checkpoints.publish import push as push_folder
 
-    if dry_run:
-        files = files_to_publish(folder, repo, with_code=with_code, untrained=untrained)
+    def list_files(files: list) -> None:
         for file in files:
-            typer.echo(f"{file.size:>16,} B  {file.path}")
-        typer.echo(f"{sum(file.size for file in files):>16,} B  in {len(files)} files, for {repo}; nothing was sent")
+            typer.echo(f"{file.size:>16,} B  {file.path}", err=not dry_run)
+        typer.echo(f"{sum(file.size for file in files):>16,} B  in {len(files)} files, for {repo}", err=not dry_run)
+
+    options: dict[str, Any] = {"with_code": with_code, "untrained": untrained}
+    if dry_run:
+        list_files(files_to_publish(folder, repo, **options))
+        typer.echo("Nothing was sent.")
         return
-    typer.echo(push_folder(folder, repo, private=private, revision=revision, with_code=with_code, untrained=untrained))
+    typer.echo(push_folder(folder, repo, private=private, revision=revision, on_files=list_files, **options))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -606,8 +621,9 @@ def train(
     A recipe is a YAML file of options; options behind it win. They are those of Transformers' TrainingArguments (such
     as --output_dir, --learning_rate, --max_steps, --report_to) and ours: --model to begin with, --train_data,
     --media_root, --streaming; --num_frames, --fps, --max_frames of a video; --unusable samples (raise or skip),
-    --max_length; --trained_parts, --gate_learning_rate, --vision_learning_rate, --global_batch_size,
-    --attn_implementation. What each means: python -m transformers_crosslmm.training.trainer --help
+    --max_length; --trained_parts, --gate_learning_rate, --vision_learning_rate, --language_model_learning_rate,
+    --global_batch_size, --attn_implementation. What each means:
+    python -m transformers_crosslmm.training.trainer --help
 
     Example: crosslmm train adapt --model MODEL --train_data chats.jsonl --media_root videos --output_dir runs/mine
     """
@@ -626,21 +642,29 @@ app.add_typer(data, name="data")
 def check(
     path: Annotated[str, typer.Argument(help="What --train_data names: .json, .jsonl, .yaml, or a dataset.")],
     media_root: Annotated[str | None, typer.Option(help="Folder that the names of media files begin in.")] = None,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode all media too, as training would.")] = False,
+    model: Model = None,
 ) -> None:
-    """List the broken records, with file and line, and media files that do not exist. Decodes nothing.
+    """List the broken records, with file and line, and media files that do not exist.
+
+    With --decode also those whose media do not decode; the frames are those that --model samples.
 
     Example: crosslmm data check mixture.yaml --media-root videos
     """
     with Steps() as steps:
         _import_package(steps)
-        from transformers_crosslmm.training.data import find_broken, load_records
+        from transformers_crosslmm.training.datasets import find_broken
+        from transformers_crosslmm.training.records import load_records
 
         records = load_records(path)
         if len(records) == 0:
             raise ValueError(f"{path} holds no records.")
         steps.begin(f"Checking {len(records):,} records")
         num_broken = 0
-        for line in find_broken(records, media_root):
+        if decode:
+            from transformers_crosslmm.checkpoints.load import load_processor
+        processor = load_processor(_checkpoint(model)) if decode else None
+        for line in find_broken(records, media_root, decode_with=processor):
             typer.echo(line)
             num_broken += 1
     typer.echo(f"{len(records):,} records, {num_broken:,} broken", err=True)

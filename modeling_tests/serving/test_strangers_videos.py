@@ -58,7 +58,7 @@ def test_no_folder_allows_no_path(root, clip):
         ("ftp://example.com/clip.mp4", "absolute path, or a URL of scheme"),
         ("concat:/etc/passwd", "absolute path"),
         ("file://elsewhere/clip.mp4", "must name this machine"),
-        ("/videos/\0.mp4", "is no path"),
+        ("/videos/\0.mp4", "null byte"),
         ("data:video/mp4;base64", "no comma"),
         ("data:video/mp4;base64,!!!", "not valid base64"),
         ("data:video/mp4;base64,é", "cannot be read"),

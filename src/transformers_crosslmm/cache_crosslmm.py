@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache as memoize
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -102,7 +103,7 @@ class VisualMemory:
     folding: dict[int, Folding] = field(default_factory=dict)
     is_placeholder: bool = False
     _seen_by_all: dict[int, Segments | None] = field(default_factory=dict, repr=False)
-    _copies: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
+    _copies: dict[tuple[str, torch.device], tuple[Any, Any]] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo) -> "VisualMemory":
         """A fork: an index of its own over the same patches."""
@@ -115,6 +116,7 @@ class VisualMemory:
 
     def append(self, new: "VisualMemory") -> None:
         """Takes over the media of another memory of the same rows, which is empty afterwards."""
+        assert new.states is not None
         if self.form == "features" and self.states is not None:
             self.states = torch.cat([self.states, new.states])
             self.norm = None if new.norm is None else self.norm.concat(new.norm)
@@ -152,14 +154,23 @@ class VisualMemory:
         return max(1, most // self.patches_per_frame) * self.patches_per_frame
 
     def states_on(self, device: torch.device) -> torch.Tensor | None:
-        """`states` on a device. Layers on other devices share one copy for each, made once and not in every step."""
-        if self.states is None or self.states.device == device:
-            return self.states
-        original, copied = self._copies.get(device, (None, None))
-        if original is not self.states:
-            copied = self.states.to(device)
-            self._copies[device] = self.states, copied
-        return copied
+        """`states` on a device; see `_on`."""
+        return self._on("states", device)
+
+    def norm_on(self, device: torch.device) -> TokenNorm | None:
+        """`norm` on a device; see `_on`."""
+        return self._on("norm", device)
+
+    def _on(self, name: str, device: torch.device) -> Any:
+        """An attribute on a device. Layers on other devices share one copy for each, not made again in every step."""
+        original = getattr(self, name)
+        if original is None or original.device == device:
+            return original
+        copied_from, copy_there = self._copies.get((name, device), (None, None))
+        if copied_from is not original:
+            copy_there = original.to(device)
+            self._copies[name, device] = original, copy_there
+        return copy_there
 
     def tokens(self, states: torch.Tensor, start: int, end: int) -> torch.Tensor:
         """What K and V of the patches [start, end) are projected from: (end - start, D).
@@ -169,7 +180,7 @@ class VisualMemory:
         start, end = start - self.first_patch, end - self.first_patch
         if self.norm is None:
             return states[start:end]
-        return self.norm.clip_to_tokens(start, end).to(states.device).apply(states[start:end])
+        return self.norm_on(states.device).clip_to_tokens(start, end).apply(states[start:end])
 
     def select(self, indices: list[int]) -> None:
         """Row i becomes the former row `indices[i]`."""
@@ -439,7 +450,7 @@ def cached_length(cache: Cache | None, num_new: int) -> int | torch.Tensor:
 def cache_capacity(cache: Cache) -> int:
     """Most tokens that the cache can hold, -1 if it grows."""
     is_sliding = cache.is_sliding
-    return max((layer.get_max_length() for i, layer in enumerate(cache.layers) if not is_sliding[i]), default=-1)
+    return max([-1, *[layer.get_max_length() for i, layer in enumerate(cache.layers) if not is_sliding[i]]])
 
 
 __all__ = ["Medium", "VisualCacheLayer", "VisualMemory", "attach_visual_memory", "memory_in", "visual_layer"]

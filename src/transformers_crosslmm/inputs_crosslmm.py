@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput, is_accelerate_available, torch_compi
 
 from .cache_crosslmm import VisualMemory, cache_capacity, memory_in
 from .configuration_crosslmm import CROSS_ATTENTION_CACHES, CrossLMMConfig
-from .media_crosslmm import EncodedMedia
+from .media_crosslmm import EncodedMedia, media_index
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,8 @@ def check_encoded(media: EncodedMedia, config: CrossLMMConfig) -> None:
                 f"got {type(output).__name__}."
             )
         lengths = [len(pooled) for pooled in output.pooler_output]
-        wanted = (sum(lengths) // tokens_per_frame, num_patches, config.vision_config.hidden_size)
+        frames = dict(zip(media_index(output), (length // tokens_per_frame for length in lengths), strict=True))
+        wanted = (sum(frames.values()), num_patches, config.vision_config.hidden_size)
         found = output.get("last_hidden_state")
         if found is None or tuple(found.shape) != wanted or any(n % tokens_per_frame for n in lengths):
             raise ValueError(

@@ -21,8 +21,13 @@ EncodedMedia = Mapping[str, BaseModelOutputWithPooling]
 
 @dataclass
 class CrossLMMEncodedMedia(BaseModelOutputWithPooling):
-    """Encoded media whose copies share tensors: `last_hidden_state` (F, N, D) of all frames, and in `pooler_output`
-    the projected pooled tokens of each medium."""
+    """Encoded media of which several rows may use the same. Copies share tensors.
+
+    media_index: `pooler_output[j]` belongs to medium `media_index[j]` of `last_hidden_state` (F, N, D); None when each
+        has its own. So rows that ask about one video share its patches.
+    """
+
+    media_index: tuple[int, ...] | None = None
 
     def __deepcopy__(self, memo) -> "CrossLMMEncodedMedia":
         return replace(self)
@@ -77,6 +82,12 @@ def join_media(parts: Iterable[BaseModelOutputWithPooling]) -> CrossLMMEncodedMe
     )
 
 
+def media_index(output: BaseModelOutputWithPooling) -> tuple[int, ...]:
+    """Which medium of `last_hidden_state` each entry of `pooler_output` is."""
+    index = output.media_index if isinstance(output, CrossLMMEncodedMedia) else None
+    return tuple(range(len(output.pooler_output))) if index is None else index
+
+
 def locate_media(
     media: EncodedMedia, masks: dict[str, torch.Tensor], past_length: int, *, tokens_per_frame: int
 ) -> tuple[list[list[Medium]], torch.Tensor, torch.Tensor]:
@@ -84,31 +95,41 @@ def locate_media(
 
     masks: placeholders (B, L) of each modality, as many as the media fill.
     Returns the media of each row in the order in which they begin, with positions counted from the start of the cache;
-    the original tokens (F, N, D) in the order of rows and positions, on the device of the masks (else every layer of
-    every step would copy them there); and the number of every frame within its medium (F,).
+    the original tokens (F, N, D) in the order of rows and positions, each medium once, on the device of the masks (or
+    every layer of every step would copy them there); and the number of every frame within its medium (F,).
     """
-    found: list[tuple[int, list[int], torch.Tensor]] = []  # row, positions, original tokens
+    found: list[tuple[int, list[int], str, int]] = []  # row, positions, modality, medium
     for modality, output in media.items():
         places = masks[modality].nonzero().tolist()
-        lengths = [len(pooled) for pooled in output.pooler_output]
-        originals = output.last_hidden_state.split([length // tokens_per_frame for length in lengths])
-        for length, original in zip(lengths, originals, strict=True):
-            block, places = places[:length], places[length:]
-            found.append((block[0][0], [column + past_length for _, column in block], original))
+        taken = 0
+        for medium, pooled in zip(media_index(output), output.pooler_output, strict=True):
+            block = places[taken : taken + len(pooled)]
+            taken += len(pooled)
+            found.append((block[0][0], [column + past_length for _, column in block], modality, medium))
     found.sort(key=lambda item: (item[0], item[1][0]))
-    if len(media) == 1:  # in order already: no copy
-        (original,) = (output.last_hidden_state for output in media.values())
-    else:
-        original = torch.cat([tokens for *_, tokens in found])
-    frame_numbers = torch.cat([torch.arange(len(tokens)) for *_, tokens in found])
 
+    num_frames = {(modality, medium): len(p) // tokens_per_frame for _, p, modality, medium in found}
+    frames: dict[tuple[str, int], torch.Tensor] = {}
+    for modality, output in media.items():
+        mine = sorted(key for key in num_frames if key[0] == modality)
+        parts = output.last_hidden_state.split([num_frames[key] for key in mine])
+        frames.update(zip(mine, parts, strict=True))
+    if len(media) == 1 and list(num_frames) == list(frames):
+        (original,) = (output.last_hidden_state for output in media.values())  # in order already: no copy
+    else:
+        original = torch.cat([frames[key] for key in num_frames])
+    frame_numbers = torch.cat([torch.arange(count) for count in num_frames.values()])
+
+    patches_per_frame = original.shape[1]
+    stretches, end = {}, 0
+    for key, count in num_frames.items():
+        stretches[key] = (end, end + count * patches_per_frame)
+        end += count * patches_per_frame
     rows: list[list[Medium]] = [[] for _ in range(next(iter(masks.values())).shape[0])]
-    end = 0
-    for row, positions, tokens in found:
-        start, end = end, end + len(tokens) * original.shape[1]
+    for row, positions, modality, medium in found:
         whole = range(positions[0], positions[-1] + 1)
         is_contiguous = len(whole) == len(positions)
-        rows[row].append(Medium(whole if is_contiguous else tuple(positions), (start, end)))
+        rows[row].append(Medium(whole if is_contiguous else tuple(positions), stretches[modality, medium]))
     if not original.is_meta:  # where costs are counted, ids alone are real
         original = original.to(masks[next(iter(media))].device)
     return rows, original, frame_numbers

@@ -22,7 +22,6 @@ Shapes: B rows, L language tokens (pooled visual + text), F frames of all media,
         H query heads, G key/value heads, E head width.
 """
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,12 +46,13 @@ from .cache_crosslmm import (
     check_cache,
     memory_in,
 )
-from .configuration_crosslmm import CrossLMMConfig
-from .cross_attention_crosslmm import CrossLMMGate, VisualContext, add_cross_attention
+from .configuration_crosslmm import POOLING_MODES, CrossLMMConfig
+from .cross_attention_crosslmm import CrossLMMGate, VisualContext, add_cross_attention, check_head
 from .dialect_crosslmm import cache_argument, cache_of, takes_a_cache
 from .generation_crosslmm import CrossLMMGenerationMixin
 from .inputs_crosslmm import NewMedia, check_inputs, check_pixels, frames_per_video
-from .media_crosslmm import EncodedMedia, locate_media, number_placeholders
+from .media_crosslmm import EncodedMedia, locate_media, media_index, number_placeholders
+from .quantization_crosslmm import leave_vision_unquantized
 from .ranks_crosslmm import is_sharded, look_at_a_black_frame, must_agree, run_encoder_equally_often
 from .vision_crosslmm import (
     CrossLMMMultiModalProjector,
@@ -100,19 +100,13 @@ class CrossLMMPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     # Full names: these are searched as patterns, and "gate" would also match every `gate_proj`.
     _keep_in_fp32_modules_strict = ["cross_attention.v2v.gate", "cross_attention.t2v.gate"]
-    # What a quantisation leaves alone unless it names modules of its own, as patterns of whole names: the encoder is a
-    # small part of the weights and everything depends on it. (Gates and norms are no linear layers.)
-    modules_to_not_quantize = [r"(model\.)?vision_tower", r"(model\.)?multi_modal_projector", "lm_head"]
 
     @classmethod
     def from_pretrained(cls, *args, quantization_config=None, **kwargs):
-        """Transformers' own; a `quantization_config` that names no modules to skip skips `modules_to_not_quantize`."""
-        if quantization_config is not None and not isinstance(quantization_config, dict):
-            quantization_config = copy.copy(quantization_config)
-            for name in ("modules_to_not_convert", "llm_int8_skip_modules"):
-                if vars(quantization_config).get(name, ()) is None:
-                    setattr(quantization_config, name, list(cls.modules_to_not_quantize))
-        return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
+        """Transformers' own; what a quantisation leaves as it is stands in `NOT_QUANTIZED`."""
+        return super().from_pretrained(
+            *args, quantization_config=leave_vision_unquantized(quantization_config), **kwargs
+        )
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -210,11 +204,15 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         width = self.config.text_config.hidden_size
         for modality, output in new.encoded.items():
             if project_anew or output.pooler_output[0].shape[-1] != width:
-                frames = [len(tokens) // self.config.tokens_per_frame for tokens in output.pooler_output]
+                index = media_index(output)
+                lengths = dict(zip(index, (len(tokens) for tokens in output.pooler_output), strict=True))
+                order = sorted(lengths)
+                frames = [lengths[medium] // self.config.tokens_per_frame for medium in order]
                 original = output.last_hidden_state.to(self.device, self.dtype)
                 chunks = original.split(self.config.vision_chunk_size)
                 pooled = (self.multi_modal_projector(self.pool(chunk)) for chunk in chunks)
-                output = replace(output, pooler_output=per_medium(concat_parts(pooled, len(original)), frames))
+                tokens = per_medium(concat_parts(pooled, len(original)), frames)
+                output = replace(output, pooler_output=tuple(tokens[order.index(medium)] for medium in index))
             media[modality] = output
         return media
 
@@ -403,10 +401,13 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         return VisualContext(memory, v2v, t2v)
 
 
-POOLINGS = {
-    "bilinear": partial(F.interpolate, mode="bilinear", align_corners=False),
-    "average": F.adaptive_avg_pool2d,
-}
+POOLINGS = dict(
+    zip(
+        POOLING_MODES,
+        (partial(F.interpolate, mode="bilinear", align_corners=False), F.adaptive_avg_pool2d),
+        strict=True,
+    )
+)
 """By `pooling_mode`: maps (F, D, g, g) and s to (F, D, s, s)."""
 
 
@@ -446,6 +447,7 @@ class CrossLMMForConditionalGeneration(CrossLMMPreTrainedModel, CrossLMMGenerati
     def __init__(self, config: CrossLMMConfig):
         super().__init__(config)
         self.model = CrossLMMModel(config)
+        check_head(config.text_config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
         # What the model writes is text; a placeholder among it would stand for nothing.

@@ -7,8 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from ..video_source import VideoOpenError, shown
 
-class NotAllowedError(PermissionError):
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
+"""Errors of a system that has no more open files, processes or memory: no file's fault."""
+
+
+class NotAllowedError(VideoOpenError):
     """The file lies in none of the allowed folders, whether or not it exists."""
 
 
@@ -17,31 +22,39 @@ def open_below(path: str | os.PathLike[str], roots: Sequence[Path]) -> BinaryIO:
 
     Links are resolved before the check. What is then opened is opened folder by folder without following any, so that
     one that somebody puts there in between leads nowhere.
-    Raises NotAllowedError, OSError for what cannot be opened, and ValueError for what is no path.
+    Raises VideoOpenError, NotAllowedError among it, and OSError only for one of `SHORTAGES`.
     """
-    resolved = Path(os.path.realpath(path))
-    root = next((root for root in roots if resolved.is_relative_to(root)), None)
-    if root is None:
-        raise NotAllowedError(errno.EACCES, "The file must lie in an allowed folder", os.fspath(path))
-    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    named = shown(os.fspath(path))
     try:
-        *parents, name = resolved.relative_to(root).parts or (".",)
-        for parent in parents:
-            inner = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
-            os.close(folder)
-            folder = inner
-        # Without O_NONBLOCK a named pipe would wait here for a writer.
-        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENOTDIR):  # a link, or a file as a folder: not what was resolved
-            raise NotAllowedError(error.errno, "The file changed while it was opened", os.fspath(path)) from error
-        raise
-    finally:
-        os.close(folder)
+        resolved = Path(os.path.realpath(path))
+        root = next((root for root in roots if resolved.is_relative_to(root)), None)
+        if root is None:
+            raise NotAllowedError(f"{named} must lie in {' or '.join(map(str, roots)) or 'an allowed folder'}.")
+        descriptor = _open_step_by_step(root, resolved.relative_to(root).parts or (".",))
+    except (OSError, ValueError) as error:
+        if isinstance(error, VideoOpenError) or getattr(error, "errno", None) in SHORTAGES:
+            raise
+        reason = getattr(error, "strerror", None) or error
+        if getattr(error, "errno", None) in (errno.ELOOP, errno.ENOTDIR):  # a link where there was none
+            raise NotAllowedError(f"{named} changed while it was opened.") from error
+        raise VideoOpenError(f"Cannot open {named}: {reason}.") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "Not a regular file", os.fspath(path))
+        raise VideoOpenError(f"{named} is not a regular file.")
     return open(descriptor, "rb", buffering=0)
 
 
-__all__ = ["NotAllowedError", "open_below"]
+def _open_step_by_step(root: Path, parts: Sequence[str]) -> int:
+    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for part in parts[:-1]:
+            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        # Without O_NONBLOCK a named pipe would wait here for a writer.
+        return os.open(parts[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+    finally:
+        os.close(folder)
+
+
+__all__ = ["SHORTAGES", "NotAllowedError", "open_below"]

@@ -28,13 +28,14 @@ VIDEO_FAILURES = (ValueError, MemoryError, torch.OutOfMemoryError)
 class IsolatedStream(VideoStream):
     """The stream of `CrossLMMVideoProcessor` of a file from a stranger: decoded in a process of its own, by `LIMITS`.
 
-    sampling: as for `read_video`. Raises ValueError for options that no video could meet.
+    source: a path, or an open file. sampling: as for `read_video`. Raises ValueError for options that no video could
+    meet.
     """
 
-    def __init__(self, processor: CrossLMMProcessor, path: str, **sampling: Any) -> None:
+    def __init__(self, processor: CrossLMMProcessor, source: Any, **sampling: Any) -> None:
         video_processor = processor.video_processor
-        [checked] = video_processor.stream([path], **sampling)
-        super().__init__(path, self._chunks, checked._finish)
+        [checked] = video_processor.stream([source], **sampling)
+        super().__init__(source, self._chunks, checked._finish)
         wanted = video_processor._sampling(**dict.fromkeys(SAMPLING_KWARGS) | sampling)
         self._moments = wanted.moments
         self._wanted: dict[str, Any] = {name: getattr(wanted, name) for name in SAMPLING_KWARGS}

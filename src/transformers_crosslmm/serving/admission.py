@@ -1,7 +1,6 @@
 """Which requests `crosslmm serve` lets in, how much they may take, and when their work ends."""
 
 import asyncio
-import errno
 import ipaddress
 import os
 import re
@@ -19,6 +18,8 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from transformers.utils import logging
 
+from ..asking.allowed_files import SHORTAGES
+
 logger = logging.get_logger(__name__)
 
 T = TypeVar("T")
@@ -26,8 +27,6 @@ T = TypeVar("T")
 MAX_ARRIVING = 256
 """Requests whose bodies may be on their way at once; together they may be as large as `ARRIVING_BODIES` whole ones."""
 ARRIVING_BODIES = 4
-SHORTAGES = errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM
-"""Errors of the system that are nobody's request: no more open files, processes or memory."""
 STOP_SECONDS = 8.0
 """What the requests at work may still take when the server is told to stop."""
 

@@ -11,13 +11,13 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ..asking.allowed_files import NotAllowedError, open_below
+from ..asking.allowed_files import SHORTAGES, NotAllowedError, open_below
 from ..frames_crosslmm import SAMPLING_KWARGS, CrossLMMVideoMetadata, FrameSampling, frame_chunk
 from ..media_crosslmm import CrossLMMEncodedMedia
 from ..processing_crosslmm import CrossLMMProcessor
 from ..video_decoding import VideoError, VideoLimits, decode_video, open_source
 from ..video_source import OnWait
-from .admission import SHORTAGES, RefusedError, ServerSettings, Visit, busy
+from .admission import RefusedError, ServerSettings, Visit, busy
 from .chat_request import shortened
 from .remembered_videos import BoundedCache
 
@@ -123,12 +123,6 @@ class VideoReader:
                 "Send it as a data: URL, or have its folder allowed (`--allowed-folder`).",
                 code="path_not_allowed",
             ) from error
-        except ValueError as error:
-            raise RefusedError(400, f"{shown} is no path: {error}.", code="invalid_value") from error
-        except OSError as error:
-            if error.errno in SHORTAGES:
-                raise
-            raise VideoError(f"Cannot open {shown}: {error.strerror}.") from error
         with named, open_source(named, self.limits) as file:
             yield file
 
