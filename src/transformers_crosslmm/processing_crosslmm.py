@@ -159,12 +159,16 @@ class CrossLMMProcessor(ProcessorMixin):
     ) -> "CrossLMMProcessor":
         """The processor of a model with this `CrossLMMConfig`.
 
-        video_defaults: attributes of the video processor, such as `num_frames`. Raises ValueError where the tokenizer
-        and the config disagree on the ids of the placeholders.
+        video_defaults: attributes of the video processor, such as `num_frames`; `image_mean`, `image_std` and
+        `resample` are those of images too. Raises ValueError where the tokenizer and the config disagree on the ids of
+        the placeholders.
         """
         size = {"height": config.vision_config.image_size, "width": config.vision_config.image_size}
+        for_both = {
+            name: video_defaults[name] for name in ("image_mean", "image_std", "resample") & video_defaults.keys()
+        }
         processor = cls(
-            SiglipImageProcessorPil(size=size, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5]),
+            SiglipImageProcessorPil(size=size, **for_both),
             tokenizer,
             CrossLMMVideoProcessor(size=size, **video_defaults),
             chat_template=chat_template,
