@@ -18,7 +18,7 @@ transformers; a reader that cannot be imported there is left out. torchcodec nee
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import os
 import platform
@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 from fractions import Fraction
 from pathlib import Path
 
@@ -131,12 +132,12 @@ def read(reader: str, path: str, num_frames: int, num_threads: int):
         return torch.nn.functional.interpolate(frame[None], (SIZE, SIZE), mode="bicubic", antialias=True)[0]
 
     if reader == "ours":
-        source = HERE.parent / "src" / "transformers_crosslmm" / "video_decoding.py"
-        spec = importlib.util.spec_from_file_location("video_decoding", source)
-        module = sys.modules["video_decoding"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        # The decoder's files without the package around them, which imports much more.
+        package = sys.modules["decoder"] = types.ModuleType("decoder")
+        package.__path__ = [str(HERE.parent / "src" / "transformers_crosslmm")]
+        decoder = importlib.import_module("decoder.video_decoding")
         options = {"frame_transform": resize, "num_threads": num_threads}
-        return lambda: module.decode_video(path, num_frames=num_frames, **options).frames
+        return lambda: decoder.decode_video(path, num_frames=num_frames, **options).frames
     if reader.startswith("torchcodec"):
         from torchcodec.decoders import VideoDecoder
 

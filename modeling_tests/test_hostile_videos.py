@@ -11,6 +11,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -22,7 +23,7 @@ import av
 import pytest
 import torch
 
-from transformers_crosslmm import video_decoding
+from transformers_crosslmm import video_decoding, video_file, video_packets, video_source, video_worker
 from transformers_crosslmm.video_decoding import (
     VideoDecodeError,
     VideoError,
@@ -298,8 +299,10 @@ def bomb(folder) -> Path:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure a peak of memory")
 def test_a_huge_picture_is_refused_before_it_takes_memory(bomb):
     script = (
-        "import runpy, sys, torch\n"
-        "globals().update(runpy.run_path(sys.argv[2], run_name='video_decoding'))\n"
+        "import sys, torch, types\n"
+        "sys.modules['decoder'] = package = types.ModuleType('decoder')\n"
+        "package.__path__ = [sys.argv[2]]  # the decoder without the rest of the package\n"
+        "from decoder.video_decoding import VideoLimitError, decode_video\n"
         "def memory(field):\n"
         "    return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith(field))\n"
         "open('/proc/self/clear_refs', 'w').write('5')  # the peak starts anew\n"
@@ -308,9 +311,8 @@ def test_a_huge_picture_is_refused_before_it_takes_memory(bomb):
         "except VideoLimitError as error: assert 'max_pixels' in str(error), error\n"
         "print(memory('VmHWM') - before)\n"
     )
-    answer = subprocess.run(
-        [sys.executable, "-c", script, str(bomb), video_decoding.__file__], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", script, str(bomb), str(Path(video_decoding.__file__).parent)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
     # Decoding one picture takes 96 MB, several of them while FFmpeg looks for the frame rate.
     assert int(answer.stdout.split()[-1]) < 60_000
 
@@ -344,18 +346,58 @@ def test_an_isolated_bomb_costs_its_own_process_only(bomb):
 @pytest.mark.parametrize(
     ("script", "limits", "error", "message"),
     [
-        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", {}, VideoDecodeError, "died on this video"),
-        ("import time; time.sleep(60)", {"max_decode_seconds": 0.5}, VideoTimeoutError, "max_decode_seconds"),
-        ("print('x' * 10**6)", {}, VideoDecodeError, "no header"),
+        (
+            "import os, signal\ndef main(file): os.kill(os.getpid(), signal.SIGSEGV)",
+            {},
+            VideoDecodeError,
+            "died on this video",
+        ),
+        (
+            "import time\ndef main(file): time.sleep(60)",
+            {"max_decode_seconds": 0.5},
+            VideoTimeoutError,
+            "max_decode_seconds",
+        ),
+        ("def main(file): print('x' * 10**6)", {}, VideoDecodeError, "no header"),
     ],
     ids=["crash", "hang", "babble"],
 )
 def test_a_lost_worker_costs_one_call_with_a_clear_error(script, limits, error, message, clip, tmp_path, monkeypatch):
-    worker = tmp_path / "worker.py"
+    worker = tmp_path / "video_worker.py"
     worker.write_text(script)
-    monkeypatch.setattr(video_decoding, "__file__", str(worker))
+    monkeypatch.setattr(video_worker, "__file__", str(worker))
     with pytest.raises(error, match=message):
         decode_video(clip, num_frames=2, limits=VideoLimits(**limits), isolated=True)
+
+
+def test_the_worker_starts_without_torch_and_without_the_package(clip, tmp_path, monkeypatch):
+    for module in (video_file, video_packets, video_source, video_worker):
+        shutil.copy(module.__file__, tmp_path)
+    with open(tmp_path / "video_worker.py", "a") as worker:
+        worker.write(
+            "\ndef main(file): print(json.dumps({'error': 'VideoError', 'message': ' '.join(sys.modules)}))\n"
+        )
+    monkeypatch.setattr(video_worker, "__file__", str(tmp_path / "video_worker.py"))
+    with pytest.raises(VideoError) as told:
+        decode_video(clip, num_frames=3, isolated=True)
+    loaded = set(str(told.value).split())
+    assert {"av", "decoder.video_packets"} <= loaded
+    assert not loaded & {"torch", "transformers", "transformers_crosslmm"}
+
+
+def test_the_worker_takes_no_module_from_the_current_folder_or_pythonpath(clip, tmp_path, monkeypatch):
+    for name in ("json", "av", "resource", "decoder", "sitecustomize", "usercustomize", "video_source"):
+        (tmp_path / f"{name}.py").write_text(f"import os; os.mkdir({str(tmp_path / 'taken')!r})")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert len(decode_video(clip, num_frames=3, isolated=True).times) == 3
+    assert not (tmp_path / "taken").exists()
+
+
+def test_an_isolated_decode_takes_more_moments_than_a_command_line_holds(clip):
+    times = [k / 10_000 for k in range(50_000)]
+    assert len(decode_video(clip, times=times, isolated=True).times) == 150
 
 
 # Mutated files
@@ -451,13 +493,13 @@ def limited_fuzz(folder: Path, count: int, seed: int) -> dict:
 def test_vp9_is_not_decoded_several_frames_at_a_time(folder):
     """With frame threads FFmpeg 8.1 died on one of 20,000 mutants, a damaged VP9 file."""
     file = io.BytesIO(make("vp9_webm", folder).read_bytes())
-    context = video_decoding._File(file, limits=VideoLimits(), num_threads=3)._context
+    context = video_file.VideoFile(file, limits=VideoLimits(), num_threads=3)._context
     assert (context.thread_count, context.thread_type) == (3, av.codec.context.ThreadType.SLICE)
 
 
 def test_mutated_files_neither_crash_nor_hang_nor_leak(tmp_path):
     report = limited_fuzz(tmp_path, 120, seed=0)
-    allowed = {"right", "marked"} | set(video_decoding._ERRORS) - {"VideoTimeoutError"}
+    allowed = {"right", "marked"} | set(video_worker._ERRORS) - {"VideoTimeoutError"}
     assert set(report["outcomes"]) <= allowed, report
     assert report["slowest_seconds"] < 25, report
     assert report["peak_memory_mb"] < 1500, report
@@ -488,7 +530,9 @@ if __name__ == "__main__":
         for key in ("slowest_seconds", "peak_memory_mb"):
             summary[key] = round(max(summary[key], report[key]), 2)
         about = {"seeds": f"1 to {1 + piece}", "pyav": av.__version__, "ffmpeg": av.ffmpeg_version_info}
-        about["decoder"] = hashlib.sha256(Path(video_decoding.__file__).read_bytes()).hexdigest()[:16]
+        modules = (video_source, video_file, video_packets, video_worker, video_decoding)
+        code = b"".join(Path(module.__file__).read_bytes() for module in modules)
+        about["decoder"] = hashlib.sha256(code).hexdigest()[:16]
         (into / "video_fuzz.json").write_text(
             json.dumps(origin | summary | about | {"files": list(MUTATED)}, indent=1) + "\n"
         )

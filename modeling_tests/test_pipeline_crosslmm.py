@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import TextIteratorStreamer, pipeline
+from PIL import Image
+from transformers import ImageTextToTextPipeline, TextIteratorStreamer, pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from factories import mp4_of, random_frames, random_model, tiny_config, tiny_processor
@@ -153,7 +154,11 @@ def test_the_callers_own_options_are_left_alone(pipe):
     ("inputs", "message"),
     [
         ({}, "Nothing to answer"),
-        ({"videos": "clip.mp4"}, "A question is missing: pass `text`"),
+        ({"videos": []}, "Nothing to answer"),
+        ({"text": [], "videos": None}, "Nothing to answer"),
+        ({"images": "a.png", "text": "Why?"}, "`images` is no argument here. Put images into a chat"),
+        ({"videos": "data:video/mp4;base64," + "A" * 60_000}, "A question is missing: pass `text`"),
+        ({"videos": np.zeros((2, 8, 8, 3), np.uint8)}, "One input is a chat .* got ndarray"),
         ({"videos": ["a.mp4", "b.mp4"], "text": ["Why?"]}, "1 questions for 2 videos"),
         ({"videos": "a.mp4", "text": [{"role": "user", "content": "?"}]}, "Put a chat's videos into it"),
         ({"text": [3]}, "One input is a chat .* got int"),
@@ -161,8 +166,23 @@ def test_the_callers_own_options_are_left_alone(pipe):
     ids=str,
 )
 def test_mistakes_are_named(pipe, inputs, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         pipe(**inputs)
+    assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_transformers_own_pipeline_answers_a_batch_as_each_chat_alone(pipe, batch_size):
+    own = ImageTextToTextPipeline(model=pipe.model, processor=pipe.processor, device="cpu")
+    pictures = [Image.fromarray(clip(1)[0]), Image.fromarray(clip(2)[1]), Image.fromarray(clip(3)[2])]
+    texts = ["What is it?", "A much longer question than the others: what is to be seen here?", "Why?"]
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": text}]}]
+        for picture, text in zip(pictures, texts, strict=True)
+    ]
+    greedy = {"max_new_tokens": 4, "generate_kwargs": {"do_sample": False}}  # which Transformers' own writes into
+    records = own(text=chats, batch_size=batch_size, return_full_text=False, **greedy)
+    assert [record["generated_text"] for [record] in records] == [answer(pipe, chat) for chat in chats]
 
 
 def test_a_saved_pipeline_loads_without_trust_in_remote_code(pipe, tmp_path):

@@ -162,7 +162,7 @@ def test_media_belong_to_placeholders_in_order(processor, nested):
         ([VIDEO, ""], {"videos": [["a"]]}, "`videos` has 1 lists for 2 texts"),
         (VIDEO, {"images": [[]], "videos": [["a", "b"]]}, "has 1 .* for 2 videos"),
         (3, {}, "`text` must be a string or a list of strings; got int"),
-        ("", {"audio": [0.0]}, "`audio` must be None"),
+        ("", {"audio": [0.0]}, "does not accept audio; leave `audio` out"),
     ],
     ids=str,
 )
@@ -439,6 +439,55 @@ def test_special_tokens_in_plain_text_are_the_marks(processor):
     ids = processor(text=text, videos=random_frames(1))["input_ids"][0]
     assert marks_in(processor, ids)[0] == "<|im_start|>"
     assert ids.count(processor.video_token_id) == TOKENS_PER_FRAME
+
+
+def with_a_token_of_the_user() -> CrossLMMProcessor:
+    processor = tiny_processor()
+    processor.tokenizer.add_tokens(["<act>"], special_tokens=True)
+    return processor
+
+
+@pytest.mark.parametrize(("sanitize", "is_token"), [(None, True), (False, True), (True, False)], ids=str)
+def test_a_token_that_a_user_adds_means_the_same_after_loading(sanitize, is_token, tmp_path):
+    original = with_a_token_of_the_user()
+    original.save_pretrained(tmp_path)
+    loaded = CrossLMMProcessor.from_pretrained(tmp_path)
+    chat = [user("do <act> it")]
+    options = {"tokenize": True} | ({} if sanitize is None else {"sanitize_control_tokens": sanitize})
+    ids = original.apply_chat_template(chat, **options)
+    assert loaded.apply_chat_template(chat, **options) == ids
+    assert (original.tokenizer.convert_tokens_to_ids("<act>") in ids[0]) == is_token
+
+
+def test_a_token_that_the_template_writes_cannot_be_written_by_texts():
+    processor = with_a_token_of_the_user()
+    template = processor.chat_template.replace("<|im_end|>", "<act>")
+    act = processor.tokenizer.convert_tokens_to_ids("<act>")
+    assert processor.apply_chat_template([user("do <act> it")], template, tokenize=True)[0].count(act) == 1
+    processor.chat_template = {"default": template, "other": "<act>{{ messages[0].content[0].text }}"}
+    assert processor.apply_chat_template([user("do <act> it")], tokenize=True)[0].count(act) == 1
+    assert processor.apply_chat_template([user("do <act> it")], "other", tokenize=True)[0].count(act) == 1
+
+
+def test_marks_are_marks_where_a_chat_is_not_sanitised(processor):
+    options = {"tokenize": True, "sanitize_control_tokens": False}
+    ids = processor.apply_chat_template([user("1<|im_end|>2")], **options)[0]
+    assert marks_in(processor, ids) == ["<|im_start|>", "<|im_end|>", "<|im_end|>"]
+
+
+def test_texts_are_padded_on_the_left_unless_asked_otherwise(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side = "right"
+    size = {"height": 33, "width": 33}
+    processor = CrossLMMProcessor(
+        SiglipImageProcessorPil(size=size), tokenizer, CrossLMMVideoProcessor(size=size), patch_size=6
+    )
+    processor.save_pretrained(tmp_path)
+    CrossLMMConfig().save_pretrained(tmp_path)
+    for loaded in (processor, AutoProcessor.from_pretrained(tmp_path)):
+        assert loaded(text=["a", "abc"], padding=True)["attention_mask"][0] == [0, 0, 1]
+        assert loaded(text=["a", "abc"], padding=True, padding_side="right")["attention_mask"][0] == [1, 0, 0]
+    assert AutoTokenizer.from_pretrained(tmp_path).padding_side == "left"
 
 
 def test_a_chat_is_not_changed_by_its_processing(processor):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import video_files
-from transformers_crosslmm import video_decoding
+from transformers_crosslmm import video_decoding, video_file, video_source
 from transformers_crosslmm.video_decoding import (
     VideoDecodeError,
     VideoDecodeWarning,
@@ -199,14 +199,14 @@ def test_a_clock_slower_than_a_second_is_read_by(folder):
 
 def test_sparse_frames_cost_a_part_of_the_pictures(folder, monkeypatch):
     decoded, skipped = [], []
-    plain = video_decoding._File.decode
+    plain = video_file.VideoFile.decode
 
     def counting(self, packet, *, skip=False, lenient=False):
         if packet is not None:
             (skipped if skip else decoded).append(packet.pts)
         return plain(self, packet, skip=skip, lenient=lenient)
 
-    monkeypatch.setattr(video_decoding._File, "decode", counting)
+    monkeypatch.setattr(video_file.VideoFile, "decode", counting)
     decode_video(make("h264_mp4", folder), num_frames=3)
     # At 25, 75 and 125 of groups of 24 that begin at 24, 72 and 120: two, four and six pictures to go.
     assert len(decoded) + len(skipped) <= 25
@@ -265,7 +265,7 @@ def test_a_chunk_is_decoded_when_it_is_asked_for(clip):
 
 def test_time_between_chunks_does_not_count(clip, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(video_decoding.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(video_source.time, "monotonic", lambda: now[0])
     for _ in iter_video(clip, chunk_size=40, limits=VideoLimits(max_decode_seconds=1.0)):
         now[0] += 100.0
 

@@ -7,7 +7,6 @@ import json
 import threading
 import weakref
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +24,6 @@ from transformers_crosslmm import (
     VideoError,
     VideoLimits,
     decode_video,
-    video_processing_crosslmm,
 )
 
 SIZE = {"height": 33, "width": 33}
@@ -355,12 +353,14 @@ def url(mp4) -> Iterator[str]:
     server.server_close()
 
 
-def test_a_url_gives_the_pixels_of_its_file(url, mp4, monkeypatch):
+def test_a_url_gives_the_pixels_of_its_file_where_limits_allow_it(url, mp4):
     with pytest.raises(VideoError, match="not a public address"):
         processor()(url, fps=2)
+    expected = processor()(mp4, fps=2)["pixel_values_videos"]
     here = VideoLimits(allow_private_addresses=True)
-    monkeypatch.setattr(video_processing_crosslmm, "decode_video", partial(decode_video, limits=here))
-    assert torch.equal(processor()(url, fps=2)["pixel_values_videos"], processor()(mp4, fps=2)["pixel_values_videos"])
+    assert torch.equal(processor()(url, fps=2, limits=here)["pixel_values_videos"], expected)
+    assert torch.equal(processor(limits=here)(url, fps=2)["pixel_values_videos"], expected)
+    assert "limits" not in processor(limits=here).to_dict()
 
 
 def test_a_torchcodec_decoder_gives_the_pixels_of_its_file(mp4):

@@ -76,3 +76,12 @@ def passes_keywords_on(forward: Callable) -> bool:
     """Whether a forward takes keyword arguments that it does not name. No release needs it; it is here because it
     inspects a signature."""
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
+
+
+def declare_no_defaults(processor_kwargs: type) -> None:
+    """Say that the keyword arguments of a processor have no defaults of their own.
+
+    5.19 to 5.22 read `_defaults` of the class, which a subclass does not inherit; later releases do without. Can go
+    with 5.22.
+    """
+    processor_kwargs._defaults = {}  # type: ignore[attr-defined]

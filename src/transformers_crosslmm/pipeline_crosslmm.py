@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 from transformers import ImageTextToTextPipeline
@@ -13,8 +14,8 @@ from transformers.pipelines.image_text_to_text import ReturnType
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils.chat_template_utils import Chat, is_valid_message
 
+from .frames_crosslmm import flatten_videos, is_nested
 from .media_crosslmm import CrossLMMEncodedMedia, join_media
-from .video_processing_crosslmm import flatten_videos, is_nested
 
 
 class Question(Chat):
@@ -55,25 +56,32 @@ class VideoTextToTextPipeline(ImageTextToTextPipeline):
         # A copy, because the parent writes `max_new_tokens` and stop strings into the caller's own dict.
         return super()._sanitize_parameters(generate_kwargs=generate_kwargs and dict(generate_kwargs), **kwargs)
 
-    def __call__(self, videos: Any = None, text: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    def __call__(  # type: ignore[override]
+        self, videos: Any = None, text: Any = None, *, images: None = None, **kwargs: Any
+    ) -> Any:
         """Answer chats (first argument or `text`), or questions `text` about `videos`.
 
         videos: of one question one or several; of a list of questions one each, or a list each. Inputs may also be
         mappings with "videos" and "text", and lists, generators and datasets of chats, questions and such mappings.
         Raises ValueError when videos and questions differ in number.
         """
-        if videos is None and text is None:
+        if images is not None:
+            raise ValueError(
+                "`images` is no argument here. Put images into a chat, as parts of a message, or use the pipeline "
+                '"image-text-to-text".'
+            )
+        if _is_nothing(videos) and _is_nothing(text):
             raise ValueError("Nothing to answer: pass a chat, or `videos` and `text`.")
         if videos is not None and text is not None:
             return Pipeline.__call__(self, _questions(videos, text), **kwargs)
         inputs = text if videos is None else videos
         if isinstance(inputs, str):
             if videos is not None:
-                raise ValueError(f"A question is missing: pass `text` along with `videos={inputs!r}`.")
+                raise ValueError("A question is missing: pass `text` along with `videos`, or a chat.")
             return Pipeline.__call__(self, Question([], inputs), **kwargs)
         if isinstance(inputs, list | tuple) and not is_valid_message(inputs[0]):
             inputs = [_as_chat(item) for item in inputs]
-        elif isinstance(inputs, Mapping):
+        elif isinstance(inputs, Mapping | bytes | np.ndarray | torch.Tensor | os.PathLike):
             inputs = _as_chat(inputs)
         return Pipeline.__call__(self, inputs, **kwargs)
 
@@ -128,20 +136,33 @@ class VideoTextToTextPipeline(ImageTextToTextPipeline):
             batch["mm_encoder_outputs"] = {"video": join_media(encoded)}
         return BatchFeature(batch | {"text": [item["text"] for item in items]})
 
+    def _forward(self, model_inputs: Any, generate_kwargs: dict[str, Any] | None = None) -> Any:  # type: ignore[override]
+        """As in Transformers, with the sequences of one input side by side: (inputs, sequences, tokens)."""
+        outputs = super()._forward(model_inputs, generate_kwargs)
+        sequences = outputs["generated_sequence"]
+        grouped = sequences.reshape(len(outputs["input_ids"]), -1, sequences.shape[-1])
+        return outputs | {"generated_sequence": grouped}
+
     def postprocess(  # type: ignore[override]
         self, model_outputs: dict[str, Any], return_type: ReturnType | None = None, **kwargs: Any
     ) -> list[dict[str, Any]]:
-        """Records of one input; see the class."""
+        """Records of one input, one per returned sequence; see the class."""
         prompt = model_outputs["prompt_text"]
+        if return_type is None:
+            return_type = ReturnType.NEW_TEXT if isinstance(prompt, Question) else ReturnType.FULL_TEXT
         if isinstance(prompt, Question):
-            model_outputs = model_outputs | {"prompt_text": prompt.text}
+            prompt = prompt.text
         elif (last := prompt.messages[-1])["role"] == "assistant" and isinstance(last["content"], str):
             # The parent appends a continuation to parts only.
             last = last | {"content": [{"type": "text", "text": last["content"]}]}
-            model_outputs = model_outputs | {"prompt_text": Chat([*prompt.messages[:-1], last])}  # type: ignore[arg-type]
-        if return_type is None:
-            return_type = ReturnType.NEW_TEXT if isinstance(prompt, Question) else ReturnType.FULL_TEXT
-        return super().postprocess(model_outputs, return_type=return_type, **kwargs)
+            prompt = Chat([*prompt.messages[:-1], last])  # type: ignore[arg-type]
+        [sequences] = model_outputs["generated_sequence"]
+        records_of = {
+            "prompt_text": [prompt] * len(sequences),
+            "generated_sequence": sequences,
+            "input_ids": model_outputs["input_ids"].expand(len(sequences), -1),
+        }
+        return super().postprocess(records_of, return_type=return_type, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save model and processor, so that `pipeline("video-text-to-text", model=save_directory)` loads them.
@@ -155,6 +176,10 @@ class VideoTextToTextPipeline(ImageTextToTextPipeline):
             vars(self.model.config).pop("custom_pipelines", None)
             self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
+
+
+def _is_nothing(inputs: Any) -> bool:
+    return inputs is None or (isinstance(inputs, list | tuple | Mapping) and len(inputs) == 0)
 
 
 def _questions(videos: Any, text: Any) -> Question | list[Question]:

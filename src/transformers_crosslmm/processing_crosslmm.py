@@ -3,30 +3,34 @@
 A video becomes `<|video_pad|>` and an image `<|image_pad|>`, s·s of them per frame (an image is one frame).
 """
 
-import io
-import os
 import re
-import urllib.parse
-import urllib.request
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, groupby, islice, pairwise
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
-from PIL import Image
 from tokenizers import normalizers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import load_image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.video_processing_utils import VideoProcessorMixin
 
+from .dialect_crosslmm import declare_no_defaults
+from .frames_crosslmm import (
+    VIDEO_OPTIONS,
+    CrossLMMVideoMetadata,
+    flatten_videos,
+    is_nested,
+    picture_pixels,
+    source_in,
+)
 from .media_crosslmm import encode_video, join_media
-from .video_processing_crosslmm import CrossLMMVideoMetadata, CrossLMMVideoProcessor, flatten_videos, is_nested
+from .video_processing_crosslmm import CrossLMMVideoProcessor, CrossLMMVideosKwargs
+from .video_source import DEFAULT_LIMITS
 
 IMAGE_TOKEN = "<|image_pad|>"
 VIDEO_TOKEN = "<|video_pad|>"
@@ -38,6 +42,8 @@ ESCAPE = "\ue000"
 """Stands behind the first character of a special token that is text: it is then no special token when the tokenizer
 looks for those, and the tokenizer's normaliser drops the escape before the text is split into tokens. A private-use
 character, so no text loses anything."""
+
+NO_AUDIO = "CrossLMM does not accept audio; leave `audio` out."
 
 CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
@@ -74,16 +80,15 @@ CHAT_TEMPLATE = """\
 (their words and their `<|im_end|>`)."""
 
 PLACEHOLDER = re.compile(f"({re.escape(IMAGE_TOKEN)}|{re.escape(VIDEO_TOKEN)})({re.escape(VISION_END_TOKEN)})?")
-MEDIA_SOURCES = {"video": ("video", "path", "url"), "image": ("image", "path", "url", "base64")}
 
 
 class CrossLMMProcessorKwargs(ProcessingKwargs, total=False):
-    """What Transformers' processors take, and:
+    """What Transformers' processors take by keyword, with the options of `CrossLMMVideoProcessor`."""
 
-    time_instruction: say after each video how long it is, how many frames are seen and at which seconds.
-    """
+    videos_kwargs: CrossLMMVideosKwargs  # type: ignore[misc]  # narrower than in the base class
 
-    time_instruction: bool
+
+declare_no_defaults(CrossLMMProcessorKwargs)
 
 
 class CrossLMMProcessor(ProcessorMixin):
@@ -94,10 +99,11 @@ class CrossLMMProcessor(ProcessorMixin):
     time_instruction: the default of that keyword argument of calls.
 
     The tokenizer must know the marks of ChatML and of media (`MARKS`) as special tokens, as every Qwen2.5 tokenizer
-    does. It is given a normaliser that drops `ESCAPE`, so that text in chats cannot write those marks.
+    does. It is given a normaliser that drops `ESCAPE`, so that text in chats cannot write those marks, and pads on the
+    left unless a call says otherwise.
     """
 
-    valid_processor_kwargs = CrossLMMProcessorKwargs
+    valid_processor_kwargs = CrossLMMProcessorKwargs  # type: ignore[assignment]
     skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "mm_encoder_outputs"]
 
     def __init__(
@@ -133,6 +139,8 @@ class CrossLMMProcessor(ProcessorMixin):
         self.image_token, self.video_token = IMAGE_TOKEN, VIDEO_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.video_token_id = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
+        tokenizer.padding_side = "left"  # for generation; Transformers' own pipelines ask the tokenizer
+        tokenizer.init_kwargs["padding_side"] = "left"  # what is saved of it
         self._make_marks_escapable()
 
     @classmethod
@@ -187,16 +195,18 @@ class CrossLMMProcessor(ProcessorMixin):
         images: Any = None,
         text: Any = None,
         videos: Any = None,
-        audio: Any = None,
         *,
+        time_instruction: bool | None = None,
         encode_with: PreTrainedModel | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[CrossLMMProcessorKwargs],
     ) -> BatchFeature:
         """Model inputs from texts in which each `<|video_pad|>` and `<|image_pad|>` stands for the next medium.
 
         text: a string or a list of strings. images, videos: one, a flat list, or a list per text; see
         `CrossLMMVideoProcessor` for what a video is. Options of the tokenizer and of the two processors are passed by
         name, or in `text_kwargs`, `images_kwargs` and `videos_kwargs`.
+        time_instruction: say after each video how long it is, how many frames are seen and at which seconds. None: the
+        processor's own setting.
         encode_with: the model that will be asked. It encodes the videos while they are decoded, without gradients, so
         that the pixels of a long one never exist together: `mm_encoder_outputs` for `generate` takes their place.
 
@@ -208,8 +218,8 @@ class CrossLMMProcessor(ProcessorMixin):
         Raises ValueError when placeholders and media do not match in number, before anything is decoded, and when
         truncation would cut placeholders.
         """
-        if audio is not None:
-            raise ValueError("CrossLMM has no ear: `audio` must be None.")
+        if kwargs.pop("audio", None) is not None:  # type: ignore[typeddict-item]  # `apply_chat_template` passes None
+            raise ValueError(NO_AUDIO)
         if images is None and text is None and videos is None:
             raise ValueError("Nothing to process: pass `text`, `images` or `videos`.")
         texts = None if text is None else _as_texts(text)
@@ -220,7 +230,11 @@ class CrossLMMProcessor(ProcessorMixin):
             _check_counts("image", IMAGE_TOKEN, texts, len(flat_images), images_per_sample)
             _check_counts("video", VIDEO_TOKEN, texts, len(flat_videos), videos_per_sample)
 
-        options: dict[str, Any] = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        options: dict[str, Any] = self._merge_kwargs(
+            self.valid_processor_kwargs,  # type: ignore[arg-type]
+            tokenizer_init_kwargs=self.tokenizer.init_kwargs,
+            **kwargs,
+        )
         text_options = options["text_kwargs"]
         return_tensors = text_options.pop("return_tensors", None)
         return_mm_token_type_ids = text_options.pop("return_mm_token_type_ids", False)
@@ -230,7 +244,7 @@ class CrossLMMProcessor(ProcessorMixin):
         metadata: list[CrossLMMVideoMetadata] = []
         num_frames: list[int] = []
         if flat_images:
-            media |= self.image_processor(flat_images, **options["images_kwargs"] | {"return_tensors": "pt"})
+            media |= self._image_inputs(flat_images, options)
         if flat_videos:
             in_one_sample = [flat_videos]  # see `is_nested`
             video_options = options["videos_kwargs"] | {"return_metadata": True, "return_tensors": "pt"}
@@ -248,9 +262,10 @@ class CrossLMMProcessor(ProcessorMixin):
                 patch_grid = (encode_with.config.patch_grid_size,) * 2
             self._describe_pooling(metadata, patch_grid)
 
+        say_times = self.time_instruction if time_instruction is None else time_instruction
         encoded = BatchFeature()
         if texts is not None:
-            expanded, offsets = self._expand(texts, num_frames, metadata, say_times=options["time_instruction"])
+            expanded, offsets = self._expand(texts, num_frames, metadata, say_times=say_times)
             encoded.update(self.tokenizer(expanded, **text_options))
             self._check_special_mm_tokens(expanded, encoded, modalities=["image", "video"])
             if return_offsets:
@@ -270,68 +285,48 @@ class CrossLMMProcessor(ProcessorMixin):
         chat_template: str | None = None,
         *,
         load_audio_from_video: bool = False,
-        sanitize_control_tokens: bool = True,
+        sanitize_control_tokens: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """As in Transformers: one chat or a list of chats to text, ids (`tokenize`) or model inputs (`return_dict`).
 
         Content is a string or a list of parts `{"type": "text", "text": …}`, `{"type": "video", "video" | "path" |
-        "url": …}`, `{"type": "image", "image" | "path" | "url" | "base64": …}`; keys that are None count as absent.
-        Special tokens in texts are always escaped and so become ordinary characters, in the returned text as well.
+        "url" | "base64" | "bytes" | "array": …}`, the same with "image"; keys that are None count as absent. A part
+        with a video may say how it is sampled (`VIDEO_OPTIONS`), which wins over `processor_kwargs`.
+        sanitize_control_tokens: which tokens are ordinary characters where a chat's texts write them. None: `MARKS`,
+        the tokenizer's own end, padding and the like, and what the chat template writes; others, such as those that a
+        user has added, are tokens. True: all special tokens too. False: none.
         load_audio_from_video: servers set it for every model; there is nothing to hear, so it changes nothing.
         """
         if not isinstance(conversation, list | tuple) or not conversation:
             raise ValueError("A chat is a list of messages, at least one; a batch is a list of chats.")
+        if "audio" in {**kwargs, **(kwargs.get("processor_kwargs") or {})}:
+            raise ValueError(NO_AUDIO)
+        escape = TextEscape(self._tokens_to_escape(chat_template, sanitize_control_tokens))
         if isinstance(conversation[0], Mapping):
-            conversation = [self._prepared_message(message) for message in conversation]
+            conversation = [escape.message(message) for message in conversation]
         else:
             conversation = [
-                [self._prepared_message(message) for message in getattr(chat, "messages", chat)]
-                for chat in conversation
+                [escape.message(message) for message in getattr(chat, "messages", chat)] for chat in conversation
             ]
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
-    def _prepared_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """The message without None, its parts checked and reduced to type and source, its texts escaped."""
+    def _tokens_to_escape(self, chat_template: str | None, sanitize_control_tokens: bool | None) -> set[str]:
+        """See `apply_chat_template`. Asked anew for each chat, so that tokens added later count as after loading."""
+        if sanitize_control_tokens is False:
+            return set()
+        added = self.tokenizer.added_tokens_decoder.values()
+        named = (self.chat_template or {}) if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        written = named.get(chat_template or "default", chat_template) or ""
         return {
-            key: self._prepared_content(value)
-            if key == "content" and isinstance(value, list | tuple)
-            else self._escaped(value)
-            for key, value in message.items()
-            if value is not None
+            *MARKS,
+            *(value for value in self.tokenizer.special_tokens_map.values() if isinstance(value, str)),
+            *(token.content for token in added if token.content in written),
+            *(token.content for token in added if token.special and sanitize_control_tokens),
         }
 
-    def _prepared_content(self, parts: Sequence[Any]) -> list[dict[str, Any]]:
-        prepared: list[dict[str, Any]] = []
-        for is_text, run in groupby(map(_prepared_part, parts), key=lambda part: part["type"] == "text"):
-            if is_text:  # together: a special token may begin in one part and end in the next
-                texts = self._escaped_texts([part["text"] for part in run])
-                prepared += [{"type": "text", "text": text} for text in texts]
-            else:
-                prepared += run
-        return prepared
-
-    def _escaped(self, value: Any) -> Any:
-        """The value with all strings in it escaped."""
-        if isinstance(value, str):
-            return self._escaped_texts([value])[0]
-        if isinstance(value, Mapping):
-            return {key: self._escaped(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._escaped(item) for item in value]
-        return value
-
-    def _escaped_texts(self, texts: list[str]) -> list[str]:
-        """Texts that are no special tokens, neither alone nor one after the other."""
-        joined = "".join(texts)
-        places = [match.start() + 1 for match in self._special_tokens.finditer(joined)]
-        pieces = [joined[start:end] for start, end in pairwise([0, *places, len(joined)])]
-        ends = [end + bisect_left(places, end) for end in accumulate(map(len, texts))]
-        escaped = ESCAPE.join(pieces)
-        return [escaped[start:end] for start, end in pairwise([0, *ends])]
-
     def _make_marks_escapable(self) -> None:
-        """Learn the tokenizer's special tokens, and let it drop `ESCAPE` once it has looked for them."""
+        """Let the tokenizer drop `ESCAPE` once it has looked for special tokens."""
         if not self.tokenizer.is_fast:
             raise ValueError(
                 f"CrossLMM needs a tokenizer with a `tokenizers` backend; got {type(self.tokenizer).__name__}."
@@ -344,20 +339,29 @@ class CrossLMMProcessor(ProcessorMixin):
                 f"The tokenizer must have the special tokens {', '.join(MARKS)}; it lacks {', '.join(missing)}. Use a "
                 "Qwen2.5 tokenizer, or add them with `add_special_tokens` and give the model their ids."
             )
-        longest_first = sorted(special, key=len, reverse=True)
-        self._special_tokens = re.compile("|".join(map(re.escape, longest_first)))
         backend = self.tokenizer.backend_tokenizer
         if backend.normalizer is None or backend.normalizer.normalize_str(ESCAPE):
             drop = normalizers.Replace(ESCAPE, "")
             steps = [drop] if backend.normalizer is None else [drop, backend.normalizer]
             backend.normalizer = normalizers.Sequence(steps)
-        escaped_ids = self.tokenizer(self._escaped("".join(MARKS)), add_special_tokens=False)["input_ids"]
+        escaped_ids = self.tokenizer(TextEscape(MARKS).value("".join(MARKS)), add_special_tokens=False)["input_ids"]
         written = [mark for mark in MARKS if self.tokenizer.convert_tokens_to_ids(mark) in escaped_ids]
         if written:
             raise ValueError(
                 f"The tokenizer finds {', '.join(written)} in normalised text, so that a chat's text could write "
                 "them. Add them with `normalized=False`."
             )
+
+    def _image_inputs(self, images: list[Any], options: dict[str, Any]) -> BatchFeature:
+        image_options = options["images_kwargs"]
+        reading = {
+            "layout": image_options.get("input_data_format"),
+            "do_rescale": image_options.get("do_rescale", self.image_processor.do_rescale),
+            "limits": options["videos_kwargs"].get("limits") or self.video_processor.limits or DEFAULT_LIMITS,
+        }
+        arrays = [picture_pixels(image, **reading).numpy() for image in images]
+        fixed = {"return_tensors": "pt", "input_data_format": "channels_first"}
+        return self.image_processor(arrays, **image_options | fixed)
 
     def _describe_pooling(self, metadata: list[CrossLMMVideoMetadata], patch_grid: tuple[int, int]) -> None:
         for video in metadata:
@@ -408,6 +412,49 @@ class CrossLMMProcessor(ProcessorMixin):
                 video.token_spans = [(start, start + self.tokens_per_frame) for start in islice(starts, frames)]
 
 
+class TextEscape:
+    """Writes chats so that texts in them are no tokens of these, neither alone nor one after the other."""
+
+    def __init__(self, tokens: Iterable[str]) -> None:
+        longest_first = sorted(tokens, key=len, reverse=True)
+        self._tokens = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) is nowhere
+
+    def message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """The message without None, its parts checked, its texts escaped."""
+        return {
+            key: self._content(value) if key == "content" and isinstance(value, list | tuple) else self.value(value)
+            for key, value in message.items()
+            if value is not None
+        }
+
+    def value(self, value: Any) -> Any:
+        """The value with all strings in it escaped."""
+        if isinstance(value, str):
+            return self._texts([value])[0]
+        if isinstance(value, Mapping):
+            return {key: self.value(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.value(item) for item in value]
+        return value
+
+    def _content(self, parts: Sequence[Any]) -> list[dict[str, Any]]:
+        prepared: list[dict[str, Any]] = []
+        for is_text, run in groupby(map(_prepared_part, parts), key=lambda part: part["type"] == "text"):
+            if is_text:  # together: a token may begin in one part and end in the next
+                prepared += [{"type": "text", "text": text} for text in self._texts([part["text"] for part in run])]
+            else:
+                prepared += map(_media_part, run)
+        return prepared
+
+    def _texts(self, texts: list[str]) -> list[str]:
+        joined = "".join(texts)
+        places = [match.start() + 1 for match in self._tokens.finditer(joined)]
+        pieces = [joined[start:end] for start, end in pairwise([0, *places, len(joined)])]
+        ends = [end + bisect_left(places, end) for end in accumulate(map(len, texts))]
+        escaped = ESCAPE.join(pieces)
+        return [escaped[start:end] for start, end in pairwise([0, *ends])]
+
+
 def _time_instruction(num_frames: int, video: CrossLMMVideoMetadata) -> str:
     if video.frame_times is None or video.duration is None:
         raise ValueError(
@@ -419,28 +466,40 @@ def _time_instruction(num_frames: int, video: CrossLMMVideoMetadata) -> str:
 
 
 def _prepared_part(part: Any) -> dict[str, Any]:
-    """A part of a message as {"type": "text", "text": …} or {"type": …, source: …}; keys that are None are dropped."""
+    """A part of a message as {"type": "text", "text": …} or {"type": …, source: …, option: …}; None is dropped.
+
+    Raises ValueError for anything else, so that no option is ignored.
+    """
     if isinstance(part, str):
         part = {"type": "text", "text": part}
     if not isinstance(part, Mapping):
         raise ValueError(f"A part of a message is a string or an object; got {type(part).__name__}.")
     part = {key: value for key, value in part.items() if value is not None}
-    kind = part.get("type") or next((name for name in ("text", *MEDIA_SOURCES) if name in part), None)
+    kind = part.pop("type", None) or next((name for name in ("text", "video", "image") if name in part), None)
     if kind in ("image_url", "video_url"):  # OpenAI's words
-        source = part.get(kind)
-        url = source.get("url") if isinstance(source, Mapping) else source
-        kind, part = kind.removesuffix("_url"), {} if url is None else {"url": url}
+        source = part.pop(kind, {})
+        part |= dict(source) if isinstance(source, Mapping) else {"url": source}
+        kind = kind.removesuffix("_url")
+        if kind == "image":
+            part.pop("detail", None)  # how closely to look: there is one size
     if kind == "text":
         text = part.get("text", "")
         if not isinstance(text, str):
             raise ValueError(f"The `text` of a part of a message must be a string; got {type(text).__name__}.")
         return {"type": "text", "text": text}
-    if not isinstance(kind, str) or kind not in MEDIA_SOURCES:
-        raise ValueError(f"The `type` of a part of a message must be text, image or video; got {kind!r}.")
-    sources = [name for name in MEDIA_SOURCES[kind] if name in part]
-    if len(sources) > 1:
-        raise ValueError(f"A part of a message holds one {kind}; got {', '.join(sources)}. Split it into parts.")
-    return {"type": kind} | {name: part[name] for name in sources}
+    if kind not in ("video", "image"):
+        raise ValueError(f"The `type` of a part of a message must be text, image or video; got {repr(kind)[:40]}.")
+    if part.pop("text", ""):
+        raise ValueError(f"A part of a message is text or {kind}; got both. Split it into parts.")
+    source_in(part, kind, VIDEO_OPTIONS if kind == "video" else ())
+    return {"type": kind} | part
+
+
+def _media_part(part: dict[str, Any]) -> dict[str, Any]:
+    """The part with its source and options in one place, where Transformers looks for the source."""
+    kind = part["type"]
+    said = {key: value for key, value in part.items() if key != "type"}
+    return {"type": kind, kind: said} if said else part
 
 
 def _as_texts(text: Any) -> list[str]:
@@ -451,7 +510,7 @@ def _as_texts(text: Any) -> list[str]:
 
 
 def _flatten_images(images: Any) -> tuple[list[Any], list[int] | None]:
-    """A flat list of what the image processor takes, and how many images each sample has, if they came so."""
+    """A flat list of images, and how many each sample has, if they came so."""
     if images is None:
         return [], None
     if isinstance(images, np.ndarray | Tensor) and images.ndim == 4:
@@ -462,27 +521,7 @@ def _flatten_images(images: Any) -> tuple[list[Any], list[int] | None]:
     if images and all(sample is None or isinstance(sample, list | tuple) for sample in images):
         counts = [len(sample or []) for sample in images]
         images = [image for sample in images for image in sample or []]
-    return [_image(image) for image in images], counts
-
-
-def _image(image: Any) -> Any:
-    """An image in a form that Transformers' image processors open: theirs, or bytes, a file object, a path, a URI."""
-    if isinstance(image, Mapping):  # `datasets` with decode=False
-        image = image["path"] if image.get("bytes") is None else image["bytes"]
-    if isinstance(image, bytes | bytearray | memoryview):
-        image = io.BytesIO(image)
-    if isinstance(image, os.PathLike):
-        return os.fspath(image)
-    if isinstance(image, str) and image.startswith("file://"):
-        return urllib.request.url2pathname(urllib.parse.urlsplit(image).path)
-    if isinstance(image, str | Image.Image | np.ndarray | Tensor):
-        return image
-    if hasattr(image, "read"):
-        return load_image(Image.open(image))
-    raise TypeError(
-        "An image is a PIL image, an array or tensor (H, W, 3) or (3, H, W), a path, URL, base64 string, bytes or a "
-        f"file object; got {type(image).__name__}."
-    )
+    return list(images), counts
 
 
 def _check_counts(kind: str, token: str, texts: list[str], num_media: int, per_sample: list[int] | None) -> None:

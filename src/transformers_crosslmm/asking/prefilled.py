@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from ..frames_crosslmm import SAMPLING_KWARGS, FrameChunk, frame_chunk
 from ..modeling_crosslmm import CrossLMMForConditionalGeneration
 from ..processing_crosslmm import CrossLMMProcessor
 from ..video_decoding import DecodedVideo, VideoLimits, iter_video
-from ..video_processing_crosslmm import SAMPLING_KWARGS, FrameChunk, VideoStream, _resize, frame_chunk
+from ..video_processing_crosslmm import VideoStream, _resize
 from .conversation import VideoConversation
 
 LIMITS = VideoLimits(max_decode_seconds=900.0)

@@ -55,11 +55,11 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerateManager, GenerationState, reset_torch_cache, set_torch_seed
 
 from ..checkpoints.load import load_model, load_processor
+from ..frames_crosslmm import SAMPLING_KWARGS, CrossLMMVideoMetadata, FrameSampling, frame_chunk
 from ..media_crosslmm import CrossLMMEncodedMedia, encode_video, join_media
 from ..modeling_crosslmm import CrossLMMForConditionalGeneration
 from ..processing_crosslmm import CrossLMMProcessor
-from ..video_decoding import VideoError, VideoLimits, _opened, decode_video
-from ..video_processing_crosslmm import SAMPLING_KWARGS, CrossLMMVideoMetadata, FrameSampling, frame_chunk
+from ..video_decoding import VideoError, VideoLimits, decode_video, open_source
 
 logger = logging.get_logger(__name__)
 
@@ -565,7 +565,7 @@ class VideoReader:
         """The video, from the cache where its bytes and the sampling are the same."""
         source = self._source(url)
         try:
-            with _opened(source, self.limits) as file:
+            with open_source(source, self.limits) as file:
                 version = _version(file)
                 key = hashlib.file_digest(file, "sha256").hexdigest(), repr(sampling)  # type: ignore[arg-type]
                 known = self.cache.get(key)

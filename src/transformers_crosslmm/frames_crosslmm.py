@@ -1,0 +1,575 @@
+"""Videos and pictures in every form that people have them, as frames: what is given, which frames are looked at, and
+their pixels before anything is done to them.
+
+Shapes: T frames of one video, (H, W) a frame's own size.
+"""
+
+import math
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from transformers.image_utils import ChannelDimension
+from transformers.video_utils import VideoMetadata
+
+from .video_decoding import DecodedVideo, VideoLimits, VideoOpenError, decode_video, iter_video, sample_times
+from .video_source import open_source, shown
+
+# Two moments closer than this are the same one: i / fps and start + k / f round differently.
+SAME_MOMENT_SECONDS = 1e-6
+SAMPLING_KWARGS = ("num_frames", "fps", "max_frames", "times", "start_seconds", "end_seconds")
+QWEN_NAMES = {"nframes": "num_frames", "video_start": "start_seconds", "video_end": "end_seconds"}
+"""What qwen-vl-utils calls options of a video."""
+VIDEO_OPTIONS = (*SAMPLING_KWARGS, *QWEN_NAMES, "sample_fps")
+SOURCES = ("path", "url", "base64", "bytes", "array")
+"""Where a mapping may hold its medium, besides "video" or "image"."""
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+@dataclass
+class CrossLMMVideoMetadata(VideoMetadata):
+    """Transformers' `VideoMetadata`, and where each sampled frame lies in the clip and in the model's input.
+
+    frame_times: seconds of each sampled frame from the start of the clip, None when the clip has no clock.
+    frames_valid: for each sampled frame of a file whether it could be decoded; the pixels of others are not right.
+        None for frames that somebody else decoded.
+    patch_grid, pooled_grid: (rows, columns) of patches, and of the tokens they are pooled to, per frame.
+    sample_index: the row of `input_ids` that holds the video; token_spans: per frame its tokens there, [start, end).
+    """
+
+    frame_times: list[float] | None = None
+    frames_valid: list[bool] | None = None
+    patch_grid: tuple[int, int] | None = None
+    pooled_grid: tuple[int, int] | None = None
+    pooling_mode: str | None = None
+    sample_index: int | None = None
+    token_spans: list[tuple[int, int]] | None = None
+
+    @property
+    def timestamps(self) -> list[float]:
+        """Seconds of the sampled frames, from the file's own clock where the base class divides by a constant rate."""
+        return super().timestamps if self.frame_times is None else self.frame_times
+
+
+def is_frame(item: Any) -> bool:
+    """True for a PIL image, an array or tensor of rank 3, and a path or URI that names a picture file."""
+    if isinstance(item, str | os.PathLike):
+        name = os.fspath(item)[:2000].lower() if isinstance(item, str) else os.fspath(item).lower()
+        return name.startswith("data:image/") or name.partition("?")[0].endswith(PICTURE_SUFFIXES)
+    return isinstance(item, Image.Image) or (isinstance(item, np.ndarray | Tensor) and item.ndim == 3)
+
+
+def is_video(item: Any) -> bool:
+    """True for one video given as a list of frames, or as a tuple of it and its metadata."""
+    if isinstance(item, tuple) and len(item) == 2 and _is_metadata(item[1]):
+        return True
+    return isinstance(item, list | tuple) and len(item) > 0 and all(is_frame(frame) for frame in item)
+
+
+def _is_metadata(item: Any) -> bool:
+    return isinstance(item, Mapping) and not any(
+        item[name] is not None for name in item if name in ("video", *SOURCES)
+    )
+
+
+def is_nested(media: Any) -> bool:
+    """True for media in one list per sample (None or an empty list: a sample without any), false for a flat list."""
+    return (
+        isinstance(media, list | tuple)
+        and len(media) > 0
+        and not is_video(media)
+        and all(sample is None or (isinstance(sample, list | tuple) and not is_video(sample)) for sample in media)
+    )
+
+
+def flatten_videos(videos: Any) -> list[Any]:
+    """One video, a list of videos, one list per sample, or an array (videos, T, ...) as a flat list of videos."""
+    if isinstance(videos, np.ndarray | Tensor) and videos.ndim == 5:
+        return list(videos)
+    if not isinstance(videos, list | tuple) or is_video(videos):
+        return [videos]
+    if is_nested(videos):
+        return [video for sample in videos for video in (sample or [])]
+    return list(videos)
+
+
+def source_in(medium: Mapping, kind: str, options: Sequence[str] = ()) -> tuple[Any, dict[str, Any]]:
+    """The source that a mapping holds, None if it holds none, and the options beside it; what is None is absent.
+
+    kind: "video" or "image", the key that may hold the source, as may `SOURCES`. Raises ValueError for two sources and
+    for what is neither source nor option, so that nothing is ignored in silence.
+    """
+    given = {key: value for key, value in medium.items() if value is not None and key not in ("type", "text")}
+    sources = {key: given.pop(key) for key in (kind, *SOURCES) if key in given}
+    if sources.keys() == {"bytes", "path"}:  # `datasets` with decode=False: the path is where they once came from
+        del sources["path"]
+    if len(sources) > 1:
+        raise ValueError(f"A part of a message holds one {kind}; got {', '.join(sources)}. Split it into parts.")
+    unknown = [str(key)[:40] for key in given if key not in options]
+    if unknown:
+        takes = f"a {kind} takes {', '.join(options)}" if options else f"an {kind} has no options"
+        raise ValueError(
+            f"Beside its source {takes}; got {', '.join(unknown)}. Leave that out: every frame is resized to "
+            "the one size that the vision tower sees, and a number of frames is asked for by `num_frames`."
+        )
+    for name, source in sources.items():
+        return (f"data:;base64,{source}" if name == "base64" else source), given
+    return None, given
+
+
+@dataclass(frozen=True)
+class GivenVideo:
+    """A video as it was given, taken apart.
+
+    source: what holds the frames. metadata: what was said of them; None: nothing. options: of `VIDEO_OPTIONS`, those
+    said of this video alone, under the names of `SAMPLING_KWARGS`. keeps_all: it was said that the frames are sampled
+    already.
+    """
+
+    source: Any
+    metadata: Mapping | None = None
+    options: Mapping[str, Any] | None = None
+    keeps_all: bool = False
+
+    @classmethod
+    def of(cls, video: Any) -> "GivenVideo":
+        """Raises ValueError for mappings without one source, and for options that contradict each other."""
+        if isinstance(video, tuple) and is_video(video) and _is_metadata(video[1]):
+            if not isinstance(video[0], list | tuple | np.ndarray | Tensor):
+                raise ValueError("Metadata beside a video is that of frames in memory; a file brings its own.")
+            metadata = dict(video[1])
+            return cls(video[0], metadata, keeps_all=metadata.pop("do_sample_frames", None) is False)
+        options: dict[str, Any] = {}
+        while isinstance(video, Mapping):
+            video, said = source_in(video, "video", VIDEO_OPTIONS)
+            if video is None:
+                raise ValueError(f"A video has a source: one of video, {', '.join(SOURCES)}. Name it.")
+            for name, value in said.items():
+                if options.setdefault(QWEN_NAMES.get(name, name), value) != value:
+                    raise ValueError(f"`{QWEN_NAMES.get(name, name)}` of a video is given twice. Pass one.")
+        taken_at = options.pop("sample_fps", None)
+        if taken_at is None:
+            return cls(video, None, options)
+        if not isinstance(video, list | tuple | np.ndarray | Tensor):
+            raise ValueError("`sample_fps` is the rate at which a list of frames was taken. For a file pass `fps`.")
+        return cls(video, {"fps": taken_at}, options, keeps_all=not options)
+
+
+@dataclass(frozen=True)
+class FrameSampling:
+    """Which moments of a clip to look at; the words are those of `CrossLMMVideosKwargs`.
+
+    needs_clock: the caller named seconds, so that a clip without a frame rate cannot serve.
+    """
+
+    num_frames: int | None
+    fps: float | None
+    max_frames: int | None
+    times: list[float] | None
+    start_seconds: float
+    end_seconds: float | None
+    needs_clock: bool
+
+    def moments(self, duration_seconds: float) -> list[float]:
+        """The moments, in seconds from the start of a clip of this length."""
+        if self.times is not None:
+            return self.times
+        return sample_times(
+            duration_seconds,
+            num_frames=self.num_frames,
+            fps=self.fps,
+            max_frames=self.max_frames,
+            start_seconds=self.start_seconds,
+            end_seconds=self.end_seconds,
+        )
+
+    def frames_of(self, numbers: Sequence[int], about: VideoMetadata) -> list[int]:
+        """Which of the frames with these numbers in their clip are sampled. Raises ValueError for seconds without a
+        frame rate."""
+        if about.fps is not None:
+            clock = [number / about.fps for number in numbers]
+            return self.frames_at(clock, about.duration or about.total_num_frames / about.fps)
+        if self.needs_clock:
+            raise ValueError(
+                "`fps`, `times`, `start_seconds` and `end_seconds` need to know when each frame was shown; got frames "
+                "without a frame rate. Pass `video_metadata` with `fps`, or sample by `num_frames`."
+            )
+        # One frame a second is as good a clock as any for equal shares.
+        counts = (self.num_frames, self.max_frames, len(numbers))
+        num_frames = next(count for count in counts if count is not None)
+        uniform = replace(self, num_frames=num_frames, fps=None, max_frames=None)
+        return uniform.frames_at(range(len(numbers)), float(len(numbers)))
+
+    def frames_at(self, clock: Sequence[float], duration_seconds: float) -> list[int]:
+        """Indices of the frames shown at the moments, each once: the last with clock ≤ moment, else the first."""
+        shown = [bisect_right(clock, moment + SAME_MOMENT_SECONDS) - 1 for moment in self.moments(duration_seconds)]
+        return sorted({max(0, index) for index in shown})
+
+
+FrameTransform = Callable[[Tensor], Tensor]
+"""What is done to each frame (3, H, W) as soon as it is decoded, so that full-size frames never pile up."""
+
+
+@dataclass(frozen=True)
+class FrameChunk:
+    """Frames of one video that follow each other: (t, 3, H, W), and where they come from.
+
+    expected_num_frames: how many the whole video will give, as far as can be told beforehand.
+    """
+
+    frames: Tensor
+    metadata: CrossLMMVideoMetadata
+    expected_num_frames: int
+
+
+class VideoSource(Protocol):
+    """A video that frames can be read from."""
+
+    def read(
+        self, sampling: FrameSampling | None, transform: FrameTransform, chunk_size: int | None
+    ) -> Iterator[FrameChunk]:
+        """The sampled frames (all without `sampling`), transformed and stacked, at most `chunk_size` at a time (None:
+        all). At least one chunk, none kept once it is given."""
+
+
+class FramesInMemory:
+    """A video whose frames somebody has decoded: an array (T, ...), a list of frames or of image files.
+
+    Its clock is `metadata.fps` (with `metadata.frames_indices`, if they number these frames); without it, none.
+    """
+
+    def __init__(
+        self,
+        frames: Any,
+        metadata: Mapping | None = None,
+        *,
+        layout: str | None,
+        do_rescale: bool,
+        limits: VideoLimits,
+    ) -> None:
+        if not isinstance(frames, list | tuple) and frames.ndim != 4:
+            raise ValueError(
+                "A video is an array (T, H, W, 3) or (T, 3, H, W) or a list of frames; got an array of shape "
+                f"{tuple(frames.shape)}."
+            )
+        if len(frames) == 0:
+            raise ValueError("A video needs at least one frame; got none.")
+        self.frames = frames
+        arrays = [frame for frame in frames if isinstance(frame, np.ndarray | Tensor)]
+        self.channels_last = [_is_channels_last(array, layout) for array in arrays[:1]] == [True]
+        for array in arrays:
+            if _is_channels_last(array, layout) != self.channels_last:
+                raise ValueError(
+                    f"All frames of a video need the same layout; got shapes {tuple(arrays[0].shape)} and "
+                    f"{tuple(array.shape)}. Pass `input_data_format`."
+                )
+        self.limits, self.do_rescale = limits, do_rescale
+        self.scales = _scales_of(arrays, do_rescale=do_rescale)
+
+        values = {"total_num_frames": len(frames)} | {k: v for k, v in dict(metadata or {}).items() if v is not None}
+        self.metadata = VideoMetadata(**values)
+        numbers = self.metadata.frames_indices  # a list or, from Transformers' own readers, an array
+        self.numbers: Sequence[int] = range(len(frames)) if numbers is None else [int(number) for number in numbers]
+        if numbers is None:
+            if self.metadata.total_num_frames != len(frames):
+                raise ValueError(
+                    f"`video_metadata` speaks of {self.metadata.total_num_frames} frames, the video holds "
+                    f"{len(frames)}. Pass `frames_indices` with the number of each frame in the clip."
+                )
+        elif len(self.numbers) != len(frames):
+            raise ValueError(
+                f"`frames_indices` of `video_metadata` needs one number per frame; got {len(self.numbers)} for "
+                f"{len(frames)} frames."
+            )
+
+    def read(
+        self, sampling: FrameSampling | None, transform: FrameTransform, chunk_size: int | None
+    ) -> Iterator[FrameChunk]:
+        """See `VideoSource`. Raises ValueError for seconds asked of frames without a clock."""
+        chosen = list(range(len(self.frames))) if sampling is None else sampling.frames_of(self.numbers, self.metadata)
+        fps, total = self.metadata.fps, self.metadata.total_num_frames
+        first = self.frame(chosen[0])
+        about = CrossLMMVideoMetadata(
+            total_num_frames=total,
+            fps=fps,
+            duration=self.metadata.duration or (None if fps is None else total / fps),
+            height=first.shape[-2],
+            width=first.shape[-1],
+            video_backend=self.metadata.video_backend,
+        )
+        chunk_size = chunk_size or len(chosen)
+        for start in range(0, len(chosen), chunk_size):
+            part = chosen[start : start + chunk_size]
+            metadata = replace(
+                about,
+                frames_indices=[self.numbers[index] for index in part],
+                frame_times=None if fps is None else [self.numbers[index] / fps for index in part],
+            )
+            yield FrameChunk(_stack([transform(self.frame(index)) for index in part]), metadata, len(chosen))
+
+    def frame(self, index: int) -> Tensor:
+        """(3, H, W) uint8, or float32 where the values are taken as they are."""
+        frame, scales, channels_last = self.frames[index], self.scales, self.channels_last
+        if not isinstance(frame, np.ndarray | Tensor):
+            frame = read_picture(frame, self.limits)
+            scales, channels_last = _scales_of([frame], do_rescale=self.do_rescale), True
+        frame = _as_tensor(frame)
+        frame = frame.permute(2, 0, 1) if channels_last else frame
+        scale = scales.of_floats if frame.is_floating_point() else scales.of_integers
+        if scale is None:
+            return frame.float()
+        return (frame if scale == 1 else frame.float() * scale).round().to(torch.uint8)
+
+
+class DecoderVideo:
+    """A torchcodec `VideoDecoder`, as `datasets` hands them out: known by its methods, never imported."""
+
+    def __init__(self, decoder: Any) -> None:
+        self.decoder = decoder
+
+    def read(
+        self, sampling: FrameSampling | None, transform: FrameTransform, chunk_size: int | None
+    ) -> Iterator[FrameChunk]:
+        """See `VideoSource`; frames are asked for one by one, so that full-size ones do not pile up."""
+        about = self.decoder.metadata
+        begin = about.begin_stream_seconds or 0.0
+        duration = about.duration_seconds
+        if about.end_stream_seconds is not None:
+            duration = about.end_stream_seconds - begin
+        moments = None if sampling is None else sampling.moments(duration)
+        expected = len(self.decoder) if moments is None else min(len(moments), len(self.decoder))
+        frames: list[Tensor] = []
+        times: list[float] = []
+        last = -math.inf
+
+        def chunk() -> FrameChunk:
+            nonlocal frames, times
+            fps = about.average_fps
+            metadata = CrossLMMVideoMetadata(
+                total_num_frames=about.num_frames,
+                fps=fps,
+                duration=duration,
+                height=about.height,
+                width=about.width,
+                video_backend="torchcodec",
+                frames_indices=None if fps is None else [round(time * fps) for time in times],
+                frame_times=times,
+            )
+            stacked = _stack(frames)
+            frames, times = [], []
+            return FrameChunk(stacked, metadata, expected)
+
+        for frame in self._frames(moments, begin, begin + duration):
+            time = float(frame.pts_seconds) - begin
+            if time <= last:
+                continue
+            if len(frames) == chunk_size:
+                yield chunk()
+            pixels = frame.data.permute(2, 0, 1) if _is_channels_last(frame.data, None) else frame.data
+            frames.append(transform(pixels.cpu()))
+            times.append(time)
+            last = time
+        if not frames:
+            raise ValueError("A video needs at least one frame; the decoder holds none.")
+        yield chunk()
+
+    def _frames(self, moments: list[float] | None, begin: float, end: float) -> Iterator[Any]:
+        if moments is None:
+            yield from (self.decoder.get_frame_at(index) for index in range(len(self.decoder)))
+            return
+        latest = end - SAME_MOMENT_SECONDS  # the end itself is past the last frame
+        for moment in moments:
+            moment = max(0.0, moment) + SAME_MOMENT_SECONDS
+            yield self.decoder.get_frame_played_at(min(begin + moment, latest))
+
+
+def frame_chunk(decoded: DecodedVideo, moments: Sequence[float] | None) -> FrameChunk:
+    """Frames as they came from the decoder, with their metadata. `moments`: those sampled; None for all frames."""
+    expected = decoded.total_num_frames if moments is None else min(decoded.total_num_frames, len(moments))
+    metadata = CrossLMMVideoMetadata(
+        total_num_frames=decoded.total_num_frames,
+        fps=decoded.fps,
+        duration=decoded.duration_seconds,
+        height=decoded.height,
+        width=decoded.width,
+        video_backend="pyav",
+        frames_indices=list(decoded.frame_indices),
+        frame_times=list(decoded.times),
+        frames_valid=decoded.valid.tolist(),
+    )
+    return FrameChunk(decoded.frames, metadata, expected)
+
+
+class VideoFile:
+    """Anything `decode_video` opens: a path, URI, URL, bytes or file object."""
+
+    def __init__(self, source: Any, *, strict: bool, limits: VideoLimits) -> None:
+        self.source, self.strict, self.limits = source, strict, limits
+
+    def read(
+        self, sampling: FrameSampling | None, transform: FrameTransform, chunk_size: int | None
+    ) -> Iterator[FrameChunk]:
+        """See `VideoSource`. Raises VideoError where the file cannot be decoded."""
+        options: dict[str, Any] = {"frame_transform": transform, "strict": self.strict, "limits": self.limits}
+        if sampling is not None:
+            options |= {name: getattr(sampling, name) for name in SAMPLING_KWARGS}
+
+        def chunk(decoded: DecodedVideo) -> FrameChunk:
+            return frame_chunk(decoded, None if sampling is None else sampling.moments(decoded.duration_seconds))
+
+        if chunk_size is None:
+            yield chunk(decode_video(self.source, **options))
+        else:  # not a loop, whose variable would keep a chunk while the next is decoded
+            yield from map(chunk, iter_video(self.source, chunk_size=chunk_size, **options))
+
+
+def open_video(
+    video: GivenVideo, *, layout: str | None, do_rescale: bool, strict: bool, limits: VideoLimits
+) -> VideoSource:
+    """What reads this video; whatever can be checked without decoding is checked here."""
+    source = video.source
+    if isinstance(source, list | tuple):
+        for frame in source:
+            if not is_frame(frame) and not isinstance(frame, str | os.PathLike):
+                described = f"shape {tuple(frame.shape)}" if hasattr(frame, "shape") else type(frame).__name__
+                raise ValueError(
+                    f"A frame is a PIL image, an array (H, W, 3) or (3, H, W) or a path; got {described}."
+                )
+    if isinstance(source, list | tuple | np.ndarray | Tensor):
+        return FramesInMemory(source, video.metadata, layout=layout, do_rescale=do_rescale, limits=limits)
+    if hasattr(source, "get_frame_played_at") and hasattr(source, "metadata"):
+        return DecoderVideo(source)
+    if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(source, "read"):
+        return VideoFile(source, strict=strict, limits=limits)
+    raise TypeError(
+        "A video is a path, URL, bytes or file object, an array or tensor (T, H, W, 3) or (T, 3, H, W), a list of "
+        f"frames, a torchcodec decoder or a mapping that holds one of them; got {type(source).__name__}."
+    )
+
+
+def flatten_metadata(metadata: Any, *, num_videos: int) -> list[Mapping | None]:
+    """One entry per video, from none at all, one mapping, a flat list or one list per sample."""
+    if metadata is None:
+        return [None] * num_videos
+    entries = [metadata] if isinstance(metadata, Mapping) else list(metadata)
+    flat = [entry for item in entries for entry in (item if isinstance(item, list | tuple) else [item])]
+    if len(flat) != num_videos:
+        raise ValueError(
+            f"`video_metadata` needs one entry per video; got {len(flat)} entries for {num_videos} videos."
+        )
+    return flat
+
+
+def _is_channels_last(frames: np.ndarray | Tensor, layout: str | None) -> bool:
+    """Whether (..., H, W, 3) rather than (..., 3, H, W); channels first where both fit, as in Transformers."""
+    is_last = frames.shape[-3] != 3 if layout is None else ChannelDimension(layout) == ChannelDimension.LAST
+    if frames.shape[-1 if is_last else -3] != 3 or 0 in frames.shape[-3:]:
+        raise ValueError(
+            f"Frames are RGB, (H, W, 3) or (3, H, W); got an array of shape {tuple(frames.shape)}"
+            + ("." if layout is None else f" with input_data_format={layout!r}.")
+        )
+    return is_last
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What turns values into grey levels of 0..255: floats (None: they are left as they are) and integers."""
+
+    of_floats: float | None
+    of_integers: float
+
+
+def _scales_of(arrays: Sequence[np.ndarray | Tensor], *, do_rescale: bool) -> Scales:
+    """Floats lie in 0..1 or 0..255, integers in 0..255, those of 16 bits without a sign in 0..255 or 0..65535.
+
+    Decided once per video, so that a dark frame is not taken for one of the smaller range. Raises for other values.
+    """
+    brightest = {True: 0.0, False: 0.0}  # of floats, of integers
+    for array in arrays:
+        dtype = str(array.dtype).removeprefix("torch.") if isinstance(array, Tensor) else array.dtype.name
+        is_float = dtype.startswith(("float", "bfloat"))
+        if not is_float and not dtype.startswith(("int", "uint")):
+            raise TypeError(f"Frames hold integers or floats; got {array.dtype}.")
+        if dtype == "uint8":
+            continue
+        values = array.to(torch.int32) if dtype == "uint16" and isinstance(array, Tensor) else array
+        lowest, highest = float(values.min()), float(values.max())
+        if not (lowest >= 0 and highest <= (65535 if dtype == "uint16" else 255)):  # true for NaN too
+            raise ValueError(
+                f"Frames hold values in 0..255, or floats in 0..1; got {lowest:g}..{highest:g}. Undo any "
+                "normalisation first."
+            )
+        brightest[is_float] = max(brightest[is_float], highest)
+    return Scales(
+        of_floats=None if not do_rescale else 255.0 if brightest[True] <= 1 else 1.0,
+        of_integers=1.0 if brightest[False] <= 255 else 1 / 257,
+    )
+
+
+def _as_tensor(frame: np.ndarray | Tensor) -> Tensor:
+    if isinstance(frame, Tensor):
+        frame = frame.detach().cpu()
+        return frame.to(torch.int32) if frame.dtype == torch.uint16 else frame
+    return torch.from_numpy(np.array(frame, dtype=np.int32 if frame.dtype.name == "uint16" else frame.dtype.name))
+
+
+def read_picture(source: Any, limits: VideoLimits) -> np.ndarray:
+    """(H, W, 3), upright, of a PIL image or of any source that holds a picture file; grey of more than 8 bits, and
+    floats, keep their values.
+
+    Raises VideoError where it cannot be read. A string that is no path may be base64.
+    """
+    if not isinstance(source, Image.Image):
+        if isinstance(source, str) and len(source) > 64 and ":" not in source and not os.path.exists(source):
+            source = f"data:;base64,{source}"
+        with open_source(source, limits) as file:
+            try:
+                source = Image.open(file)
+                if source.width * source.height > limits.max_pixels:
+                    raise VideoOpenError(
+                        f"The picture has {source.width} x {source.height} pixels, more than max_pixels="
+                        f"{limits.max_pixels}. Pass `limits=VideoLimits(...)` with a higher value if that is intended."
+                    )
+                source.load()
+            except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
+                what = shown(os.fspath(source)) if isinstance(source, str | os.PathLike) else "The data"
+                raise VideoOpenError(f"{what} cannot be read as a picture. Check that it is one.") from error
+    picture = ImageOps.exif_transpose(source)
+    if picture.mode not in ("I", "F") and not picture.mode.startswith("I;16"):
+        return np.asarray(picture.convert("RGB"))
+    grey = np.asarray(picture)
+    if picture.mode == "I" and grey.min() >= 0 and grey.max() <= 65535:  # how PIL holds some pictures of 16 bits
+        grey = grey.astype(np.uint16)
+    return np.stack([grey] * 3, axis=-1)
+
+
+def picture_pixels(picture: Any, *, layout: str | None, do_rescale: bool, limits: VideoLimits) -> Tensor:
+    """(3, H, W) of one picture, by the rules for a frame of a video: uint8, or float32 with floats left as they are.
+
+    picture: a PIL image, an array or tensor (H, W, 3) or (3, H, W), a path, URI, URL, base64 string, bytes, a file
+    object, or a mapping that holds one of them.
+    """
+    while isinstance(picture, Mapping):
+        picture, _ = source_in(picture, "image")
+    if not isinstance(picture, str | os.PathLike | bytes | bytearray | memoryview) and not hasattr(picture, "read"):
+        if not isinstance(picture, Image.Image | np.ndarray | Tensor):
+            raise TypeError(
+                "An image is a PIL image, an array or tensor (H, W, 3) or (3, H, W), a path, URL, base64 string, "
+                f"bytes or a file object; got {type(picture).__name__}."
+            )
+        if not is_frame(picture):
+            raise ValueError(f"An image is (H, W, 3) or (3, H, W); got an array of shape {tuple(picture.shape)}.")
+    return FramesInMemory([picture], layout=layout, do_rescale=do_rescale, limits=limits).frame(0)
+
+
+def _stack(frames: list[Tensor]) -> Tensor:
+    sizes = sorted({tuple(frame.shape) for frame in frames})
+    if len(sizes) > 1:
+        raise ValueError(f"Without `do_resize` all frames of a video must have the same size; got {sizes}.")
+    return torch.stack(frames)

@@ -1,0 +1,607 @@
+"""Which packets of a video to decode for the frames asked for, and which frames those are."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import BinaryIO
+
+import av
+import av.error
+
+from .video_file import LATE, Picture, VideoFile
+from .video_source import RAISE_LIMITS, VideoDecodeError, VideoLimitError, VideoLimits
+
+_QUEUE_BYTES = 64 * 1024**2
+_EARLY_PICTURES = 32
+# Packets to read beyond the moment looked for: some containers do not store when a packet is decoded, and FFmpeg's
+# guess may be off by the pictures it holds back.
+_MARGIN = 8
+# A moment this little before a picture still counts as its own, or the rounding of k / fps would decide.
+
+
+def sample_times(
+    duration_seconds: float,
+    *,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    start_seconds: float = 0.0,
+    end_seconds: float | None = None,
+) -> list[float]:
+    """Moments at which to look at a video, in seconds from its start.
+
+    `num_frames=n`: the middles of n equal shares, start + (i + 1/2) * duration / n.
+    `fps=f`: start + k / f before the end; where those are more than `max_frames`, `num_frames=max_frames` instead.
+    The part looked at is [start_seconds, end_seconds), `end_seconds=None` the end of the video.
+
+    Example: 10 s, num_frames=4 -> [1.25, 3.75, 6.25, 8.75]; 3 s, fps=1 -> [0, 1, 2].
+    """
+    if (num_frames is None) == (fps is None):
+        raise ValueError(f"Pass exactly one of `num_frames` and `fps`; got num_frames={num_frames}, fps={fps}.")
+    for name, count in (("num_frames", num_frames), ("max_frames", max_frames)):
+        if count is not None and count < 1:
+            raise ValueError(f"`{name}` must be at least 1; got {count}.")
+    if fps is not None and not (math.isfinite(fps) and fps > 0):
+        raise ValueError(f"`fps` must be a positive number; got {fps}.")
+    end = _check_part(duration_seconds, start_seconds, end_seconds)
+    duration = end - start_seconds
+    if fps is not None:
+        # The tolerance keeps k / fps == duration out when the product rounds up.
+        count = max(1, math.ceil(duration * fps - 1e-6))
+        if max_frames is None or count <= max_frames:
+            return [start_seconds + k / fps for k in range(count)]
+        wanted = max_frames
+    else:
+        wanted = min(num_frames or 1, max_frames or num_frames or 1)
+    return [start_seconds + (i + 0.5) * duration / wanted for i in range(wanted)]
+
+
+_ENDLESS = 1e12
+"""Seconds: stands for a duration that is not known yet, to check everything else."""
+
+
+def _check_part(duration_seconds: float, start_seconds: float, end_seconds: float | None) -> float:
+    """The end of the part of the video that is looked at."""
+    end = duration_seconds if end_seconds is None else min(end_seconds, duration_seconds)
+    if not 0 <= start_seconds < end:
+        length = "" if duration_seconds == _ENDLESS else f" and a video of {duration_seconds:.3f} s"
+        raise ValueError(
+            f"`start_seconds` must lie in the video and before `end_seconds`; got start_seconds={start_seconds}, "
+            f"end_seconds={end_seconds}{length}."
+        )
+    return end
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which frames: as the caller said it, checked."""
+
+    num_frames: int | None
+    fps: float | None
+    times: list[float] | None
+    max_frames: int | None
+    start_seconds: float
+    end_seconds: float | None
+
+    @classmethod
+    def check(cls, num_frames, fps, times, max_frames, start_seconds, end_seconds) -> Request:
+        given = {"num_frames": num_frames, "fps": fps, "times": times}
+        if sum(value is not None for value in given.values()) > 1:
+            raise ValueError(f"Pass at most one of `num_frames`, `fps` and `times`; got {given}.")
+        if times is not None:
+            times = [float(moment) for moment in times]
+            if not times or not all(math.isfinite(moment) for moment in times) or times != sorted(times):
+                raise ValueError(f"`times` must be seconds in ascending order, at least one; got {times[:8]}.")
+        elif num_frames is not None or fps is not None:
+            sample_times(
+                _ENDLESS,
+                num_frames=num_frames and 1,
+                fps=fps,
+                max_frames=1,
+                start_seconds=start_seconds,
+                end_seconds=end_seconds,
+            )
+            for name, count in (("num_frames", num_frames), ("max_frames", max_frames)):
+                if count is not None and count < 1:
+                    raise ValueError(f"`{name}` must be at least 1; got {count}.")
+        return cls(num_frames, fps, times, max_frames, start_seconds, end_seconds)
+
+    def moments(self, duration_seconds: float) -> list[float] | None:
+        """Seconds from the start of the stream, or None for every frame."""
+        if self.times is not None:
+            return self.times
+        if self.num_frames is None and self.fps is None:
+            _check_part(duration_seconds, self.start_seconds, self.end_seconds)
+            return None
+        return sample_times(
+            duration_seconds,
+            num_frames=self.num_frames,
+            fps=self.fps,
+            max_frames=self.max_frames,
+            start_seconds=self.start_seconds,
+            end_seconds=self.end_seconds,
+        )
+
+
+@dataclass(frozen=True)
+class Info:
+    fps: float
+    duration_seconds: float
+    total_num_frames: int
+    width: int
+    height: int
+    codec: str
+    num_wanted: int | None  # None: every frame
+
+
+class _Untimed(Exception):
+    """A packet carries no presentation time, so that pictures can only be counted."""
+
+
+def read_video(opened: BinaryIO, request: Request, limits: VideoLimits, num_threads: int):
+    """What is known of the video, then its pictures, then what went wrong on the way (a sentence or nothing)."""
+    file = VideoFile(opened, limits=limits, num_threads=num_threads)
+    moments = request.moments(file.duration_seconds)
+    if moments is not None and len(moments) > limits.max_frames:
+        raise VideoLimitError(f"{len(moments)} frames are more than max_frames={limits.max_frames}. {RAISE_LIMITS}")
+    yield Info(
+        fps=file.fps,
+        duration_seconds=file.duration_seconds,
+        total_num_frames=file.total_num_frames,
+        width=file.width,
+        height=file.height,
+        codec=file.codec,
+        num_wanted=None if moments is None else len(moments),
+    )
+    yield from _pictures(file, request, moments)
+    yield f"Reading ended early: {file.trouble}." if file.trouble else ""
+
+
+def _pictures(file: VideoFile, request: Request, moments: list[float] | None) -> Iterator[Picture]:
+    """The pictures asked for, in order; where one is missing, an empty one of the same shape."""
+    held: list[Picture] = []
+    like: Picture | None = None
+    for picture in _decoded(file, request, moments):
+        if picture.pixels is not None:
+            like = picture
+        held.append(picture)
+        if like is None:
+            continue
+        for picture in held:
+            if picture.pixels is None:
+                picture = replace(picture, width=like.width, height=like.height, orientation=like.orientation)
+            with file.clock.paused():
+                yield picture
+        held.clear()
+    if like is None and not held and not file.trouble:
+        raise VideoDecodeError("No frame is due in the part of the video asked for.")
+    if like is None:
+        raise VideoDecodeError(f"No frame of the video can be decoded. ({file.trouble or 'FFmpeg gives no reason'})")
+
+
+def _decoded(file: VideoFile, request: Request, moments: list[float] | None) -> Iterator[Picture]:
+    if file.seekable:
+        last_seconds = -math.inf
+        try:
+            for picture in _LookAhead(file).pictures(request, moments):
+                last_seconds = picture.seconds
+                yield picture
+            return
+        except _Untimed:
+            yield from _in_sequence(file, request, moments, after=last_seconds)
+    else:
+        yield from _in_sequence(file, request, moments)
+
+
+def _in_sequence(file: VideoFile, request: Request, moments, *, after: float = -math.inf) -> Iterator[Picture]:
+    """Decode everything from the first packet; picture k of a stream without times is due at k / fps."""
+    file.open(strict=False)
+    targets = None if moments is None else deque(moments)
+    end = math.inf if request.end_seconds is None or moments is not None else request.end_seconds
+    held = None
+    for seconds, frame in _counted(file):
+        if targets is None:
+            if seconds >= end - LATE:
+                return
+            if seconds >= request.start_seconds - LATE and seconds > after:
+                yield file.picture(seconds, frame)
+            continue
+        wanted = False
+        while targets and held is not None and targets[0] + LATE < seconds:
+            targets.popleft()
+            wanted = True
+        if wanted and held[0] > after:
+            yield file.picture(*held)
+        if not targets:
+            return
+        held = (seconds, frame)
+    if targets and held is not None and held[0] > after:
+        yield file.picture(*held)
+
+
+def _counted(file: VideoFile) -> Iterator[tuple[float, av.VideoFrame]]:
+    last = -1 / file.fps
+    while True:
+        packet = file.read()
+        try:
+            frames = file.decode(packet)
+        except av.error.FFmpegError as error:
+            file.trouble = file.trouble or str(error)
+            frames = []
+        for frame in frames:
+            seconds = last + 1 / file.fps
+            if frame.pts is not None and not file.reordered:
+                file.start = frame.pts if file.start is None else file.start
+                seconds = max(file.seconds(frame.pts), seconds if last < 0 else last)
+            last = seconds
+            yield seconds, frame
+        if packet is None:
+            return
+
+
+class _Damaged(Exception):
+    """Pictures in `_LookAhead.pending` do not come out right."""
+
+
+class _LookAhead:
+    """Pictures by presentation time, decoding as little as possible.
+
+    Packets are read ahead of the decoder until some are decoded later than the target is due (dts > target): no later
+    packet can be due by then, so the wanted one is known. Decoding starts at the last keyframe due by the target, goes
+    no further than the wanted packet, and leaves out pictures that no other depends on.
+
+    A group of pictures that turns out damaged (an error, a picture missing or marked corrupt) is decoded again by the
+    lenient decoder without leaving anything out (care 1), then, if pictures are still missing or corrupt, once more
+    from one keyframe earlier (care 2): streams that refresh gradually need it. What does not come right then, and what
+    was decoded after the packet with the error, is handed out as not valid.
+    """
+
+    def __init__(self, file: VideoFile):
+        self.file = file
+        self.queue: deque[av.Packet] = deque()  # read and not yet decoded
+        self.queue_bytes = 0
+        self.due: list[int] = []  # ascending pts of packets read, later than `last`
+        self.recent: deque[float] = deque(maxlen=_MARGIN)  # dts of the packets read last
+        self.ended = False
+        self.end: int | None = None  # when the last picture read is over
+        self.early: dict[int, av.VideoFrame] = {}  # pictures out that a later target may want
+        self.pending: deque[int] = deque()  # pts wanted, given to the decoder and not yet out
+        self.last: int | None = None  # pts last wanted
+        self.keyframe: int | None = None  # where decoding began
+        self.awaited: int | None = None  # the keyframe, until the decoder has shown that it starts cleanly there
+        self.gradual = False  # keyframes only begin a refresh: what they promise is right one keyframe later
+        self.proof: int | None = None  # the keyframe that made it look so
+        self.fresh = True  # the decoder has been given nothing yet
+        self.care = 0
+        self.careful_until: float = -math.inf
+        self.again: set[int] = set()  # pts that were pending in something damaged
+        self.fed: int | None = None  # pts of the packet that went in last
+        self.leading = False  # whether pictures due before the keyframe went in: they may need what lies before it
+        self.broken: set[int] = set()  # pts of packets from which on decoding goes wrong
+        self.excused: set[int] = set()  # such pts, if it turns out that the keyframe itself was damaged
+        self.doubtful: set[int] = set()  # pts of pictures decoded from there on
+        self.clean_groups = self.broken_groups = 0
+        self.habit = False  # nothing decodes without errors: the encoder breaks a rule that does not matter
+        self.patience_seconds = 4.0  # stretches up to this are read through rather than jumped over
+
+    def pictures(self, request: Request, moments: list[float] | None) -> Iterator[Picture]:
+        file = self.file
+        if file.start is None:
+            file.start = self._first_pts()
+        todo = deque(max(file.ticks(moment), file.start) for moment in moments or ())
+        first, end, every = -math.inf, math.inf, moments is None
+        if every and request.start_seconds > 0:
+            first = file.ticks(request.start_seconds - 2 * LATE) + 1
+            self._start_at(first)
+        if every and request.end_seconds is not None:
+            end = file.ticks(request.end_seconds - 2 * LATE) + 1
+        while True:
+            try:
+                if todo:
+                    yield from self._serve(todo[0])
+                    todo.popleft()
+                elif every:
+                    every = yield from self._serve_next(first, end)
+                else:
+                    yield from self._drain()
+                    break
+            except _Damaged:
+                todo.extendleft(reversed(self.pending))
+                self._begin_again()
+        if moments is None and file.announced_end is not None and self._after_the_data(file.announced_end - 1):
+            file.trouble = file.trouble or f"the data ends after {file.seconds(self.end):.3f} s"
+
+    def _serve(self, target: int):
+        """Hand out the last picture due at `target`, unless it was the last one already."""
+        if target > self.careful_until and self._worth_seeking(target):
+            yield from self._drain()
+            self._trust()
+            self._start_at(target)
+        pts = yield from self._find(target)
+        lost = target in self.again and pts != target
+        self.again.discard(target)
+        if lost or self._after_the_data(target):
+            yield from self._drain()
+            yield self.file.no_picture(self.file.seconds(target))
+        elif pts is not None:
+            yield from self._show(pts)
+
+    def _serve_next(self, first: float, end: float):
+        """Hand out the next picture due in [first, end); False when there is none."""
+        while (pts := (yield from self._find(None))) is not None and pts < first:
+            self._pass(pts)
+        if pts is None or pts >= end:
+            return False
+        yield from self._show(pts)
+        return True
+
+    def _show(self, pts: int):
+        if pts > self.careful_until:
+            yield from self._jump(pts)
+        self._pass(pts)
+        self.pending.append(pts)
+        if self.broken and not self._lenient:
+            raise _Damaged
+        if pts in self.early:
+            yield from self._receive([self.early.pop(pts)])
+        else:
+            yield from self._feed(pts)
+
+    def _pass(self, pts: int) -> None:
+        self.last = pts
+        del self.due[: bisect.bisect_right(self.due, pts)]
+        self.early = {early: frame for early, frame in self.early.items() if early >= pts}
+
+    # Reading
+
+    def _read(self) -> None:
+        packet = self.file.read()
+        if packet is None:
+            self.ended = True
+            return
+        if packet.pts is None:
+            raise _Untimed
+        self.recent.append(-math.inf if packet.dts is None else packet.dts)
+        self.queue.append(packet)
+        self.queue_bytes += packet.size
+        # The pictures before an edit list's start are decoded and not shown.
+        if not packet.is_discard:
+            over = packet.pts + (packet.duration or 0)
+            self.end = over if self.end is None else max(self.end, over)
+            if self.last is None or packet.pts > self.last:
+                bisect.insort(self.due, packet.pts)
+
+    def _read_past(self, pts: float) -> bool:
+        return self.ended or (len(self.recent) == _MARGIN and min(self.recent) > pts)
+
+    def _find(self, target: int | None):
+        """pts of the last picture due at `target` (None: of the next one), None if it is not a new one."""
+        while True:
+            position = bisect.bisect_right(self.due, target) if target is not None else 0
+            if position == 0 and self.due and (target is None or self.last is None):
+                position = 1  # before the first picture, it is the first one
+            wanted = self.due[position - 1] if position else None
+            limit = max((moment for moment in (target, wanted) if moment is not None), default=math.inf)
+            if self._read_past(limit):
+                return wanted
+            self._read()
+            # A stretch without keyframes is not kept as packets: all before the best one so far can be left out.
+            while self.queue_bytes > _QUEUE_BYTES:
+                yield from self._feed_one(skip=wanted is not None and self.queue[0].pts < wanted)
+
+    def _first_pts(self) -> int:
+        while len(self.queue) < 4 * _MARGIN and not self.ended:
+            self._read()
+        return self.due[0] if self.due else 0
+
+    def _after_the_data(self, target: int) -> bool:
+        """Whether a picture is announced for `target`, but the file is cut off before it."""
+        end, announced_end = self.end, self.file.announced_end
+        if not self.ended or end is None or announced_end is None:
+            return False
+        return end + 1.5 / (self.file.fps * self.file.tick) <= target < announced_end
+
+    # Jumping
+
+    def _worth_seeking(self, target: int) -> bool:
+        position = self.recent[-1] if self.recent else self.file.start
+        if self.ended or position == -math.inf or target <= position:
+            return False
+        between = self.file.keyframe_between(position, target)
+        if between is not None:
+            return between
+        return (target - position) * self.file.tick > self.patience_seconds
+
+    def _start_at(self, pts: int, *, earlier: bool = False) -> None:
+        """Begin at a keyframe due by `pts`, or at the first packet."""
+        self._flush()
+        behind, step, at = self.recent[-1] if self.recent else -math.inf, max(1, round(1 / self.file.tick)), pts
+        while True:
+            rewound = at <= self.file.start or not self.file.seek(at)
+            if rewound:
+                self.file.open()
+            self.queue.clear()
+            self.recent.clear()
+            self.due.clear()
+            self.queue_bytes, self.ended = 0, False
+            while not self.ended and not self.queue and not self._read_past(pts):
+                self._read()
+                if not rewound and self.queue and not self.queue[0].is_keyframe:
+                    self._drop_first()
+            if rewound or (self.queue and self.queue[0].pts <= pts):
+                break
+            at, step = at - step, 2 * step
+        self._begun()
+        if rewound:
+            self.awaited = None
+        elif self.gradual and self.keyframe > self.file.start and not earlier:
+            self._start_at(self.keyframe - 1, earlier=True)
+        if self.recent and self.recent[-1] <= behind:
+            self.patience_seconds *= 2
+
+    def _begun(self) -> None:
+        self.keyframe = self.queue[0].pts if self.queue else None
+        self.awaited = None if self.queue and self.queue[0].is_discard else self.keyframe
+        self.leading = False
+
+    def _drop_first(self) -> None:
+        packet = self.queue.popleft()
+        self.queue_bytes -= packet.size
+        place = bisect.bisect_left(self.due, packet.pts)
+        if self.due[place : place + 1] == [packet.pts]:
+            del self.due[place]
+
+    def _jump(self, pts: int):
+        """Leave out what lies before the last keyframe in the queue from which `pts` can be decoded."""
+        keyframes = []
+        for place, packet in enumerate(self.queue):
+            if packet.is_keyframe and packet.pts <= pts:
+                keyframes.append(place)
+            if packet.pts == pts:
+                break
+        else:
+            return
+        if self.gradual and keyframes:
+            keyframes.pop()
+        if not keyframes or (keyframes[-1] == 0 and (self.fresh or not self.care)):
+            return
+        yield from self._drain()
+        for _ in range(keyframes[-1]):
+            self._drop_first()
+        self._trust()
+        self._begun()
+
+    def _trust(self) -> None:
+        """Go on with care 0."""
+        self.clean_groups += self.care == 0
+        self.care = 0
+        self.broken.clear()
+        self.doubtful.clear()
+
+    def _begin_again(self) -> None:
+        first = self.pending[0]
+        self.again.update(self.pending)
+        self.careful_until = max(self.careful_until, self.pending[-1])
+        self.pending.clear()
+        self.last = first - 1
+        self.broken_groups += self.keyframe in self.broken and self.care == 0
+        self.habit |= self.clean_groups == 0 and self.broken_groups > 3
+        self.care += 1
+        self.doubtful.clear()
+        earlier = self.care > 1 and self.keyframe is not None
+        self._start_at(min(first, self.keyframe - 1) if earlier else first)
+
+    # Decoding
+
+    @property
+    def _lenient(self) -> bool:
+        return self.care > 0 or self.gradual or self.habit
+
+    def _feed(self, pts: int):
+        """Decode up to the packet of `pts`."""
+        to_go = next((place + 1 for place, packet in enumerate(self.queue) if packet.pts == pts), 0)
+        for _ in range(to_go):
+            yield from self._feed_one(skip=self.queue[0].pts < pts)
+
+    def _feed_one(self, *, skip: bool):
+        packet = self.queue.popleft()
+        self.queue_bytes -= packet.size
+        self.fresh = False
+        self.fed = packet.pts
+        self.leading |= self.keyframe is not None and packet.pts < self.keyframe
+        if packet.is_corrupt:  # a transport stream counts what it sends
+            self._blame()
+        if not self.habit and (self.doubtful or packet.pts in self.broken):
+            self.doubtful.add(packet.pts)
+        try:
+            frames = self.file.decode(
+                packet,
+                skip=skip and self.care == 0 and not packet.is_keyframe and packet.pts not in self.pending,
+                lenient=self._lenient,
+            )
+        except av.error.FFmpegError:
+            self._blame()
+            return
+        yield from self._receive(frames)
+
+    def _blame(self) -> None:
+        """Note where decoding went wrong: at the last packet, or with threads anywhere since the keyframe."""
+        at_once = self.file.reports_at_once
+        if at_once and self.keyframe is not None and self.fed is not None and self.fed < self.keyframe:
+            return
+        place = self.fed if at_once else self.keyframe
+        if place is not None and (at_once or not self.leading):
+            self.broken.add(place)
+        if self.pending and not self._lenient:
+            raise _Damaged from None
+
+    def _drain(self):
+        if not self.fresh:
+            try:
+                frames = self.file.decode(None, lenient=self._lenient)
+            except av.error.FFmpegError:
+                frames = []
+                self._blame()
+            yield from self._receive(frames)
+        yield from self._miss(math.inf)
+        self._flush()
+
+    def _flush(self) -> None:
+        self.file.flush()
+        self.fresh = True
+        self.fed = None
+        self.early.clear()
+
+    def _receive(self, frames: list[av.VideoFrame]):
+        for frame in frames:
+            pts = frame.pts
+            if pts is None:
+                raise _Untimed
+            if self.awaited is not None and pts >= self.awaited:
+                self._see_start(pts)
+            if self.proof is not None and self.keyframe is not None and pts >= self.proof > self.keyframe:
+                self._see_proof(pts)
+            yield from self._miss(pts)
+            if self.pending and self.pending[0] == pts:
+                if frame.is_corrupt and self.care < 2:
+                    raise _Damaged
+                self.pending.popleft()
+                picture = self.file.picture(self.file.seconds(pts), frame)
+                yield replace(picture, valid=False) if pts in self.doubtful else picture
+            elif self.last is None or pts > self.last:
+                self.early[pts] = frame
+                if len(self.early) > _EARLY_PICTURES:
+                    del self.early[next(iter(self.early))]
+
+    def _see_start(self, pts: int) -> None:
+        """The first picture out should be the keyframe. If not, it may only begin a gradual refresh, during which
+        errors are to be expected."""
+        keyframe, self.awaited = self.awaited, None
+        if pts > keyframe:
+            if not self.gradual:
+                self.gradual, self.proof = True, keyframe
+            self.excused |= self.broken
+            self.broken.clear()
+            self.doubtful.clear()
+            if self.pending and self.care < 2:
+                raise _Damaged
+
+    def _see_proof(self, pts: int) -> None:
+        """Seen from one keyframe earlier, a refresh has a picture where it begins; a damaged keyframe has none."""
+        if pts > self.proof:
+            self.gradual = False
+            self.broken |= self.excused
+            self.doubtful.update(self.pending, [self.proof])
+        self.excused.clear()
+        self.proof = None
+
+    def _miss(self, pts: float):
+        """Pictures come out in order: those pending before `pts` do not come."""
+        while self.pending and self.pending[0] < pts:
+            if self.care < 2:
+                raise _Damaged
+            yield self.file.no_picture(self.file.seconds(self.pending.popleft()))

@@ -1,0 +1,200 @@
+"""`isolated=True`: decoding in a process of its own, whose memory and time are limited.
+
+The caller's side is `pictures_from_worker`, the worker's side is `main`. The worker imports the standard library, PyAV
+and the files beside this one, neither torch nor Transformers, so it starts quickly and can be given little memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from typing import BinaryIO
+
+import av
+
+from .video_file import Picture
+from .video_packets import Info, Request, read_video
+from .video_source import (
+    RAISE_LIMITS,
+    NoVideoStreamError,
+    VideoDecodeError,
+    VideoError,
+    VideoLimitError,
+    VideoLimits,
+    VideoOpenError,
+    VideoTimeoutError,
+)
+
+_ERRORS = {
+    kind.__name__: kind
+    for kind in (
+        VideoError,
+        VideoOpenError,
+        NoVideoStreamError,
+        VideoLimitError,
+        VideoTimeoutError,
+        VideoDecodeError,
+        ValueError,
+    )
+}
+
+
+_START = """
+import importlib, sys, types
+decoder = sys.modules["decoder"] = types.ModuleType("decoder")
+decoder.__path__ = [sys.argv[1]]
+sys.path.append(sys.argv[2])
+importlib.import_module("decoder.video_worker").main(int(sys.argv[3]))
+"""
+"""Imports the worker as a part of a package that holds nothing but the files of its folder, wherever that lies: the
+package's own `__init__` does not run. `python -I` ignores the current folder, PYTHONPATH and the user's settings."""
+
+
+def _folders() -> tuple[str, str]:
+    """Where the decoder's files lie, and where the caller found PyAV."""
+    return os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.dirname(av.__file__))
+
+
+def read_video_in_worker(opened: BinaryIO, request: Request, limits: VideoLimits, num_threads: int):
+    """`read_video` in a process that may use `max_memory_bytes` and `max_decode_seconds`, and is killed beyond.
+
+    It gets the file, already open, and nothing else; pictures come back as bytes, a line of JSON before each.
+    """
+    if sys.platform == "win32":
+        raise NotImplementedError("`isolated=True` needs the resource limits of POSIX, which Windows lacks.")
+    task = {"request": asdict(request), "limits": asdict(limits), "num_threads": num_threads}
+    with _as_real_file(opened) as file, tempfile.TemporaryFile("w+") as told:
+        json.dump(task, told)
+        told.seek(0)
+        worker = subprocess.Popen(
+            [sys.executable, "-I", "-c", _START, *_folders(), str(file.fileno())],
+            stdin=told,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[file.fileno()],
+            env={},
+        )
+    pipe = _Pipe(worker, limits)
+    try:
+        while "end" not in (header := json.loads(pipe.line())):
+            if "error" in header:
+                raise _ERRORS[header["error"]](header["message"])
+            if "fps" in header:
+                yield Info(**header)
+                continue
+            size = header.pop("size")
+            height, line_size = header["height"], header["line_size"]
+            if size and not 0 < 3 * header["width"] * height <= size == abs(line_size) * height:
+                raise VideoDecodeError("The decoder process sends a picture of the wrong size.")
+            header["orientation"] = tuple(header["orientation"])
+            yield Picture(pixels=memoryview(pipe.take(size)) if size else None, **header)
+        yield header["end"]
+    finally:
+        worker.kill()
+        worker.wait()
+        worker.stdout.close()
+
+
+@contextmanager
+def _as_real_file(opened: BinaryIO):
+    """A file that another process can read from its start."""
+    try:
+        opened.fileno()
+        opened.seek(0)
+    except (OSError, AttributeError):
+        with tempfile.TemporaryFile() as copy:
+            opened.seek(0)
+            shutil.copyfileobj(opened, copy)
+            copy.seek(0)
+            yield copy
+    else:
+        yield opened
+
+
+class _Pipe:
+    """What the worker writes, with an eye on the clock and on its end."""
+
+    def __init__(self, worker: subprocess.Popen, limits: VideoLimits):
+        self._worker, self._limits = worker, limits
+        self._left = limits.max_decode_seconds
+        self._buffer = bytearray()
+
+    def _more(self) -> None:
+        began = time.monotonic()
+        ready, _, _ = select.select([self._worker.stdout], [], [], max(0, self._left))
+        self._left -= time.monotonic() - began
+        if not ready:
+            raise VideoTimeoutError(
+                f"Decoding took longer than max_decode_seconds={self._limits.max_decode_seconds}. {RAISE_LIMITS}"
+            )
+        piece = os.read(self._worker.stdout.fileno(), 1024**2)
+        if not piece:
+            status = self._worker.wait()
+            if status == -signal.SIGXCPU:
+                raise VideoTimeoutError(f"Decoding took longer than max_decode_seconds. {RAISE_LIMITS}")
+            raise VideoDecodeError(f"The decoder process died on this video (status {status}).")
+        self._buffer += piece
+
+    def line(self) -> bytes:
+        while (end := self._buffer.find(b"\n")) < 0:
+            if len(self._buffer) > 2**16:
+                raise VideoDecodeError("The decoder process sends no header.")
+            self._more()
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        return line
+
+    def take(self, size: int) -> bytearray:
+        while len(self._buffer) < size:
+            self._more()
+        taken = self._buffer[:size]
+        del self._buffer[:size]
+        return taken
+
+
+def main(descriptor: int) -> None:
+    """The worker's side of `read_video_in_worker`: the file is open as `descriptor`, the task comes in as JSON."""
+    import resource
+
+    task = json.load(sys.stdin)
+    limits, request = VideoLimits(**task["limits"]), Request(**task["request"])
+    resource.setrlimit(resource.RLIMIT_AS, (limits.max_memory_bytes, limits.max_memory_bytes))
+    seconds = math.ceil(limits.max_decode_seconds * max(1, task["num_threads"])) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    out = sys.stdout.buffer
+
+    def send(**header) -> None:
+        out.write(json.dumps(header).encode() + b"\n")
+
+    file = os.fdopen(descriptor, "rb", buffering=0)
+    try:
+        for item in read_video(file, request, limits, task["num_threads"]):
+            if isinstance(item, Info):
+                send(**asdict(item))
+            elif isinstance(item, str):
+                send(end=item)
+            else:
+                pixels = item.pixels or b""
+                header = {field.name: getattr(item, field.name) for field in fields(item) if field.name != "pixels"}
+                send(size=len(pixels), **header)
+                out.write(pixels)
+            out.flush()
+    except ValueError as error:
+        kind = type(error).__name__
+        send(error=kind if kind in _ERRORS else "ValueError", message=str(error))
+    except MemoryError:
+        message = f"Decoding needs more than max_memory_bytes={limits.max_memory_bytes}. {RAISE_LIMITS}"
+        send(error="VideoLimitError", message=message)
+    out.flush()
