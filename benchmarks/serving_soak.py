@@ -5,7 +5,7 @@
 
 The cases are those of `serving_load.py` and what strangers send besides: servers that drip, requests that are costly
 to parse, numbers at the ends of their ranges, bodies that never arrive. Clients draw among them without end. Every
-good answer is compared with what `generate` writes without the server, every other reply with the status that it must get.
+good answer is compared with what `generate` writes without the server, every other reply with the status it must get.
 Once a minute the server's memory, open files, threads and children are written down; in the end nothing may be at
 work.
 """

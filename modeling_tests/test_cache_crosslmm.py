@@ -336,9 +336,7 @@ def test_a_video_may_come_where_another_was_cut(form):
     mask = torch.ones(1, 20 + len(second.token_ids), dtype=torch.long)
     with torch.no_grad():
         logits = model(**inputs | {"attention_mask": mask}, past_key_values=cache).logits
-    whole = first._replace(
-        token_ids=torch.cat([first.token_ids, second.token_ids]), media=first.media + second.media
-    )
+    whole = first._replace(token_ids=torch.cat([first.token_ids, second.token_ids]), media=first.media + second.media)
     mask = torch.ones(1, len(whole.token_ids), dtype=torch.long)
     mask[:, 20:29] = 0
     positions = torch.cat([torch.arange(29), torch.arange(20, 20 + len(second.token_ids))])[None]

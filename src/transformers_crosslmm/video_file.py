@@ -198,9 +198,9 @@ class VideoFile:
         in_table = told is not None and stream.frames and self.format_name in ("mov", "avi")
         entries = getattr(stream, "index_entries", None)  # PyAV < 17 does not show them
         # The last entry is decoded a few pictures before the end.
-        if in_table and entries and (told - entries[-1].timestamp) * stream.frames <= 4 * stream.duration:
-            self.announced_end = told
-        elif in_table and entries is None and self.format_name == "mov":
+        if (in_table and entries and (told - entries[-1].timestamp) * stream.frames <= 4 * stream.duration) or (
+            in_table and entries is None and self.format_name == "mov"
+        ):
             self.announced_end = told
         if self.announced_end or (told is not None and not self.seekable):
             return 0, start, told

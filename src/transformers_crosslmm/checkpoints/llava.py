@@ -1,4 +1,4 @@
-"""From LLaVA's checkpoints to CrossLMM's, and back: warm-started from a LLaVA, or trained in LLaVA-NeXT's code base."""
+"""From LLaVA's checkpoints to CrossLMM's, and back: warm-started from a LLaVA, or trained in LLaVA-NeXT's code."""
 
 import json
 import math
