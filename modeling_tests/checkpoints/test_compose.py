@@ -272,6 +272,8 @@ def test_a_chat_of_text_is_the_language_models_own_token_for_token(composed, tex
             options = {"tokenize": True, "return_dict": True, "add_generation_prompt": prompt}
             ours = processor.apply_chat_template([messages], **options)["input_ids"][0]
             assert list(ours) == own.apply_chat_template(messages, **options)["input_ids"]
+            written = processor.apply_chat_template(messages, add_generation_prompt=prompt)
+            assert list(processor(text=written)["input_ids"][0]) == list(ours), "it begins once, whichever the way"
     assert "<system>Be kind." in processor.apply_chat_template([{"role": "user", "content": "Why?"}])
 
 
@@ -297,13 +299,20 @@ def test_media_stand_in_the_language_models_own_chats_and_answers_are_marked(com
     assert list(ids).count(processor.video_token_id) == 2 * 9
 
 
-def test_a_base_model_talks_chatml_and_ends_with_its_mark(tmp_path, tower_folder):
+def test_a_base_model_talks_chatml_begins_as_ever_and_ends_with_its_mark(tmp_path, tower_folder):
     save_text(tmp_path / "text", tokenizer=other_tokenizer(chat_template=None))
     conversion = compose(tower_folder, tmp_path / "text")
-    assert conversion.chat_template == CHAT_TEMPLATE
     assert any("has no chat template" in note for note in conversion.notes)
     end = conversion.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert conversion.generation_config.eos_token_id == [259, end]
+    write_checkpoint(conversion, tmp_path / "out")
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    chat = [{"role": "user", "content": "Why?"}]
+    written = processor.apply_chat_template(chat)
+    assert written == "<s><|im_start|>user\nWhy?<|im_end|>\n"
+    ids = processor.tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
+    assert ids.count(258) == 1
+    assert ids == list(processor(text=written)["input_ids"][0])
 
 
 def test_marks_of_its_own_and_named_templates_are_kept(tmp_path, tower_folder, text_folder):
@@ -335,7 +344,7 @@ def test_a_template_that_cannot_take_media_gives_way_to_chatml_and_the_report_sa
 ):
     save_text(tmp_path / "text", tokenizer=other_tokenizer(chat_template=own))
     conversion = compose(tower_folder, tmp_path / "text")
-    assert conversion.chat_template == CHAT_TEMPLATE
+    assert conversion.chat_template.endswith(CHAT_TEMPLATE)
     (note,) = [note for note in conversion.notes if "cannot take media" in note]
     assert why in note
 

@@ -113,14 +113,17 @@ def add_marks(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def media_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str | dict[str, str], str | None]:
     """The tokenizer's chat template with media put in, and None; or plain ChatML, and why."""
     own = tokenizer.chat_template
+    # What a tokenizer puts before every text stands before a chat too.
+    begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    chatml = "{{- bos_token -}}\n" + CHAT_TEMPLATE if begins else CHAT_TEMPLATE
     if own is None:
-        return CHAT_TEMPLATE, "the language model has no chat template: chats are written in ChatML"
+        return chatml, "the language model has no chat template: chats are written in ChatML"
     try:
         if isinstance(own, dict):
             return {name: _with_media(tokenizer, template) for name, template in own.items()}, None
         return _with_media(tokenizer, own), None
     except (TemplateError, TypeError, ValueError) as error:
-        return CHAT_TEMPLATE, f"the language model's chat template cannot take media ({error}): ChatML instead"
+        return chatml, f"the language model's chat template cannot take media ({error}): ChatML instead"
 
 
 def _with_media(tokenizer: PreTrainedTokenizerBase, own: str) -> str:
