@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # vLLM needs an environment of its own; it takes minutes to make and is kept.
 VLLM_VENV ?= .vllm-venv
 
-.PHONY: demo test test-slow test-gpu test-vllm vllm-environment check docs clean
+.PHONY: demo test test-slow test-versions test-transformers test-gpu test-vllm vllm-environment check docs clean
 
 demo: $(VENV)/.installed  ## questions about samples/shapes.mp4, answered by the bundled checkpoint
 	@$(BIN)/python samples/demo.py
@@ -20,6 +20,9 @@ test: $(VENV)/.installed  ## the fast tests
 test-slow: $(VENV)/.installed  ## the tests that take minutes
 	$(PYTEST) -m slow
 
+test-versions: $(VENV)/.installed  ## a fast subset on every supported Transformers; ALL=1 runs every test
+	$(BIN)/python requirements/try_versions.py $(if $(ALL),--all)
+
 test-gpu: $(VENV)/.installed  ## the tests that need a GPU; a missing one is a failure
 	CROSSLMM_EXPECT_GPU=1 $(PYTEST) -m gpu
 
@@ -27,6 +30,11 @@ vllm-environment: $(VLLM_VENV)/.installed  ## vLLM's build for CPUs, the package
 
 test-vllm: $(VLLM_VENV)/.installed  ## the tests of the vLLM plugin; with SLOW=1 all 200 requests in every mode
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest modeling_tests/serving/test_vllm.py -m "$(if $(SLOW),vllm,vllm and not slow)"
+
+test-transformers: $(VENV)/.installed  ## Transformers' common suites; SUITES=/a/checkout/of/the/installed/release
+	@test -d "$(SUITES)/tests" || { echo "Say where a checkout of Transformers lies: make test-transformers SUITES=..."; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check parameterized httpx
+	CROSSLMM_TRANSFORMERS_SUITES=$(SUITES) $(PYTEST) -o addopts= -o filterwarnings= modeling_tests/transformers_suites
 
 check: $(VENV)/.installed  ## lint, format and types; repairs nothing
 	$(BIN)/ruff check .

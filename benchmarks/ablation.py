@@ -47,7 +47,7 @@ from transformers_crosslmm.tiny.train import (
     tiny_config,
     train_vision,
 )
-from transformers_crosslmm.training.data import IGNORED, chat_sample
+from transformers_crosslmm.training.samples import IGNORED, chat_sample
 from transformers_crosslmm.training.trainer import PARTS, CrossLMMTrainer, CrossLMMTrainingArguments, train_only
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -280,7 +280,6 @@ def set_gates(model: torch.nn.Module, branch: str, value: float) -> None:
 
 def fit(model: CrossLMMForConditionalGeneration, samples: Samples, parts: Sequence[str], *, seed: int) -> list[float]:
     """Trains `parts` of the model on the samples in their order, once; returns the losses of the steps."""
-    text_config = model.config.text_config
     has = {"v2v": model.config.use_v2v, "t2v": model.config.use_t2v}
     train_only(model, [part for part in parts if has.get(part, True)])
     with tempfile.TemporaryDirectory() as folder:

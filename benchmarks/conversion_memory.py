@@ -14,9 +14,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from transformers import Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from transformers_crosslmm.checkpoints.convert import network_fields
 from transformers_crosslmm.checkpoints.folder import SHARD_BYTES, StoredTensor, write_weights
 from transformers_crosslmm.configuration_crosslmm import PRESETS, CrossLMMConfig
 

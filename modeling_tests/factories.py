@@ -28,7 +28,8 @@ def tiny_config(
     """A new CrossLMM config with a 5×5 patch grid (and 3 pixels to spare), five decoder layers and no two sizes alike.
 
     text_config, vision_config: fields that differ from the tiny ones; those of the cross-attention may stand among the
-    former. overrides: fields of the top config. A config belongs to one model: building a model writes the attention implementation into it, so ask for one each time.
+    former. overrides: fields of the top config. A config belongs to one model: building a model writes the attention
+    implementation into it, so ask for one each time.
     """
     text = {
         "vocab_size": 131,
@@ -73,7 +74,7 @@ def random_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("gate.weight"):
+            if name.endswith("2v.gate.weight"):
                 value = noise.sign() * (0.5 + noise.abs())  # tanh of it is far from the gate itself
             elif "norm" in name and name.endswith("weight"):
                 value = 1 + 0.3 * noise
@@ -82,7 +83,8 @@ def random_model(
             elif "embed" in name and parameter.ndim == 2:
                 value = noise
             else:
-                value = noise / parameter[0].numel() ** 0.5  # keeps the size of what goes through
+                fan_in = parameter.shape[-1] if parameter.ndim == 3 else parameter[0].numel()  # 3: experts
+                value = noise / fan_in**0.5  # keeps the size of what goes through
             parameter.copy_(value)
     return model
 

@@ -5,7 +5,8 @@ routine, nothing from Transformers and nothing from `src`. Every function is a f
 whatever dtype the weights have; float64 weights give the exact value that other implementations are measured against.
 
 `weights` is a state dict (the package's names; SigLIP's and Qwen2's parts named as in Transformers), `config` the
-nested dict of numbers that `config.to_dict()` returns. What the paper leaves open is decided in docs/decisions.md.
+nested dict of numbers that `config.to_dict()` returns. Language models are Qwen2, Llama, Mistral, Qwen3, Qwen3-MoE
+and SmolLM3. What the paper leaves open is decided in docs/decisions.md.
 
 Shapes: T frames of one medium, g patches along a side of a frame, N = g·g patches per frame, D vision width,
         s pooled tokens along a side, L language tokens (pooled visual + text), H LLM width,
@@ -201,19 +202,37 @@ def decoder_layer(
     sources: list[Tensor],
     positions: list[Tensor],
 ) -> Tensor:
-    """(L, H) -> (L, H): Qwen2's layer, with the dual cross-attention before the MLP where the layer has one."""
+    """(L, H) -> (L, H): the language model's layer, with the dual cross-attention before the MLP where it has one."""
     name = f"model.language_model.layers.{layer}"
     eps = config["rms_norm_eps"]
 
     normed = rms_norm(hidden, weights[f"{name}.input_layernorm.weight"], eps)
-    hidden = hidden + causal_self_attention(weights, f"{name}.self_attn", config, normed)  # (Eq. 4), pre-norm
+    attended = causal_self_attention(weights, f"{name}.self_attn", config, layer, normed)
+    hidden = hidden + attended  # (Eq. 4), pre-norm
 
     if layer in cross_attention_layers(config) and (config["use_v2v"] or config["use_t2v"]):
         hidden = dual_cross_attention(weights, f"{name}.cross_attention", config, hidden, sources, positions)
 
     normed = rms_norm(hidden, weights[f"{name}.post_attention_layernorm.weight"], eps)
+    if f"{name}.mlp.experts.gate_up_proj" in weights:
+        return hidden + mixture_of_experts(weights, f"{name}.mlp", config, normed)
     gated = silu(linear(weights, f"{name}.mlp.gate_proj", normed)) * linear(weights, f"{name}.mlp.up_proj", normed)
     return hidden + linear(weights, f"{name}.mlp.down_proj", gated)
+
+
+def mixture_of_experts(weights: Mapping[str, Tensor], name: str, config: Mapping[str, Any], hidden: Tensor) -> Tensor:
+    """Qwen3-MoE: the k likeliest experts of each token, weighted by their share of these k's likelihood: (L, H)."""
+    powers = torch.exp(hidden @ weights[f"{name}.gate.weight"].T)  # (L, experts)
+    outputs = []
+    for token, likelihood in zip(hidden, powers, strict=True):
+        best = sorted(range(len(likelihood)), key=lambda expert: -likelihood[expert].item())
+        best = best[: config["num_experts_per_tok"]]
+        output = torch.zeros_like(token)
+        for expert in best:
+            gate, up = (weights[f"{name}.experts.gate_up_proj"][expert] @ token).chunk(2)
+            output = output + likelihood[expert] * (weights[f"{name}.experts.down_proj"][expert] @ (silu(gate) * up))
+        outputs.append(output / sum(likelihood[expert] for expert in best))
+    return torch.stack(outputs)
 
 
 def cross_attention_layers(config: Mapping[str, Any]) -> list[int]:
@@ -225,15 +244,28 @@ def cross_attention_layers(config: Mapping[str, Any]) -> list[int]:
 
 
 def causal_self_attention(
-    weights: Mapping[str, Tensor], name: str, config: Mapping[str, Any], hidden: Tensor
+    weights: Mapping[str, Tensor], name: str, config: Mapping[str, Any], layer: int, hidden: Tensor
 ) -> Tensor:
-    """Each token looks at itself and at those before it, pooled visual and text alike: (L, H) -> (L, H)."""
+    """Each token looks at itself and at those before it, pooled visual and text alike: (L, H) -> (L, H).
+
+    What some models have and others do not: a norm of queries and keys in each head (Qwen3), a window beyond which a
+    token sees nothing (Mistral, `layer_types`), layers without positions (SmolLM3).
+    """
     heads, key_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    query = rotate(linear(weights, f"{name}.q_proj", hidden), heads, config)  # (L, A·E)
-    key = rotate(linear(weights, f"{name}.k_proj", hidden), key_heads, config)  # (L, G·E)
+    query = linear(weights, f"{name}.q_proj", hidden)  # (L, A·E)
+    key = linear(weights, f"{name}.k_proj", hidden)  # (L, G·E)
     value = linear(weights, f"{name}.v_proj", hidden)  # (L, G·E)
-    length = len(hidden)
-    visible = torch.tensor([[there <= here for there in range(length)] for here in range(length)])  # (L, L)
+    if f"{name}.q_norm.weight" in weights:
+        eps = config["rms_norm_eps"]
+        query = rms_norm(query.unflatten(-1, (heads, -1)), weights[f"{name}.q_norm.weight"], eps).flatten(-2)
+        key = rms_norm(key.unflatten(-1, (key_heads, -1)), weights[f"{name}.k_norm.weight"], eps).flatten(-2)
+    if config.get("no_rope_layers") is None or config["no_rope_layers"][layer]:  # 1 where a layer has positions
+        query, key = rotate(query, heads, config), rotate(key, key_heads, config)
+    kinds = config.get("layer_types")
+    is_sliding = kinds[layer] == "sliding_attention" if kinds else bool(config.get("sliding_window"))
+    window = config["sliding_window"] if is_sliding else len(hidden)
+    length = range(len(hidden))
+    visible = torch.tensor([[here - window < there <= here for there in length] for here in length])  # (L, L)
     context = attention(query, key, value, query_heads=heads, key_heads=key_heads, visible=visible)
     return linear(weights, f"{name}.o_proj", context)
 
@@ -296,7 +328,7 @@ def dual_cross_attention(
         for rows, keys in visual_scopes(config["v2v_scope"], sources, positions):
             update[rows] = gated_look(weights, f"{name}.v2v", config, normed[rows], keys)  # (Eq. 5-7)
     if config["use_t2v"]:
-        for rows, keys in text_scopes(len(hidden), sources, positions):
+        for rows, keys in text_scopes(config["v2v_scope"], len(hidden), sources, positions):
             update[rows] = gated_look(weights, f"{name}.t2v", config, normed[rows], keys)  # (Eq. 8-10)
     return hidden + update
 
@@ -316,14 +348,24 @@ def visual_scopes(scope: str, sources: list[Tensor], positions: list[Tensor]) ->
     return pairs
 
 
-def text_scopes(length: int, sources: list[Tensor], positions: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Pairs (a text row, the patches (M, D) of every medium that began before it), none for rows that see nothing."""
+def text_scopes(
+    scope: str, length: int, sources: list[Tensor], positions: list[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Pairs (a text row, the patches (M, D) of every medium that began before it), none for rows that see nothing.
+
+    In scope "causal" text between the frames of a medium sees the frames before it only.
+    """
     visual = {int(row) for where in positions for row in where}
     pairs = []
     for row in range(length):
         if row in visual:
             continue
-        seen = [source for source, where in zip(sources, positions, strict=True) if int(where[0]) < row]
+        seen = []
+        for source, where in zip(sources, positions, strict=True):
+            begins = where.reshape(len(source), -1)[:, 0]  # of each frame
+            num_begun = int((begins < row).sum())
+            if num_begun:
+                seen.append(source[:num_begun] if scope == "causal" else source)
         if seen:
             pairs.append((torch.tensor([row]), torch.cat([source.flatten(0, 1) for source in seen])))
     return pairs

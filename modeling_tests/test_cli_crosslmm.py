@@ -336,6 +336,14 @@ def test_info_computes_the_longest_video(run):
     assert record["longest_video_seconds"] == {"kv": in_memory["kv"] / 2, "features": in_context / 2}
 
 
+def test_info_counts_the_language_models_matrices_in_four_bits(run):
+    """By hand: q, k, v, o and the MLP of 28 layers take 4.5 bits a weight; all else, cross-attention too, 16."""
+    record = json.loads(run("info", "7B", "--quantization", "nf4", "--json").stdout)
+    matrices = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+    assert record["weight_bytes"] == 2 * 8_406_544_686 + 14 * 2 - matrices * (16 - 4.5) / 8
+    assert "the language model's linear layers in int8" in run("info", "2B", "--quantization", "int8").stdout
+
+
 def test_info_knows_the_paper_sizes(run):
     result = run("info", "7B", "--memory", "80")
     assert result.exit_code == 0, result.output

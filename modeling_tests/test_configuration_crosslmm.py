@@ -298,7 +298,7 @@ def test_a_mistake_in_the_vision_config_fails_when_it_is_built(mistake, text):
 
 def test_time_needs_an_even_width():
     """Half of the width holds sines, the other half cosines."""
-    with pytest.raises(MISTAKE, match="encoder of even width; got `vision_config.hidden_size` 21"):
+    with pytest.raises(MISTAKE, match=r"encoder of even width; got `vision_config\.hidden_size` 21"):
         tiny_config(
             text_config={"visual_norm": "layernorm", "visual_time": "sinusoidal"},
             vision_config={"hidden_size": 21, "num_attention_heads": 3},

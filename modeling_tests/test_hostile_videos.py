@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.server
 import io
@@ -11,12 +12,15 @@ import os
 import platform
 import random
 import re
+import resource
 import shutil
+import signal
 import socket
 import struct
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import av
@@ -33,6 +37,7 @@ from transformers_crosslmm.video_decoding import (
     VideoTimeoutError,
     decode_video,
 )
+from transformers_crosslmm.video_source import _is_public
 from video_files import CLEAN, encode, make
 
 MUTATED = (
@@ -153,7 +158,7 @@ def test_a_file_that_refers_to_another_reads_nothing_else(kind, suffix, tmp_path
     path.write_bytes(playlists(str(secret), server.url)[kind])
     opened, connected = [], []
     monkeypatch.chdir(tmp_path)  # relative names in a file without a name are looked for here
-    monkeypatch.setattr(socket, "create_connection", lambda *args, **kwargs: connected.append(args))
+    monkeypatch.setattr(socket.socket, "connect_ex", lambda stream, address: connected.append(address))
 
     def watch(event, arguments):
         if event == "open" and str(arguments[0]).startswith(str(tmp_path)):
@@ -221,12 +226,20 @@ def test_a_file_object_that_returns_too_much_is_refused(clip):
     [
         *("127.0.0.1", "localhost", "[::1]", "0.0.0.0", "10.0.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1"),
         *("[::ffff:127.0.0.1]", "[fe80::1]", "[fc00::1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]"),
+        *(
+            "[fec0::1]",
+            "[::127.0.0.1]",
+            "[::ffff:0:7f00:1]",
+            "[::ffff:0:5db8:d822]",
+            "[64:ff9b:1::5db8:d822]",
+            "[ff0e::1]",
+        ),
         *("2130706433", "0x7f.1", "host:port", "[bad"),
     ],
 )
 def test_private_addresses_are_refused_without_a_connection(host, monkeypatch):
     connected = []
-    monkeypatch.setattr(socket, "create_connection", lambda *args, **kwargs: connected.append(args))
+    monkeypatch.setattr(socket.socket, "connect_ex", lambda stream, address: connected.append(address))
     with pytest.raises(VideoOpenError, match=r"not a public address|Cannot connect|not a URL"):
         decode_video(f"http://{host}/clip.mp4", num_frames=2)
     assert not connected
@@ -237,11 +250,11 @@ def test_the_address_that_was_checked_is_the_one_connected_to(monkeypatch):
     connected = []
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: answers.pop(0))
 
-    def connect(address, **kwargs):
+    def connect_ex(stream, address):
         connected.append(address)
-        raise OSError("no network here")
+        return errno.ENETUNREACH
 
-    monkeypatch.setattr(socket, "create_connection", connect)
+    monkeypatch.setattr(socket.socket, "connect_ex", connect_ex)
     with pytest.raises(VideoOpenError, match="Cannot connect"):
         decode_video("http://rebinding.example/clip.mp4", num_frames=2)
     assert connected == [("93.184.216.34", 80)]
@@ -269,6 +282,133 @@ def test_a_url_is_downloaded_where_its_address_is_allowed(server, clip):
 def test_a_download_has_limits(server, path, limits, error, message):
     with pytest.raises(error, match=message):
         decode_video(f"{server.url}{path}", num_frames=2, limits=VideoLimits(allow_private_addresses=True, **limits))
+
+
+@pytest.mark.parametrize("address", ["93.184.216.34", "2606:4700::1111", "::ffff:93.184.216.34", "64:ff9b::5db8:d822"])
+def test_public_addresses_are_public(address):
+    assert _is_public(address)
+
+
+class Dripping:
+    """A server that answers a byte every twentieth of a second, without end, and knows when it is left."""
+
+    def __init__(self, begin: bytes) -> None:
+        self.begin, self.left, self.has_sent = begin, threading.Event(), threading.Event()
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listening.getsockname()[1]
+        threading.Thread(target=self._drip, daemon=True).start()
+
+    def _drip(self) -> None:
+        connection, _ = self.listening.accept()
+        connection.settimeout(0.05)
+        try:
+            connection.sendall(self.begin)
+            while True:
+                try:
+                    if not connection.recv(4096):
+                        break
+                except TimeoutError:
+                    pass
+                if self.begin:
+                    connection.sendall(b"x")
+                self.has_sent.set()
+        except OSError:
+            pass
+        self.left.set()
+
+
+DRIPS = {
+    "silence": ("http", b""),
+    "status line": ("http", b"HTTP/1.1 "),
+    "headers": ("http", b"HTTP/1.1 200 OK\r\nX: "),
+    "body": ("http", b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"),
+    "chunk": ("http", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\n"),
+    "handshake": ("https", b""),
+}
+
+
+@pytest.mark.parametrize("kind", DRIPS)
+def test_a_server_that_drips_has_no_more_time_than_another(kind):
+    scheme, begin = DRIPS[kind]
+    server = Dripping(begin)
+    limits = VideoLimits(allow_private_addresses=True, max_decode_seconds=0.5)
+    began = time.monotonic()
+    with pytest.raises(VideoTimeoutError, match="max_decode_seconds"):
+        decode_video(f"{scheme}://127.0.0.1:{server.port}/clip.mp4", num_frames=2, limits=limits)
+    assert time.monotonic() - began < 2
+    assert server.left.wait(1), "the connection stays open"
+
+
+@pytest.mark.parametrize("kind", DRIPS)
+def test_a_download_that_nobody_wants_any_more_is_left(kind):
+    scheme, begin = DRIPS[kind]
+    server = Dripping(begin)
+
+    def leave() -> None:
+        if server.has_sent.is_set():
+            raise LookupError("gone")
+
+    limits = VideoLimits(allow_private_addresses=True)
+    with pytest.raises(LookupError, match="gone"):
+        decode_video(f"{scheme}://127.0.0.1:{server.port}/clip.mp4", num_frames=2, limits=limits, on_wait=leave)
+    assert server.left.wait(1), "the connection stays open"
+
+
+def test_a_name_that_is_looked_up_for_ever_ends_with_the_time(monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: release.wait(30) and [])
+    began = time.monotonic()
+    try:
+        with pytest.raises(VideoTimeoutError):
+            decode_video("http://slow.example/clip.mp4", num_frames=2, limits=VideoLimits(max_decode_seconds=0.5))
+        assert time.monotonic() - began < 2
+    finally:
+        release.set()
+
+
+def test_an_address_that_never_answers_ends_with_the_time(monkeypatch):
+    monkeypatch.setattr(socket.socket, "connect_ex", lambda stream, address: errno.EALREADY)
+    limits = VideoLimits(allow_private_addresses=True, max_decode_seconds=0.5)
+    with pytest.raises(VideoTimeoutError):
+        decode_video("http://127.0.0.1:9/clip.mp4", num_frames=2, limits=limits)
+    limits = VideoLimits(allow_private_addresses=True, network_timeout_seconds=0.5)
+    with pytest.raises(VideoOpenError, match="does not answer"):
+        decode_video("http://127.0.0.1:9/clip.mp4", num_frames=2, limits=limits)
+
+
+def test_decoding_that_nobody_wants_any_more_ends_its_process(monkeypatch, bomb):
+    workers = []
+    start = subprocess.Popen
+
+    def note(*arguments, **options):
+        workers.append(start(*arguments, **options))
+        return workers[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", note)
+
+    def leave() -> None:
+        raise LookupError("gone")
+
+    limits = VideoLimits(max_pixels=10**8)
+    with pytest.raises(LookupError):
+        decode_video(bomb, num_frames=1, isolated=True, limits=limits, on_wait=leave)
+    assert [worker.returncode for worker in workers] == [-signal.SIGKILL]
+
+
+def test_decoding_works_beyond_a_thousand_open_files(clip):
+    """`select.select` does not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1200:
+        pytest.skip(f"this machine allows {hard} open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    files = []
+    try:
+        files += [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+        assert len(decode_video(clip, num_frames=3, isolated=True).times) == 3
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_url_with_a_password_is_refused():

@@ -80,7 +80,7 @@ def test_a_step_reads_features_twice_per_layer(text, dtype, layouts):
     memory = memory_in(cache)
     states = memory.states
     # Kernels for bfloat16 copy what lies otherwise, layer by layer and step by step.
-    assert all(tensor.is_contiguous() for pair in memory.folding.values() for tensor in pair)
+    assert all(tensor.is_contiguous() for folding in memory.folding.values() for tensor in folding.tensors())
     with BytesRead(states) as bytes_read:
         model(input_ids=torch.full((len(layouts), 1), 5), past_key_values=cache, use_cache=True)
     assert list(bytes_read.read.values()) == [2 * len(BLOCKS) * states.nbytes]
@@ -129,7 +129,7 @@ class Probe:
 @pytest.mark.parametrize("prefill_chunk_size", [None, 8], ids=["whole", "chunks"])
 def test_original_tokens_that_decoding_does_not_read_are_gone_after_prefill(prefill_chunk_size, monkeypatch):
     model = random_model(tiny_config())
-    encode, probe = model.model.get_video_features, Probe()
+    encode, probe = model.model.encode, Probe()
 
     @functools.wraps(encode)
     def watched(*args, **kwargs):
@@ -137,7 +137,7 @@ def test_original_tokens_that_decoding_does_not_read_are_gone_after_prefill(pref
         probe.reference = weakref.ref(output.last_hidden_state)
         return output
 
-    monkeypatch.setattr(model.model, "get_video_features", watched)
+    monkeypatch.setattr(model.model, "encode", watched)
     inputs = model_inputs(make_sample(model.config, 3, ("video", 3), 4))
     model.generate(
         **inputs,

@@ -3,6 +3,7 @@
 Quantised models run on the CPU where torchao or bitsandbytes is installed.
 """
 
+import copy
 import os
 import re
 from pathlib import Path
@@ -10,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForImageTextToText, TorchAoConfig
 from transformers.distributed import DistributedConfig
 
 from factories import random_model, tiny_config
 from numerics import assert_close_to_scale
 from test_modeling_crosslmm import FLOAT32, make_sample, model_inputs
 from transformers_crosslmm import CrossLMMForConditionalGeneration
+from transformers_crosslmm.checkpoints.inspect import count_costs
 from two_processes import run_on_two_ranks
 
 SAMPLE = (4, ("video", 2), 3, ("image", 1), 6)
@@ -193,6 +196,83 @@ def test_both_forms_of_the_cache_look_through_adapters(form, checkpoint):
     assert_close_to_scale(last_three_logits(merged, inputs, form=form), expected, relative=FLOAT32)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_both_forms_of_the_cache_look_through_adapters_with_biases(form, checkpoint):
+    peft = pytest.importorskip("peft")
+    options = {"r": 3, "lora_bias": True, "init_lora_weights": False}
+    target = r".*cross_attention.t2v.(k|v)_proj"
+    model = peft.get_peft_model(load(checkpoint), peft.LoraConfig(target_modules=target, **options)).eval()
+    inputs = sample_of(model.config)
+    without = last_three_logits(model, inputs)
+    biases = [value for name, value in model.named_parameters() if "lora_B" in name and name.endswith(".bias")]
+    assert len(biases) == 6
+    for bias in biases:
+        bias.data.normal_()
+    expected = last_three_logits(model, inputs)
+    assert (expected - without).abs().max() > 0.1
+    assert_close_to_scale(last_three_logits(model, inputs, form=form), expected, relative=FLOAT32)
+
+
+OWN_LAYERS = r".*language_model.*self_attn.*[qkvo]_proj"
+OTHERS = {
+    "encoder": r".*vision_tower.*q_proj",
+    "projector": r".*multi_modal_projector.linear_1",
+    "cross-attention": r".*t2v.k_proj",
+}
+
+
+@torch.no_grad()
+def test_each_row_has_an_adapter_of_its_own_in_the_layers_of_the_language_model(checkpoint):
+    peft = pytest.importorskip("peft")
+    model = adapted(load(checkpoint), OWN_LAYERS)
+    model.add_adapter("second", peft.LoraConfig(r=3, target_modules=OWN_LAYERS, init_lora_weights=False))
+    model.eval()
+    samples = [make_sample(model.config, *SAMPLE, seed=seed) for seed in (0, 1)]
+    names = ["default", "second"]
+    options = {"max_new_tokens": 4, "do_sample": False}
+    logits = model(**model_inputs(*samples), adapter_names=names).logits
+    tokens = model.generate(**model_inputs(*samples), adapter_names=names, **options)
+    for row, (name, sample) in enumerate(zip(names, samples, strict=True)):
+        model.set_adapter(name)
+        assert_close_to_scale(logits[row], model(**model_inputs(sample)).logits[0], relative=FLOAT32)
+        assert tokens[row].tolist() == model.generate(**model_inputs(sample), **options)[0].tolist()
+
+
+@torch.no_grad()
+def test_an_adapter_may_begin_within_a_row_in_the_layers_of_the_language_model(checkpoint):
+    """aLoRA: before its invocation the base model, from there on the adapter."""
+    peft = pytest.importorskip("peft")
+    options = {"r": 3, "init_lora_weights": False, "task_type": "CAUSAL_LM", "target_modules": OWN_LAYERS}
+    config = peft.LoraConfig(alora_invocation_tokens=[5, 6], **options)
+    plain = load(checkpoint)
+    sample = make_sample(plain.config, *SAMPLE)
+    before = len(sample.token_ids)
+    sample = sample._replace(token_ids=torch.cat([sample.token_ids, torch.tensor([5, 6, 9])]))
+    expected = plain(**model_inputs(sample)).logits
+    found = peft.get_peft_model(plain, config).eval()(**model_inputs(sample)).logits
+    assert_close_to_scale(found[:, :before], expected[:, :before], relative=FLOAT32)
+    assert (found[:, before:] - expected[:, before:]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+@pytest.mark.parametrize("where", OTHERS)
+def test_adapters_per_row_where_there_are_no_rows_are_refused_by_name(where, call, checkpoint):
+    peft = pytest.importorskip("peft")
+    model = adapted(load(checkpoint), OTHERS[where])
+    model.add_adapter("second", peft.LoraConfig(r=3, target_modules=OTHERS[where]))
+    model.eval()
+    inputs = model_inputs(*(make_sample(model.config, *SAMPLE, seed=seed) for seed in (0, 1)))
+    run = model if call == "forward" else model.generate
+    with pytest.raises(ValueError, match=r"`adapter_names`.*Leave these out of `target_modules`"):
+        run(**inputs, adapter_names=["default", "second"])
+    options = {"r": 3, "task_type": "CAUSAL_LM", "target_modules": OTHERS[where]}
+    model = peft.get_peft_model(load(checkpoint), peft.LoraConfig(alora_invocation_tokens=[5, 6], **options))
+    with pytest.raises(ValueError, match=r"aLoRA.*Leave these out of `target_modules`"):
+        (model if call == "forward" else model.generate)(**inputs)
+    text = model_inputs(*(make_sample(model.config, 9, seed=seed) for seed in (0, 1)))
+    assert model(**text).logits.isfinite().all()
+
+
 def test_gates_can_be_trained_and_saved_beside_adapters(checkpoint, tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
@@ -218,7 +298,7 @@ def test_gates_can_be_trained_and_saved_beside_adapters(checkpoint, tmp_path):
 
 def quantisation(name: str, **kwargs):
     """A config that says no more than how: 8 bits by torchao or bitsandbytes, or 4 bits."""
-    from transformers import BitsAndBytesConfig, TorchAoConfig
+    from transformers import BitsAndBytesConfig
 
     if name == "torchao-int8":
         config = pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig()
@@ -270,7 +350,8 @@ def test_a_quantised_model_answers_alike_with_both_forms_of_the_cache(name, dtyp
     quantised = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     left = {name for name in quantised if not is_quantised(model.get_submodule(name))}
     projector = {f"model.multi_modal_projector.linear_{number}" for number in (1, 2)}
-    assert left == {"lm_head"} | projector | {name for name in quantised if "vision_tower" in name}
+    by_pixels = {name for name in quantised if "vision_tower" in name or "cross_attention" in name}
+    assert left == {"lm_head"} | projector | by_pixels
     for parameter_name, parameter in model.named_parameters():
         if "gate.weight" in parameter_name and ".gate." in parameter_name:
             assert parameter.dtype == torch.float32, parameter_name
@@ -302,8 +383,43 @@ def test_the_encoder_of_a_base_model_is_left_alone_too(blocks):
     given = quantisation("torchao-int8")
     model = CrossLMMModel.from_pretrained(blocks, quantization_config=given)
     assert not is_quantised(model.vision_tower.encoder.layers[0].mlp.fc1)
-    assert is_quantised(model.language_model.layers[0].cross_attention.t2v.k_proj)
+    assert not is_quantised(model.language_model.layers[0].cross_attention.t2v.k_proj)
+    assert is_quantised(model.language_model.layers[0].self_attn.k_proj)
     assert given.modules_to_not_convert is None, "the caller's own config was changed"
+
+
+@pytest.mark.parametrize("load_with", [CrossLMMForConditionalGeneration, AutoModelForImageTextToText])
+@pytest.mark.parametrize("name", PRECISION)
+def test_a_quantisation_given_as_a_dict_leaves_alone_what_the_object_does(name, load_with, blocks):
+    given = quantisation(name).to_dict()
+    before = copy.deepcopy(given)
+    model = load_with.from_pretrained(blocks, quantization_config=given, dtype=torch.bfloat16)
+    expected = load(blocks, quantization_config=quantisation(name), dtype=torch.bfloat16)
+    for parameter_name, module in expected.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert is_quantised(module) == is_quantised(model.get_submodule(parameter_name)), parameter_name
+    inputs = sample_of(model.config)
+    inputs["pixel_values_videos"] = inputs["pixel_values_videos"].bfloat16()
+    assert torch.equal(last_three_logits(model.eval(), inputs), last_three_logits(expected, inputs))
+    assert given == before, "the caller's own dict was changed"
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8", "fp8"])
+def test_the_counted_bytes_of_a_quantised_model_are_those_of_the_real_one(name, blocks):
+    if name == "nf4":
+        given = quantisation("bitsandbytes-nf4")
+    else:
+        torchao = pytest.importorskip("torchao.quantization")
+        kinds = {"int8": torchao.Int8WeightOnlyConfig, "fp8": torchao.Float8WeightOnlyConfig}
+        given = TorchAoConfig(kinds[name]())
+    model = load(blocks, quantization_config=given, dtype=torch.bfloat16)
+    real = 0
+    for tensor in model.state_dict().values():
+        parts = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else None
+        real += sum(getattr(tensor, part).nbytes for part in parts) if parts else tensor.nbytes
+    counted = count_costs(model.config, quantization=name).weight_bytes
+    assert counted == pytest.approx(real, rel=0.01)
+    assert counted < 0.9 * count_costs(model.config).weight_bytes
 
 
 def test_adapters_train_on_a_four_bit_model(blocks):

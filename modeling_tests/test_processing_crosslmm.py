@@ -229,6 +229,73 @@ def test_times_are_told_on_request(processor, mp4):
         processor(text=VIDEO, videos=random_frames(2), time_instruction=True)
 
 
+def stamped(text: str, *times: list[float]) -> str:
+    """The text with a time before the placeholders of each frame of each video."""
+    for seconds in times:
+        frames = "".join(f"<{moment:.1f} seconds>" + "<V>" * TOKENS_PER_FRAME for moment in seconds)
+        text = text.replace("<|video_pad|>", frames, 1)
+    return text.replace("<V>", "<|video_pad|>")
+
+
+TIMED = {
+    "a file": (lambda mp4: mp4, {}, [0.0, 1.0, 2.0]),
+    "times asked for": (lambda mp4: mp4, {"times": [0.3, 2.4]}, [0.25, 2.25]),
+    "a part of a file": (lambda mp4: mp4, {"fps": 2, "start_seconds": 1.0, "end_seconds": 2.0}, [1.0, 1.5]),
+    "frames with a rate": (lambda mp4: random_frames(4), {"video_metadata": {"fps": 2.0}, "fps": 2}, [0, 0.5, 1, 1.5]),
+    "a pair": (lambda mp4: (random_frames(2), {"fps": 10.0, "frames_indices": [3, 31]}), {"fps": 10}, [0.3, 3.1]),
+    "frames with their own rate": (lambda mp4: {"video": random_frames(3), "sample_fps": 4.0}, {}, [0.0, 0.25, 0.5]),
+    "unchanged frames": (
+        lambda mp4: np.repeat(random_frames(1), 3, 0),
+        {"video_metadata": {"fps": 1.0}, "skip_unchanged": True},
+        [0, 1, 2],
+    ),
+}
+
+
+@pytest.mark.parametrize(("video_of", "options", "times"), TIMED.values(), ids=TIMED)
+def test_timestamps_stand_before_the_frames(processor, video_of, options, times, mp4):
+    text = f"a {VIDEO}b"
+    inputs = processor(text=text, videos=[video_of(mp4)], add_timestamps=True, return_metadata=True, **options)
+    expected = tiny_tokenizer()(stamped(text, times))["input_ids"]
+    assert inputs["input_ids"] == [expected]
+    [metadata] = inputs["video_metadata"]
+    assert metadata.frame_times == pytest.approx(times)
+    spans = [expected[start:end] for start, end in metadata.token_spans]
+    assert spans == [[processor.video_token_id] * TOKENS_PER_FRAME] * len(times)
+    assert expected.count(processor.video_token_id) == len(times) * TOKENS_PER_FRAME
+
+
+def test_timestamps_of_several_videos_in_a_batch(mp4):
+    processor = tiny_processor(add_timestamps=True)
+    texts = [f"{VIDEO} and {IMAGE}{VIDEO}", "none"]
+    videos = [mp4, {"video": random_frames(2), "sample_fps": 1.0}]
+    inputs = processor(text=texts, videos=videos, images=image(), padding=True, return_metadata=True)
+    text = stamped(expanded(texts[0]), [0.0, 1.0, 2.0], [0.0, 1.0])
+    assert inputs["input_ids"][0] == tiny_tokenizer()(text)["input_ids"]
+    ends = [video.token_spans[-1][1] for video in inputs["video_metadata"]]
+    assert ends[0] < inputs["video_metadata"][1].token_spans[0][0]
+    without = processor(text=texts, videos=videos, images=image(), padding=True, add_timestamps=False)
+    plain = tiny_processor()(text=texts, videos=videos, images=image(), padding=True)
+    assert without["input_ids"] == plain["input_ids"]
+
+
+def test_times_that_nobody_knows_are_not_invented(processor):
+    with pytest.raises(ValueError, match=r"`add_timestamps` needs to know when.*`video_metadata` with `fps`"):
+        processor(text=VIDEO, videos=random_frames(2), add_timestamps=True)
+    with pytest.warns(UserWarning, match="counted by `fps`=2"):
+        inputs = processor(text=VIDEO, videos=random_frames(3), add_timestamps=True, do_sample_frames=False, fps=2)
+    assert inputs["input_ids"] == [tiny_tokenizer()(stamped(VIDEO, [0.0, 0.5, 1.0]))["input_ids"]]
+
+
+def test_timestamps_are_counted_where_a_text_is_cut(processor, mp4):
+    whole = processor(text=f"{VIDEO} and some words", videos=mp4, add_timestamps=True)["input_ids"][0]
+    options = {"videos": mp4, "add_timestamps": True, "truncation": True}
+    shorter = processor(text=f"{VIDEO} and some words", max_length=len(whole) - 3, **options)
+    assert shorter["input_ids"][0] == whole[:-3]
+    with pytest.raises(ValueError, match="increase `max_length`"):
+        processor(text=VIDEO, max_length=3 * TOKENS_PER_FRAME + 5, **options)
+
+
 # -- chats ------------------------------------------------------------------------------------------------------------
 
 
@@ -531,7 +598,7 @@ def test_the_video_processor_must_be_one():
 
 
 def test_a_saved_processor_loads_as_it_was(tmp_path, mp4):
-    original = tiny_processor(pooled_grid_size=2, pooling_mode="average", time_instruction=True)
+    original = tiny_processor(pooled_grid_size=2, pooling_mode="average", time_instruction=True, add_timestamps=True)
     original.video_processor = CrossLMMVideoProcessor(size={"height": 33, "width": 33}, num_frames=4)
     original.save_pretrained(tmp_path)
     assert {file.name for file in Path(tmp_path).iterdir()} == {

@@ -238,6 +238,97 @@ def test_a_processor_with_two_rates_is_refused():
         processor(num_frames=3, fps=2)
 
 
+# -- unchanged frames -------------------------------------------------------------------------------------------------
+
+
+def slideshow() -> np.ndarray:
+    """Seven frames (T, 33, 33, 3), of which 1, 2, 4 and 6 show what the frame before shows, 4 within two levels."""
+    slides = random_frames(3, height=33, width=33).clip(10, 240)
+    frames = slides[[0, 0, 0, 1, 1, 2, 2]]
+    frames[4] += 2
+    return frames
+
+
+@pytest.mark.parametrize(
+    ("level", "distinct", "index"),
+    [
+        (True, [0, 3, 4, 5], [0, 0, 0, 1, 2, 3, 3]),
+        (0, [0, 3, 4, 5], [0, 0, 0, 1, 2, 3, 3]),
+        (1, [0, 3, 4, 5], [0, 0, 0, 1, 2, 3, 3]),
+        (2, [0, 3, 5], [0, 0, 0, 1, 1, 2, 2]),
+    ],
+    ids=str,
+)
+def test_unchanged_frames_are_left_out_and_counted(level, distinct, index):
+    frames = slideshow()
+    full = processor()(frames, return_metadata=True)
+    output = processor()(frames, skip_unchanged=level, return_metadata=True)
+    assert torch.equal(output["pixel_values_videos"], full["pixel_values_videos"][distinct])
+    assert output["video_frame_index"].tolist() == index
+    assert output["video_frame_index"].dtype == torch.int64
+    assert output["video_num_frames"].tolist() == [7]
+    assert output["video_metadata"] == full["video_metadata"]
+    saved = processor(skip_unchanged=level)(frames)
+    assert torch.equal(saved["video_frame_index"], output["video_frame_index"])
+
+
+def test_every_frame_is_found_by_its_index_in_a_batch_of_long_and_short_videos():
+    videos = [np.repeat(random_frames(9, seed=1), 5, axis=0), random_frames(3, seed=2), slideshow()]
+    full = processor()(videos)["pixel_values_videos"]
+    output = processor()(videos, skip_unchanged=True)
+    assert len(output["pixel_values_videos"]) == 9 + 3 + 4
+    assert output["video_num_frames"].tolist() == [45, 3, 7]
+    assert torch.equal(output["pixel_values_videos"][output["video_frame_index"]], full)
+
+
+def test_slow_changes_do_not_add_up():
+    """Each frame is compared with the frame shown instead, not with the one before."""
+    frames = np.stack([np.full((33, 33, 3), 100 + number, np.uint8) for number in range(9)])
+    output = processor()(frames, skip_unchanged=2)
+    assert output["video_frame_index"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    falling = processor()(frames[::-1].copy(), skip_unchanged=2)
+    assert falling["video_frame_index"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_frames_are_compared_after_resizing():
+    frames = np.zeros((2, 330, 330, 3), np.uint8)
+    frames[1, 0, 0] = 3  # one pixel of a hundred that become one
+    assert processor()(frames, skip_unchanged=True)["video_frame_index"].tolist() == [0, 0]
+    assert processor()(frames, skip_unchanged=True, do_resize=False)["video_frame_index"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 16])
+def test_a_stream_leaves_out_the_same_frames(chunk_size):
+    video = np.repeat(slideshow(), 4, axis=0)
+    output = processor()(video, skip_unchanged=True, return_metadata=True)
+    [stream] = processor().stream(video, chunk_size=chunk_size, skip_unchanged=True)
+    chunks = list(stream)
+    assert all(0 < len(chunk) <= chunk_size for chunk in chunks)
+    assert torch.equal(torch.cat(chunks), output["pixel_values_videos"])
+    assert stream.frame_index == output["video_frame_index"].tolist()
+    assert (stream.num_frames, stream.metadata) == (28, output["video_metadata"][0])
+    assert torch.equal(stream.pixels, output["pixel_values_videos"])  # a second time
+
+
+def test_frames_that_are_left_out_are_not_held():
+    decoder = FakeDecoder(np.repeat(slideshow(), 20, axis=0))
+    processor()(decoder, do_sample_frames=False, skip_unchanged=True)
+    assert decoder.most_alive <= 17
+
+
+def test_without_skipping_nothing_speaks_of_it():
+    assert set(processor()(slideshow())) == {"pixel_values_videos", "video_num_frames"}
+    assert processor().model_input_names == ["pixel_values_videos", "video_num_frames"]
+    assert processor(skip_unchanged=2).model_input_names[-1] == "video_frame_index"
+    assert set(processor(skip_unchanged=2)(slideshow(), skip_unchanged=False)) == set(processor()(slideshow()))
+
+
+@pytest.mark.parametrize("level", [-1, 256, float("nan")])
+def test_a_level_that_is_none_is_refused(level):
+    with pytest.raises(ValueError, match="number of grey levels between 0 and 255; got"):
+        processor()(slideshow(), skip_unchanged=level)
+
+
 # -- sources ----------------------------------------------------------------------------------------------------------
 
 

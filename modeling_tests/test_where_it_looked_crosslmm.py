@@ -8,7 +8,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward
 
 from factories import random_frames, random_model, tiny_config, tiny_processor
-from transformers_crosslmm import CrossLMMForConditionalGeneration, frame_weights_crosslmm, modeling_crosslmm
+from transformers_crosslmm import CrossLMMForConditionalGeneration, cross_attention_crosslmm, frame_weights_crosslmm
 from transformers_crosslmm.cross_attention_crosslmm import CrossLMMCrossAttentionBranch
 
 NEW_TOKENS = 5
@@ -78,7 +78,7 @@ def eager_weights(model, inputs, sequences: torch.Tensor, monkeypatch) -> torch.
     new = sequences.shape[1] - inputs["input_ids"].shape[1]
     written = sequences[:, :-1]
     with monkeypatch.context() as patch:
-        patch.setattr(modeling_crosslmm, "eager_attention_forward", eager)
+        patch.setattr(cross_attention_crosslmm, "eager_attention_forward", eager)
         patch.setattr(model.config.text_config, "_attn_implementation_internal", "eager")
         media = {name: inputs[name] for name in ("pixel_values_videos", "video_num_frames")}
         with torch.no_grad():
@@ -197,11 +197,15 @@ def test_a_prompt_that_ends_with_a_video_saw_nothing_for_its_first_token(model, 
 
 
 def test_nothing_stays_in_the_model(model, processor):
+    def hooks():
+        return [hook for module in model.modules() for hook in (*module._forward_hooks, *module._forward_pre_hooks)]
+
+    before = hooks()
     looked(model, inputs_of(processor, SINGLE))
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert hooks() == before
     with pytest.raises(ValueError, match="Placeholders and video features must match"):
         looked(model, inputs_of(processor, SINGLE) | {"video_num_frames": None, "pixel_values_videos": None})
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert hooks() == before
 
 
 def test_two_calls_in_two_threads_do_not_mix(model, processor):

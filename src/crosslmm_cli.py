@@ -232,6 +232,9 @@ def batch(
     ] = None,
     cpus_per_worker: Annotated[int, typer.Option(min=1, help="CPUs of each worker with Ray.")] = 1,
     device: Device = None,
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Ask again what has an error for an answer.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer a file of questions about many videos, each of which is looked at once.
@@ -258,6 +261,7 @@ def batch(
                 cpus_per_worker=cpus_per_worker,
                 device=device,
                 max_new_tokens=max_new_tokens,
+                retry_errors=retry_errors,
                 on_progress=steps.count,
                 **wanted,
             )
@@ -373,6 +377,10 @@ def info(
         int | None, typer.Option(min=1, help="Positions of the context.", show_default="the checkpoint's")
     ] = None,
     fps: Annotated[float, typer.Option(min=0.001, help="Frames per second of the longest video.")] = 1.0,
+    quantization: Annotated[
+        Literal["nf4", "int8", "fp8"] | None,
+        typer.Option(help="Count the language model's weights in 4 or 8 bits.", show_default="none"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Count what a checkpoint is made of, what a frame costs, and how long a video may be.
@@ -389,12 +397,15 @@ def info(
         from transformers_crosslmm.configuration_crosslmm import PRESETS
 
         steps.begin("Counting")
-        costs = count_costs(CrossLMMConfig.from_preset(name) if name in PRESETS else load_config(name))
+        config = CrossLMMConfig.from_preset(name) if name in PRESETS else load_config(name)
+        costs = count_costs(config, quantization=quantization)
     context = context or costs.max_positions
     in_context = costs.frames_in_context(context)
     in_memory = {form: costs.frames_in_memory(form, memory * 2**30) for form in costs.cache_bytes_per_frame}
     longest = {form: min(in_context, frames) / fps for form, frames in in_memory.items()}
     dtype = str(costs.dtype).removeprefix("torch.")
+    if quantization:
+        dtype += f", the language model's linear layers in {quantization}"
     if as_json:
         _print_json(
             {
@@ -436,7 +447,10 @@ Out = Annotated[Path, typer.Option(help="Folder for the new checkpoint.", show_d
 Vision = Annotated[str | None, typer.Option(help="Vision encoder, a folder or a name on the Hub.", show_default=False)]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option(help="Type of the weights.", show_default="the language model's"),
+    typer.Option(
+        help="Type of the weights. float16 ends at 65,504, which some language models come near.",
+        show_default="the language model's",
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the checkpoint that the folder holds.")]
 PushToHub = Annotated[
@@ -465,7 +479,7 @@ def compose(
         Literal["paper", "recommended"], typer.Option(help="The paper's options, or those we recommend.")
     ] = "paper",
     long_context: Annotated[
-        bool, typer.Option("--long-context", help="131,072 positions by YaRN instead of 32,768.")
+        bool, typer.Option("--long-context", help="Qwen2.5: 131,072 positions by YaRN instead of 32,768.")
     ] = False,
     dtype: Dtype = None,
     seed: Annotated[int, typer.Option(help="Of the new weights.")] = 0,
@@ -474,8 +488,10 @@ def compose(
     private: Private = False,
     untrained: Untrained = False,
 ) -> None:
-    """Put a CrossLMM to train together, from a SigLIP or SigLIP2 and a Qwen2 or Qwen2.5.
+    """Put a CrossLMM to train together, from a vision encoder and a language model.
 
+    A SigLIP, SigLIP2, CLIP, DINOv2 or DINOv3; and a Qwen2, Qwen3, Llama, Mistral, SmolLM3 or any decoder that the
+    cross-attention fits into. The tokenizer stays what it is, and the chat template where there is one.
     Its gates are 0: until it is trained it answers as its language model does, and says nothing about the video.
     Config fields go by their names, such as --pooled-grid-size 1 or --v2v-scope frame.
 
@@ -483,11 +499,12 @@ def compose(
     """
     with Steps() as steps:
         _import_package(steps, with_bars=True)
-        from transformers_crosslmm.checkpoints import commands, convert
+        from transformers_crosslmm.checkpoints import commands
+        from transformers_crosslmm.checkpoints.compose import compose
     fields = _config_fields(context)
 
     def plan() -> Any:
-        return convert.compose(
+        return compose(
             vision,
             text,
             preset=preset,
@@ -532,15 +549,15 @@ def convert(
     """
     with Steps() as steps:
         _import_package(steps, with_bars=True)
-        from transformers_crosslmm.checkpoints import commands, convert
+        from transformers_crosslmm.checkpoints import commands, llava, name_tables
     fields = _config_fields(context)
     if reverse and (push_to_hub or fields or vision or dtype or seed is not None):
         raise typer.BadParameter(
             "--reverse writes LLaVA-NeXT's layout as it is. Of the options only --name-table and --force go with it."
         )
-    table = convert.read_name_table(name_table) if name_table else None
+    table = name_tables.read_name_table(name_table) if name_table else None
     if reverse:
-        report = convert.crosslmm_to_llava_next(source, out, name_table=table, force=force)
+        report = llava.crosslmm_to_llava_next(source, out, name_table=table, force=force)
         lines = commands.report_lines(report, out)
     else:
 
@@ -581,13 +598,17 @@ def push(
     from transformers_crosslmm.checkpoints.publish import files_to_publish
     from transformers_crosslmm.checkpoints.publish import push as push_folder
 
-    if dry_run:
-        files = files_to_publish(folder, repo, with_code=with_code, untrained=untrained)
+    def list_files(files: list) -> None:
         for file in files:
-            typer.echo(f"{file.size:>16,} B  {file.path}")
-        typer.echo(f"{sum(file.size for file in files):>16,} B  in {len(files)} files, for {repo}; nothing was sent")
+            typer.echo(f"{file.size:>16,} B  {file.path}", err=not dry_run)
+        typer.echo(f"{sum(file.size for file in files):>16,} B  in {len(files)} files, for {repo}", err=not dry_run)
+
+    options: dict[str, Any] = {"with_code": with_code, "untrained": untrained}
+    if dry_run:
+        list_files(files_to_publish(folder, repo, **options))
+        typer.echo("Nothing was sent.")
         return
-    typer.echo(push_folder(folder, repo, private=private, revision=revision, with_code=with_code, untrained=untrained))
+    typer.echo(push_folder(folder, repo, private=private, revision=revision, on_files=list_files, **options))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -600,8 +621,9 @@ def train(
     A recipe is a YAML file of options; options behind it win. They are those of Transformers' TrainingArguments (such
     as --output_dir, --learning_rate, --max_steps, --report_to) and ours: --model to begin with, --train_data,
     --media_root, --streaming; --num_frames, --fps, --max_frames of a video; --unusable samples (raise or skip),
-    --max_length; --trained_parts, --gate_learning_rate, --vision_learning_rate, --global_batch_size,
-    --attn_implementation. What each means: python -m transformers_crosslmm.training.trainer --help
+    --max_length; --trained_parts, --gate_learning_rate, --vision_learning_rate, --language_model_learning_rate,
+    --global_batch_size, --attn_implementation. What each means:
+    python -m transformers_crosslmm.training.trainer --help
 
     Example: crosslmm train adapt --model MODEL --train_data chats.jsonl --media_root videos --output_dir runs/mine
     """
@@ -620,21 +642,29 @@ app.add_typer(data, name="data")
 def check(
     path: Annotated[str, typer.Argument(help="What --train_data names: .json, .jsonl, .yaml, or a dataset.")],
     media_root: Annotated[str | None, typer.Option(help="Folder that the names of media files begin in.")] = None,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode all media too, as training would.")] = False,
+    model: Model = None,
 ) -> None:
-    """List the broken records, with file and line, and media files that do not exist. Decodes nothing.
+    """List the broken records, with file and line, and media files that do not exist.
+
+    With --decode also those whose media do not decode; the frames are those that --model samples.
 
     Example: crosslmm data check mixture.yaml --media-root videos
     """
     with Steps() as steps:
         _import_package(steps)
-        from transformers_crosslmm.training.data import find_broken, load_records
+        from transformers_crosslmm.training.datasets import find_broken
+        from transformers_crosslmm.training.records import load_records
 
         records = load_records(path)
         if len(records) == 0:
             raise ValueError(f"{path} holds no records.")
         steps.begin(f"Checking {len(records):,} records")
         num_broken = 0
-        for line in find_broken(records, media_root):
+        if decode:
+            from transformers_crosslmm.checkpoints.load import load_processor
+        processor = load_processor(_checkpoint(model)) if decode else None
+        for line in find_broken(records, media_root, decode_with=processor):
             typer.echo(line)
             num_broken += 1
     typer.echo(f"{len(records):,} records, {num_broken:,} broken", err=True)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from factories import random_model, tiny_config, tiny_tokenizer
 from hub_server import TOKEN, Fault, HubServer
 from transformers_crosslmm import CrossLMMForConditionalGeneration, CrossLMMProcessor
 from transformers_crosslmm.checkpoints import publish
+from transformers_crosslmm.checkpoints.export import export_with_code
 from transformers_crosslmm.checkpoints.publish import PublishingError, files_to_publish, push
 
 REPO = "me/crosslmm-test"
@@ -121,6 +123,53 @@ def test_a_pushed_checkpoint_loads_by_name(hub, checkpoint):
     assert f'from_pretrained("{REPO}"' in card.text
 
 
+def test_only_what_a_checkpoint_is_made_of_leaves_the_house(hub, checkpoint, tmp_path):
+    """By whole names, and listed before it is sent; a file of a stranger, of an editor or of a trainer stays."""
+    folder = tmp_path / "folder"
+    shutil.copytree(checkpoint, folder)
+    left = (
+        ".env",
+        "id_rsa",
+        "token",
+        "optimizer.pt",
+        "evil.py",
+        "tokenizer_evil.py",
+        "notes.txt",
+        "secrets.json",
+        "x",
+    )
+    left += ("model.safetensors.bak", "model-1-of-2.safetensors", "a-model.safetensors", "unused_weights.safetensors")
+    for name in left:
+        (folder / name).write_text("secret")
+    (folder / "LICENSE").write_text("Do as you like.")
+    result = crosslmm("push", folder, REPO)
+    assert result.exit_code == 0, result.output
+    assert published(hub).keys() & set(left) == set()
+    assert published(hub)["LICENSE"] == b"Do as you like."
+    listed = [line.split(" B  ")[1].strip() for line in result.output.splitlines() if " B  " in line]
+    assert set(listed[:-1]) | {".gitattributes"} == published(hub).keys() | {".gitattributes"}
+    out = export_with_code(folder, tmp_path / "out")
+    assert {path.name for path in out.iterdir()} & set(left) == set()
+    assert (out / "LICENSE").is_file()
+
+
+@pytest.mark.parametrize("name", ["README.md", "merges.txt", "config.json"])
+def test_a_link_out_of_the_folder_does_not_leave_the_house(hub, checkpoint, tmp_path, name):
+    folder = tmp_path / "folder"
+    shutil.copytree(checkpoint, folder)
+    secret = tmp_path / "secret"
+    secret.write_bytes((checkpoint / name).read_bytes() if (checkpoint / name).exists() else b"secret")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(secret)
+    with pytest.raises(ValueError, match="link out of its folder"):
+        export_with_code(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    result = crosslmm("push", folder, REPO)
+    assert result.exit_code == 1
+    assert "link out of its folder" in result.output
+    assert hub.repositories == {}
+
+
 WITHOUT_PACKAGE = """
 import sys
 sys.modules["transformers_crosslmm"] = None  # importing it is an error
@@ -171,7 +220,7 @@ def test_a_dry_run_lists_files_and_sizes_and_sends_nothing(hub, checkpoint):
     size = (checkpoint / "model.safetensors").stat().st_size
     assert f"{size:,} B  model.safetensors" in result.output
     assert "modeling_crosslmm.py" in result.output
-    assert "nothing was sent" in result.output
+    assert "Nothing was sent" in result.output
     assert hub.requests == []
 
 
@@ -193,7 +242,7 @@ def test_a_revision_is_a_branch_of_a_repository_that_may_exist(hub, checkpoint):
 def test_a_card_of_the_folders_own_is_kept(hub, checkpoint, tmp_path):
     for path in checkpoint.iterdir():
         if path.is_file():
-            (tmp_path / path.name).symlink_to(path)
+            shutil.copyfile(path, tmp_path / path.name)
     own = "---\nlicense: mit\n---\n\n# Mine\n"
     (tmp_path / "README.md").write_text(own)
     push(tmp_path, REPO)
@@ -330,7 +379,7 @@ def test_an_existing_repository_is_not_touched(hub, checkpoint):
 def test_a_card_that_the_hub_would_refuse_publishes_nothing(hub, checkpoint, tmp_path):
     for path in checkpoint.iterdir():
         if path.is_file():
-            (tmp_path / path.name).symlink_to(path)
+            shutil.copyfile(path, tmp_path / path.name)
     (tmp_path / "README.md").write_text("---\ntags: []\n---\n")
     with pytest.raises(PublishingError, match=r"Invalid metadata in README\.md"):
         push(tmp_path, REPO)

@@ -6,6 +6,7 @@ import ipaddress
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,7 +164,12 @@ def test_a_video_outside_the_root_is_never_opened(folder, tmp_path, ask, monkeyp
     link.symlink_to(folder.parent / "secret.mp4")
     opened = []
     iter_video = prefilled.iter_video
-    monkeypatch.setattr(prefilled, "iter_video", lambda path, **o: opened.append(path) or iter_video(path, **o))
+
+    def note(source, **options):
+        opened.append(source if isinstance(source, str) else os.readlink(f"/proc/self/fd/{source.fileno()}"))
+        return iter_video(source, **options)
+
+    monkeypatch.setattr(prefilled, "iter_video", note)
     outside = ["../secret.mp4", str(folder.parent / "secret.mp4"), "link.mp4"]
     try:
         report = ask(about(*outside, "0.mp4"))
@@ -190,7 +196,7 @@ def test_a_video_that_killed_several_workers_gets_an_error(folder, tmp_path):
     attempts = tmp_path / "attempts"
     attempts.mkdir()
     options = {"device": "cpu", "max_new_tokens": NEW_TOKENS, "sampling": {"num_frames": FRAMES}}
-    answer = corpus.VideoAnswerer(str(folder / "checkpoint"), str(attempts), **options)
+    answer = corpus.VideoAnswerer(str(folder / "checkpoint"), str(folder), str(attempts), **options)
     [question] = [{"id": "a", "video": "0.mp4", "question": "Why?"}]
     group = {"path": str(folder / "0.mp4"), "error": None, "questions": [question]}
     answer._answers = lambda *arguments: (_ for _ in ()).throw(SystemExit)  # the worker dies
@@ -212,6 +218,64 @@ def test_who_interrupts_a_run_may_do_so_as_often_as_they_like(tmp_path, ask, mon
             with pytest.raises(KeyboardInterrupt):
                 ask(about("0.mp4"))
     assert ask(about("0.mp4")).failed == 0
+
+
+@pytest.mark.parametrize("end", ["terminated", "an error of the program"])
+def test_a_run_that_is_ended_does_not_count_against_the_video_at_work(tmp_path, ask, monkeypatch, end):
+    def ended(*arguments, **options):
+        if end == "terminated":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        raise RuntimeError("a bug")
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "PrefilledVideo", ended)
+        for _ in range(corpus.MAX_ATTEMPTS + 1):
+            with pytest.raises(KeyboardInterrupt if end == "terminated" else RuntimeError):
+                ask(about("0.mp4"))
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert not list((tmp_path / "answers").glob("part-*"))
+    assert ask(about("0.mp4")).failed == 0
+
+
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+def test_the_command_says_that_it_was_terminated(folder, tmp_path, engine):
+    if engine == "ray" and importlib.util.find_spec("ray") is None:
+        pytest.skip('needs pip install "transformers_crosslmm[ray]"')
+    questions = write(tmp_path / "questions.jsonl", [{"video": "0.mp4", "question": f"Why {n}?"} for n in range(500)])
+    command = [sys.executable, "-m", "crosslmm_cli", "batch", questions, "--out", tmp_path / "answers"]
+    command += ["--root", folder, "--model", folder / "checkpoint", "--engine", engine, "--max-new-tokens", "20"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    attempts = tmp_path / "answers/_attempts"
+    wait_until(lambda: attempts.is_dir() and any(attempts.iterdir()), seconds=120)
+    run.terminate()
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 130
+    assert "Interrupted." in said
+    assert not any(attempts.iterdir())
+    parts = list((tmp_path / "answers").glob("part-*"))
+    assert not parts or all(row["error"] is None for row in rows_of(tmp_path / "answers"))
+
+
+def test_rows_with_errors_are_asked_again_only_if_one_says_so(folder, tmp_path, ask, two_rows_per_part):
+    late = folder / "late.mp4"
+    records = about("0.mp4", "late.mp4", "1.mp4")
+    assert ask(records).failed == len(QUESTIONS)
+    before = {row["id"]: row for row in rows_of(tmp_path / "answers")}
+    late.write_bytes((folder / "2.mp4").read_bytes())
+    try:
+        assert ask(records).failed == len(QUESTIONS)
+        report = ask(records, retry_errors=True)
+    finally:
+        late.unlink()
+    rows = rows_of(tmp_path / "answers")
+    assert (report.failed, report.answered_before) == (0, 2 * len(QUESTIONS))
+    assert len(rows) == len(records)
+    assert [row for row in rows if row["video"] != "late.mp4"] == [
+        before[row["id"]] for row in rows if row["video"] != "late.mp4"
+    ]
+    assert all(row["answer"] for row in rows)
 
 
 def test_a_machine_that_can_start_no_more_processes_ends_the_run_instead_of_failing_all_videos(
@@ -270,6 +334,18 @@ def test_a_part_that_is_damaged_is_named_and_asked_again_once_it_is_deleted(tmp_
     assert len(rows_of(tmp_path / "answers")) == 4
     assert answers_of(tmp_path / "answers") == expected
     assert second.exists()
+
+
+def test_every_flipped_bit_of_a_part_is_seen(tmp_path, ask, two_rows_per_part):
+    ask(about("0.mp4"))
+    part = min((tmp_path / "answers").glob("part-*"))
+    whole = part.read_bytes()
+    for position in range(0, len(whole), 97):
+        part.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << position % 8]) + whole[position + 1 :])
+        with pytest.raises(ValueError, match=rf"{part.name} must be a file of answers.*Delete it"):
+            ask(about("0.mp4"))
+    part.write_bytes(whole)
+    assert ask(about("0.mp4")).answered_before == len(about("0.mp4"))
 
 
 def test_a_file_that_is_no_part_of_ours_is_named(tmp_path, ask):
@@ -397,6 +473,43 @@ def test_a_folder_of_answers_refuses_other_settings(tmp_path, ask):
         with pytest.raises(ValueError, match="name another folder"):
             ask(about("0.mp4", "1.mp4"), **changed)
     assert rows_of(tmp_path / "answers") == before
+
+
+def test_a_folder_of_answers_refuses_whatever_else_decides_an_answer(folder, tmp_path, ask, monkeypatch):
+    """Another root with the same names, the same folder with other weights, another release of the package."""
+    inside = shutil.copytree(folder, tmp_path / "copy")
+    ask(about("0.mp4"), model=inside / "checkpoint")
+    shutil.copytree(inside / "checkpoint", tmp_path / "moved")
+    assert ask(about("0.mp4"), model=tmp_path / "moved").answered_before == len(QUESTIONS)
+    with pytest.raises(ValueError, match="name another folder"):
+        ask(about("0.mp4"), model=inside / "checkpoint", root=inside)
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "__version__", "99.0")
+        with pytest.raises(ValueError, match="name another folder"):
+            ask(about("0.mp4"))
+    weights = inside / "checkpoint/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="name another folder"):
+        ask(about("0.mp4"), model=inside / "checkpoint")
+
+
+def test_a_video_that_becomes_a_link_out_of_the_root_meanwhile_is_not_followed(folder, tmp_path, ask):
+    swapped = folder / "swapped.mp4"
+    swapped.write_bytes((folder / "0.mp4").read_bytes())
+
+    def swap(done: int, total: int) -> None:
+        if not swapped.is_symlink():
+            swapped.unlink()
+            swapped.symlink_to(folder.parent / "secret.mp4")
+
+    try:
+        report = ask(about("swapped.mp4"), on_progress=swap)
+    finally:
+        swapped.unlink()
+    assert report.failed == len(QUESTIONS)
+    assert all("must lie in" in row["error"] for row in rows_of(tmp_path / "answers"))
 
 
 def test_a_folder_of_answers_refuses_another_question_under_an_id_it_has(ask):

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from factories import random_frames, save_checkpoint, tiny_processor
 from PIL import Image
 
+from factories import random_frames, save_checkpoint, tiny_processor
 from transformers_crosslmm import CrossLMMForConditionalGeneration, CrossLMMProcessor
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

@@ -30,7 +30,7 @@ from transformers_crosslmm.tiny.train import (
     repaint,
     tiny_config,
 )
-from transformers_crosslmm.training.data import IGNORED, VideoChatCollator, chat_sample
+from transformers_crosslmm.training.samples import IGNORED, VideoChatCollator, chat_sample
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,17 @@ import time
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from factories import save_checkpoint, save_training_data
-from transformers_crosslmm.training.trainer import is_complete, last_complete_checkpoint, main, parse_recipe, train
+from transformers_crosslmm.training.trainer import (
+    CrossLMMTrainer,
+    is_complete,
+    last_complete_checkpoint,
+    main,
+    parse_recipe,
+    train,
+)
 from two_processes import run_alone
 
 STEPS = 7  # of two samples: the data is begun again at step 5
@@ -50,6 +58,7 @@ def command_line(folder, out, *, streaming: bool = False, **options) -> list[str
         "learning_rate": 1e-2,
         "max_steps": STEPS,
         "save_steps": 2,
+        "save_total_limit": 1,
         "per_device_train_batch_size": 2,
         "logging_steps": 1,
     } | options
@@ -94,13 +103,39 @@ def test_a_run_killed_again_and_again_has_the_losses_of_an_unbroken_one(streamin
         assert last_complete_checkpoint(out) == (newest and str(out / newest))
     caplog.clear()
     trainer = train(parse_recipe(argv))
-    assert f"{out}/checkpoint-{STEPS} was not saved to its end" in caplog.text
+    assert f"{out}/checkpoint-{STEPS} was not saved to its end, or was damaged since" in caplog.text
     assert losses(trainer) == whole
     assert is_complete(out / f"checkpoint-{STEPS}")
     for name, tensor in torch.load(out / f"checkpoint-{STEPS}" / "optimizer.pt")["state"][0].items():
         saved = torch.load(tmp_path / "whole" / f"checkpoint-{STEPS}" / "optimizer.pt")["state"][0][name]
         assert torch.equal(tensor, saved), name
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def train_until_terminated(argv: list[str]) -> None:
+    """The command, which a SIGTERM reaches at step 3."""
+
+    class Terminate(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(4)  # Transformers waits for three seconds whether a SIGKILL follows
+
+    add_callback = CrossLMMTrainer.add_callback
+    CrossLMMTrainer.add_callback = lambda trainer, callback: [
+        add_callback(trainer, c) for c in (callback, Terminate())
+    ]
+    main(argv)
+
+
+def test_what_is_saved_because_of_a_sigterm_is_complete_and_is_gone_on_with(folder, tmp_path):
+    whole = losses(train(parse_recipe(command_line(folder, tmp_path / "whole"))))
+    argv = [*command_line(folder, tmp_path / "out", save_steps=STEPS), "--enable_jit_checkpoint", "True"]
+    assert run_alone(train_until_terminated, argv) == 0
+    newest = last_complete_checkpoint(tmp_path / "out")
+    assert newest is not None
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == [os.path.basename(newest)]
+    assert losses(train(parse_recipe(argv))) == whole
 
 
 @pytest.mark.slow  # because three processes start

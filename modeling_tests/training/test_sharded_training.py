@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from factories import random_model, save_checkpoint, save_training_data, tiny_config
 from test_modeling_crosslmm import gradients, labelled
 from transformers_crosslmm import CrossLMMForConditionalGeneration
-from transformers_crosslmm.training.data import CrossLMMDataCollator
+from transformers_crosslmm.training.samples import CrossLMMDataCollator
 from transformers_crosslmm.training.trainer import (
     COMPLETE,
     RECIPES,

@@ -9,17 +9,27 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 
 import crosslmm_cli
 from factories import random_model, save_checkpoint, save_training_data, tiny_config
-from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration
+from transformers_crosslmm import (
+    CrossLMMConfig,
+    CrossLMMForConditionalGeneration,
+    CrossLMMProcessor,
+    crosslmm_lora_config,
+)
+from transformers_crosslmm.dialect_crosslmm import CHECKPOINTING
+from transformers_crosslmm.tiny.procedural_videos import write_videos
+from transformers_crosslmm.training.samples import CrossLMMDataCollator
 from transformers_crosslmm.training.trainer import (
     COMPLETE,
     PARTS,
     RECIPES,
+    CrossLMMTrainer,
     CrossLMMTrainingArguments,
     count_parts,
     last_complete_checkpoint,
@@ -101,6 +111,17 @@ def test_the_optimiser_gets_all_that_learns_once_and_nothing_frozen(parts):
             assert decay == 0, name
 
 
+def test_the_language_model_may_have_a_rate_of_its_own():
+    model = random_model(tiny_config())
+    groups = parameter_groups(model, learning_rate=1.0, gate_learning_rate=2.0, language_model_learning_rate=3.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(parameter)]: group["lr"] for group in groups for parameter in group["params"]}
+    assert rates.keys() == {name for name, _ in model.named_parameters()}
+    for name, rate in rates.items():
+        is_language = ("language_model." in name or "lm_head" in name) and "cross_attention." not in name
+        assert rate == (2.0 if name.endswith("gate.weight") else 3.0 if is_language else 1.0), name
+
+
 @pytest.mark.parametrize(("parts", "reason"), [([], "got nothing"), (["head"], "got head"), (["t2v"], "no t2v")])
 def test_a_stage_that_trains_nothing_is_refused(parts, reason):
     with pytest.raises(ValueError, match=reason):
@@ -161,7 +182,7 @@ def test_the_counted_cost_of_a_training_step_is_what_pytorch_counts(stage, check
     model = random_model(config, attn_implementation="eager").train()
     train_only(model, parts)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        getattr(model, f"{CHECKPOINTING}_enable")()
     ids = torch.tensor([[config.video_token_id] * frames * config.tokens_per_frame + [3] * text_tokens])
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids, pixel_values_videos=torch.rand(frames, 3, 33, 33)).loss.backward()
@@ -219,6 +240,43 @@ def test_frames_named_behind_a_recipe_win_over_those_in_it(recipe, behind, fps, 
     assert (arguments.fps, arguments.num_frames) == (fps, num_frames)
 
 
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_a_shipped_recipe_runs_as_it_is_on_a_cpu(recipe, run_folder, tmp_path, monkeypatch):
+    """The test itself must see no GPU, wherever it runs."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False}, raising=False)
+    needed = {"model": run_folder / "model", "train_data": run_folder / "data.jsonl", "output_dir": tmp_path}
+    needed |= {"media_root": run_folder / "media", "global_batch_size": 8, "dataloader_num_workers": 0}
+    words = [word for name, value in needed.items() for word in (f"--{name}", str(value))]
+    arguments = parse_recipe([recipe, *words, "--report_to", "none", "--num_train_epochs", "1"])
+    assert arguments.use_cpu
+    assert not arguments.bf16
+    assert losses(train(arguments)) == []  # one step, and ten are logged
+    assert (tmp_path / "model.safetensors").is_file()
+    words += ["--report_to", "none"]
+    assert parse_recipe([recipe, *words, "--bf16", "True"]).bf16, "who asks for it has it"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    assert parse_recipe([recipe, *words]).bf16, "with AMX it is faster"
+
+
+def test_a_run_of_a_few_steps_says_what_to_change(run_folder, tmp_path, caplog):
+    options = {"max_steps": -1, "num_train_epochs": 2, "global_batch_size": 4, "save_strategy": "no"}
+    train(arguments_of(run_folder, tmp_path, **options))
+    assert "8 records, 2 times, 4 samples a step: the run makes 4 steps" in caplog.text
+    assert "Lower `global_batch_size`, or raise `num_train_epochs`" in caplog.text
+
+
+def test_procedural_videos_are_trained_on_as_they_are_written(run_folder, tmp_path):
+    write_videos(tmp_path / "videos", num_videos=2, seed=0, split="train", size=32, fps=2)
+    data = {"train_data": str(tmp_path / "videos" / "questions.jsonl"), "media_root": str(tmp_path / "videos")}
+    trainer = train(arguments_of(run_folder, tmp_path / "out", max_steps=1, save_strategy="no", **data))
+    sample = trainer.train_dataset[0]
+    assert sample["video_num_frames"].tolist() == [8]
+    written = json.loads((tmp_path / "videos" / "questions.jsonl").read_text().splitlines()[0])
+    learned = trainer.processing_class.tokenizer.decode(sample["labels"][sample["labels"] != -100])
+    assert learned == written["answer"] + "<|im_end|>"
+
+
 def test_the_help_of_the_command_names_every_option_that_is_ours():
     own = {field.name for field in fields(CrossLMMTrainingArguments)}
     own -= {field.name for field in fields(TrainingArguments)}
@@ -274,9 +332,14 @@ def test_only_checkpoints_with_all_that_was_saved_are_complete(tmp_path):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(bytes(step))
+        (folder / "optimizer.pt").write_bytes(bytes(step))
         mark_complete(folder)
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
     (tmp_path / "checkpoint-100" / "model.safetensors").write_bytes(bytes(99))
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
+    (tmp_path / "checkpoint-20" / "optimizer.pt").write_bytes(bytes([*bytes(13), 4, *bytes(6)]))  # one bit flipped
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+    (tmp_path / "checkpoint-20" / "optimizer.pt").write_bytes(bytes(20))
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
     (tmp_path / "checkpoint-20" / COMPLETE).unlink()
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
@@ -300,3 +363,28 @@ def test_broken_data_ends_a_run_before_it_begins(run_folder, tmp_path):
     with pytest.raises(ValueError, match="broken records"):
         train(arguments_of(run_folder, tmp_path / "out", train_data=str(tmp_path / "data.jsonl")))
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("kind", [CrossLMMTrainer, Trainer])
+@pytest.mark.parametrize("with_adapters", [False, True], ids=["whole", "lora"])
+def test_label_smoothing_is_pytorchs_on_the_labels_of_the_next_token(kind, with_adapters, run_folder, tmp_path):
+    processor = CrossLMMProcessor.from_pretrained(run_folder / "model")
+    records = [json.loads(line) for line in (run_folder / "data.jsonl").read_text().splitlines()]
+    collator = CrossLMMDataCollator(processor, media_root=run_folder / "media")
+    batch = collator(records)
+    found = {}
+    for factor in (0.0, 1e-7, 0.3):
+        model = CrossLMMForConditionalGeneration.from_pretrained(run_folder / "model").eval()
+        with torch.no_grad():
+            logits = model(**batch).logits[:, :-1].flatten(0, 1)
+        expected = F.cross_entropy(logits, batch["labels"][:, 1:].flatten(), label_smoothing=factor).item()
+        if with_adapters:
+            peft = pytest.importorskip("peft")
+            model = peft.get_peft_model(model, crosslmm_lora_config(r=2))
+        arguments = arguments_of(run_folder, tmp_path, label_smoothing_factor=factor, max_steps=1, save_strategy="no")
+        arguments.per_device_train_batch_size = len(records)
+        trainer = kind(model=model, args=arguments, train_dataset=records, data_collator=collator)
+        trainer.train()
+        found[factor] = losses(trainer)[0]
+        assert found[factor] == pytest.approx(expected, rel=1e-5)
+    assert abs(found[0.3] - found[0.0]) > 0.01

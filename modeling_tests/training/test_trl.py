@@ -7,7 +7,8 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from factories import mp4_of, random_frames, save_checkpoint
 from transformers_crosslmm import CrossLMMForConditionalGeneration, CrossLMMProcessor, crosslmm_lora_config
-from transformers_crosslmm.training.data import CrossLMMDataCollator, CrossLMMDataset
+from transformers_crosslmm.training.datasets import CrossLMMDataset
+from transformers_crosslmm.training.samples import CrossLMMDataCollator
 
 trl = pytest.importorskip("trl", reason="needs TRL: the extra `trl`")
 datasets = pytest.importorskip("datasets")

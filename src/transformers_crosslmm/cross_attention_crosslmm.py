@@ -8,11 +8,13 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache as memoize
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward
 
@@ -104,8 +106,14 @@ class CrossLMMCrossAttentionBranch(nn.Module):
         elif memory.form == "kv":
             attended = packed_attention(self.attention(), self, query, *cache_layer.read_cross(query.device), segments)
         else:
-            norm = None if memory.norm is None else memory.norm.to(query.device)
-            attended = folded_attention(query, states, memory.folding[self.layer_idx], self.scaling, segments, norm)
+            attended = folded_attention(
+                query,
+                partial(memory.stored_tokens, states),
+                memory.folding[self.layer_idx],
+                self.scaling,
+                segments,
+                patches_per_frame=memory.patches_per_frame,
+            )
         return self.gate(self.o_proj(attended.flatten(1)))
 
     def attention(self) -> Callable:
@@ -124,7 +132,7 @@ class CrossLMMCrossAttentionBranch(nn.Module):
         first, last = segments.patch_range()
         width = 2 * self.k_proj.out_features + (0 if memory.norm is None else states.shape[-1])
         at_once = memory.whole_frames(CHUNK_BYTES // (width * states.element_size()))
-        if not torch.is_grad_enabled() and at_once < last - first:
+        if not torch.is_grad_enabled() and (at_once < last - first or segments.is_nested):
             return attention_piece_by_piece(keys_values, query, self.scaling, segments, patches_at_once=at_once)
         ((*_, clipped),) = segments.pieces(last - first)
         return packed_attention(self.attention(), self, query, *keys_values(first, last), clipped)
@@ -146,7 +154,8 @@ class CrossLMMCrossAttentionBranch(nn.Module):
             if self.layer_idx not in memory.folding:
                 memory.folding[self.layer_idx] = Folding.of(self.keys_values, states)
             norm = () if memory.norm is None else (memory.norm.scale, memory.norm.codes)
-            cache_layer.mark_static(states, *memory.folding[self.layer_idx].tensors(), *norm)
+            index = () if memory.frame_index is None else (memory.frame_index,)
+            cache_layer.mark_static(states, *memory.folding[self.layer_idx].tensors(), *norm, *index)
             return
         known, last = cache_layer.num_cross_patches, memory.num_patches
         if known == last:
@@ -221,8 +230,8 @@ class CrossAttentionLayer:
             return super().forward(hidden_states, **kwargs)
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended  # (Eq. 4)
-        states = visual_context.memory.states if visual_states is None else visual_states
-        if states is visual_context.memory.states:
+        states = visual_states  # given where gradients must reach it
+        if states is None:
             states = visual_context.memory.states_on(hidden_states.device)
         cache_layer = visual_layer(kwargs.get(CACHE), self.cross_attention.layer_idx)
         hidden_states = self.cross_attention(hidden_states, states, visual_context, cache_layer)
@@ -257,8 +266,9 @@ def add_cross_attention(language_model: PreTrainedModel, config: CrossLMMConfig)
         if layer_idx in config.cross_attention_layer_indices:
             norm = copy.deepcopy(layer.input_layernorm)
             layer.cross_attention = CrossLMMCrossAttention(config, layer_idx, norm)
-    names = {type(layer).__name__ for layer in language_model.layers}
-    language_model._no_split_modules = {*language_model._no_split_modules, *names}
+    built = {type(module).__name__ for module in language_model.modules()}
+    layers = {type(layer).__name__ for layer in language_model.layers}
+    language_model._no_split_modules = (set(language_model._no_split_modules) | layers) & built  # FSDP looks for each
 
 
 def check_layers(language_model: PreTrainedModel) -> None:
@@ -275,20 +285,47 @@ def check_layers(language_model: PreTrainedModel) -> None:
             f"`text_config` must describe a decoder with `layers` that get its forward's keyword arguments; a {name} "
             "has none. Use a model like Qwen2, Qwen3, Llama or Mistral."
         )
-    for layer_class, layer in {type(layer): layer for layer in layers}.items():
+    for layer in layers:
+        layer_class = type(layer).__name__
         missing = [part for part in parts if not isinstance(getattr(layer, part, None), nn.Module)]
         if missing:
             raise ValueError(
-                f"`text_config` must describe a decoder whose layers have {', '.join(parts)}; a "
-                f"{layer_class.__name__} has no {', '.join(missing)}. Use a model like Qwen2, Qwen3, Llama or Mistral."
+                f"`text_config` must describe a decoder whose layers have {', '.join(parts)}; a {layer_class} has no "
+                f"{', '.join(missing)}. Use a model like Qwen2, Qwen3, Llama or Mistral."
             )
         factors = dict(zip(parts, (2.0, 3.0, 5.0, 7.0), strict=True))
         if (found := _output_with_stand_ins(layer, factors)) != (1 + 2 * 3) * (1 + 5 * 7):
+            others = [
+                name for name, part in layer.named_children() if not (name in parts or isinstance(part, nn.Identity))
+            ]
+            reason = f"has {', '.join(others)} too" if others else f"computes something else ({found})"
             raise ValueError(
                 "`text_config` must describe a decoder whose layers add self_attn(input_layernorm(h)) and then "
-                f"mlp(post_attention_layernorm(h)) to h; a {layer_class.__name__} computes something else ({found}). "
-                "Use a model like Qwen2, Qwen3, Llama or Mistral."
+                f"mlp(post_attention_layernorm(h)) to h; a {layer_class} {reason}. Use a model like Qwen2, Qwen3, "
+                "Llama or Mistral."
             )
+
+
+def check_head(text_config: PreTrainedConfig) -> None:
+    """Raises ValueError unless the text model's own logits are a matrix times its hidden states: without a bias, a
+    scale or a cap."""
+    causal_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text_config), None)
+    if causal_class is None:
+        return
+    states = MoeModelOutputWithPast(last_hidden_state=torch.full((1, 1, 1), 100.0, device="cpu"))
+    twin = _without_parts(causal_class, {"config": text_config})
+    twin.lm_head = nn.Identity()
+    setattr(twin, causal_class.base_model_prefix, _Returns(states))
+    try:
+        found = f"{twin(inputs_embeds=states.last_hidden_state).logits.item():g}"
+    except Exception as error:  # whatever it is, this forward does more
+        found = f"{type(error).__name__}: {error}"
+    if found != "100" or getattr(text_config, "lm_head_bias", False):
+        reason = "adds a bias" if found == "100" else f"makes {found} of 100"
+        raise ValueError(
+            f"`text_config` must describe a language model whose head is one matrix; that of {causal_class.__name__} "
+            f"{reason}. Use a model like Qwen2, Qwen3, Llama or Mistral."
+        )
 
 
 class _Times(nn.Module):
@@ -303,15 +340,33 @@ class _Times(nn.Module):
         return (product, None) if self.returns_weights else product
 
 
+class _Returns(nn.Module):
+    """Stand-in for a model: returns what it was given."""
+
+    def __init__(self, output: Any):
+        super().__init__()
+        self.output = output
+
+    def forward(self, *args, **kwargs) -> Any:
+        return self.output
+
+
+def _without_parts(module_class: type, attributes: dict[str, Any]) -> nn.Module:
+    """A module of a class with these attributes, and neither parameters nor submodules."""
+    twin: nn.Module = nn.Module.__new__(module_class)
+    nn.Module.__init__(twin)
+    twin.__dict__.update(attributes)
+    return twin.eval()
+
+
 @torch.no_grad()
 def _output_with_stand_ins(layer: nn.Module, factors: dict[str, float]) -> float | str:
-    """What a layer's forward makes of 1 when each part multiplies by its factor, or why it makes nothing."""
-    twin = nn.Module.__new__(type(layer))
-    nn.Module.__init__(twin)
-    twin.__dict__.update({name: value for name, value in vars(layer).items() if not name.startswith("_")})
-    for name, _ in layer.named_children():
-        part = _Times(factors[name], returns_weights=name == "self_attn") if name in factors else nn.Identity()
-        setattr(twin, name, part)
+    """What a layer's forward makes of 1 when each part multiplies by its factor, and any other part by 11, or why it
+    makes nothing."""
+    twin = _without_parts(type(layer), {name: value for name, value in vars(layer).items() if name[0] != "_"})
+    for name, part in layer.named_children():
+        is_plain = isinstance(part, nn.Identity)
+        setattr(twin, name, part if is_plain else _Times(factors.get(name, 11.0), returns_weights=name == "self_attn"))
     try:
         output = twin.eval()(torch.ones(1, 1, 1, device="cpu"))
         output = output[0] if isinstance(output, tuple) else output

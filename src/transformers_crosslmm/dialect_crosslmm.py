@@ -12,28 +12,29 @@ from collections.abc import Callable
 from typing import Any
 
 import transformers
-from packaging.version import Version
-from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput
 
-TESTED = (Version("5.19"), Version("5.25"))
-"""The first release that is tested, and the first one after the last."""
+RELEASE = tuple(int(number) for number in transformers.__version__.split(".")[:2])
+TESTED = (5, 19), (5, 24)
+"""The first and the last minor release that are tested."""
 
-RELEASE = Version(transformers.__version__)
-
-CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+CACHE = "cache" if RELEASE >= (5, 24) else "past_key_values"
 """The keyword by which Transformers' own models, masks, `generate` and outputs know a cache: `cache` from 5.24 on,
 `past_key_values` before. Can go when 5.23 is no longer supported."""
+
+CHECKPOINTING = "activation_checkpointing" if RELEASE >= (5, 23) else "gradient_checkpointing"
+"""What Transformers calls recomputing activations in the backward pass: an option of `TrainingArguments`, and with
+`_enable` a method of models. From 5.23 on the older name warns. Can go with 5.22."""
 
 
 def warn_of_untested_release() -> None:
     """One warning when this Transformers is older or newer than what the package is tested with."""
-    first, end = TESTED
-    if not first <= Version(RELEASE.base_version) < end:
+    first, last = TESTED
+    if not first <= RELEASE <= last:
+        oldest, newest = (".".join(map(str, release)) for release in TESTED)
         warnings.warn(
-            f"transformers_crosslmm is tested with Transformers {first} up to, but not including, {end}; this is "
-            f"{RELEASE}. Where something breaks, install a tested release: pip install "
-            f'"transformers>={first},<{end}".',
+            f"transformers_crosslmm is tested with Transformers {oldest} to {newest}, and this is "
+            f'{transformers.__version__}: if something breaks, pip install "transformers=={newest}.*".',
             stacklevel=3,
         )
 

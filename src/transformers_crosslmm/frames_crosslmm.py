@@ -221,11 +221,47 @@ class FrameChunk:
     """Frames of one video that follow each other: (t, 3, H, W), and where they come from.
 
     expected_num_frames: how many the whole video will give, as far as can be told beforehand.
+    frame_index: where unchanged frames are skipped, for each frame of the chunk which of the video's distinct ones it
+        shows, counted from the video's first; `frames` then holds those that are new. None: every frame is there.
     """
 
     frames: Tensor
     metadata: CrossLMMVideoMetadata
     expected_num_frames: int
+    frame_index: list[int] | None = None
+
+
+class UnchangedFrames:
+    """Leaves out of a video's chunks, one after the other, the frames that show what the last one kept shows.
+
+    level: what no pixel may differ by from the frame shown instead, in grey levels. Comparing with that frame rather
+    than with the one before keeps slow changes from adding up.
+    """
+
+    def __init__(self, level: float) -> None:
+        self.level = level
+        self.shown: Tensor | None = None
+        self.num_distinct = 0
+
+    def __call__(self, chunk: FrameChunk) -> FrameChunk:
+        """The chunk with its new frames and what each frame shows. Keeps one frame, and not the chunk."""
+        new: list[int] = []
+        index: list[int] = []
+        for number, frame in enumerate(chunk.frames):
+            if self.shown is None or not self._shows_the_same(frame, self.shown):
+                self.shown = frame
+                new.append(number)
+            index.append(self.num_distinct + len(new) - 1)
+        self.num_distinct += len(new)
+        if new:
+            self.shown = chunk.frames[new[-1]].clone()
+        return replace(chunk, frames=chunk.frames if len(new) == len(index) else chunk.frames[new], frame_index=index)
+
+    def _shows_the_same(self, frame: Tensor, shown: Tensor) -> bool:
+        if self.level == 0 or frame.shape != shown.shape:
+            return torch.equal(frame, shown)
+        # Unsigned bytes have no negative differences.
+        return bool((torch.maximum(frame, shown) - torch.minimum(frame, shown)).max() <= self.level)
 
 
 class VideoSource(Protocol):
@@ -272,8 +308,10 @@ class FramesInMemory:
         self.limits, self.do_rescale = limits, do_rescale
         self.scales = _scales_of(arrays, do_rescale=do_rescale)
 
-        values = {"total_num_frames": len(frames)} | {k: v for k, v in dict(metadata or {}).items() if v is not None}
-        self.metadata = VideoMetadata(**values)
+        said = {key: value for key, value in dict(metadata or {}).items() if value is not None}
+        numbered = said.get("frames_indices")  # the clip goes on at least to the last frame that is known
+        length = len(frames) if numbered is None or len(numbered) == 0 else int(max(numbered)) + 1
+        self.metadata = VideoMetadata(**{"total_num_frames": length} | said)
         numbers = self.metadata.frames_indices  # a list or, from Transformers' own readers, an array
         self.numbers: Sequence[int] = range(len(frames)) if numbers is None else [int(number) for number in numbers]
         if numbers is None:

@@ -5,9 +5,13 @@ From there beams, chunks of a prefill and later steps get them without further h
 `prepare_inputs_for_generation` are overridden.
 """
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import logging
@@ -24,7 +28,25 @@ PREFILL_TOKENS = 4096
 """Most tokens of a prompt with media that run at once, unless `prefill_chunk_size` says otherwise: activations, of
 the MLP above all, then stop growing with the video."""
 
-MEDIA_ARGUMENTS = ("pixel_values", "pixel_values_videos", "video_num_frames", "mm_encoder_outputs")
+MEDIA_ARGUMENTS = (
+    "pixel_values",
+    "pixel_values_videos",
+    "video_num_frames",
+    "video_frame_index",
+    "mm_encoder_outputs",
+)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """The model as in evaluation for as long as the block runs."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class CrossLMMGenerationMixin(GenerationMixin):
@@ -49,6 +71,17 @@ class CrossLMMGenerationMixin(GenerationMixin):
         all media in their order. Nothing is compiled then. Raises ValueError with an assistant or prompt lookup, which
         check several tokens at once, without `return_dict_in_generate`, and for a model without T2V.
         """
+        if self.training and self.model.is_checkpointed:  # checkpointed layers keep nothing in a cache
+            with evaluation_mode(self):
+                return self.generate(
+                    inputs,
+                    generation_config,
+                    logits_processor,
+                    *args,
+                    cache=cache,
+                    output_cross_attentions=output_cross_attentions,
+                    **kwargs,
+                )
         options = Options(kwargs, generation_config, self.generation_config)
         kwargs |= self._prepare_media(inputs, cache, options, kwargs)
         if cache is not None:
@@ -69,6 +102,25 @@ class CrossLMMGenerationMixin(GenerationMixin):
             processors = [*(logits_processor or []), weights]
             output = super().generate(inputs, generation_config, processors, *args, **kwargs)
         return weights.added_to(output)
+
+    def generate_batch(self, inputs, *args, **kwargs):
+        """As in Transformers, for texts alone. Raises ValueError where there are media, or places for them."""
+        media = [name for name in MEDIA_ARGUMENTS if name in kwargs]
+        placeholders = {self.config.image_token_id, self.config.video_token_id}
+        media += [f"placeholders in `inputs[{i}]`" for i, ids in enumerate(inputs) if not placeholders.isdisjoint(ids)]
+        if media:
+            raise ValueError(
+                f"`generate_batch` is for text alone; got {', '.join(media)}. Ask about images and videos with "
+                "`generate`."
+            )
+        return super().generate_batch(inputs, *args, **kwargs)
+
+    def init_continuous_batching(self, generation_config=None, *args, **kwargs):
+        """As in Transformers. A placeholder is never sampled: its request would end all that run beside it."""
+        generation_config = copy.deepcopy(generation_config or self.generation_config)
+        placeholders = self.config.image_token_id, self.config.video_token_id
+        generation_config.suppress_tokens = sorted({*(generation_config.suppress_tokens or ()), *placeholders})
+        return super().init_continuous_batching(generation_config, *args, **kwargs)
 
     def _prepare_media(
         self, inputs: torch.Tensor | None, cache: Cache | None, options: "Options", kwargs: dict[str, Any]
@@ -107,9 +159,6 @@ class CrossLMMGenerationMixin(GenerationMixin):
         if not new and not options.get("is_assistant"):
             self._check_that_no_medium_is_missing(tokens, is_ids=embeds is None)
         changed = self._limit_to_context(options, given.shape[1], past_length + tokens.shape[1], cache)
-        if self.training and self.model.is_checkpointed and options.get("use_cache") is not False:
-            logger.warning_once("Gradient checkpointing keeps no cache: `generate` runs without one in training mode.")
-            changed["use_cache"] = False
         assistant = kwargs.get("assistant_model")
         if is_whole and past_length and (assistant or options.get("prompt_lookup_num_tokens")):
             changed["num_cached"] = past_length

@@ -5,7 +5,7 @@ Shapes: B rows, L tokens, F frames of all media, T of one video, S pixels along 
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,8 +21,16 @@ EncodedMedia = Mapping[str, BaseModelOutputWithPooling]
 
 @dataclass
 class CrossLMMEncodedMedia(BaseModelOutputWithPooling):
-    """Encoded media whose copies share tensors: `last_hidden_state` (F, N, D) of all frames, and in `pooler_output`
-    the projected pooled tokens of each medium."""
+    """Encoded media of which several rows may use the same. Copies share tensors.
+
+    media_index: `pooler_output[j]` belongs to medium `media_index[j]` of `last_hidden_state` (F, N, D); None when each
+        has its own. So rows that ask about one video share its patches.
+    frame_index: which frame of `last_hidden_state` each frame of the media shows, where unchanged frames were left
+        out; None when all are there. `pooler_output` has the tokens of all frames in any case.
+    """
+
+    media_index: tuple[int, ...] | None = None
+    frame_index: tuple[int, ...] | None = None
 
     def __deepcopy__(self, memo) -> "CrossLMMEncodedMedia":
         return replace(self)
@@ -61,9 +69,13 @@ def encode_video(
         del chunk, part  # before the next one is decoded
     if original is None:
         raise ValueError("A video needs at least one frame; got none.")
+    tokens, index = torch.cat(pooled), getattr(pixels, "frame_index", None)
+    if index is not None:
+        tokens = tokens.view(done, -1, tokens.shape[-1])[index].flatten(0, 1)
     return CrossLMMEncodedMedia(
         last_hidden_state=original[:done],  # type: ignore[arg-type]
-        pooler_output=(torch.cat(pooled),),  # type: ignore[arg-type]
+        pooler_output=(tokens,),  # type: ignore[arg-type]
+        frame_index=None if index is None else tuple(index),
     )
 
 
@@ -71,47 +83,87 @@ def join_media(parts: Iterable[BaseModelOutputWithPooling]) -> CrossLMMEncodedMe
     """Media encoded apart as if they had been encoded in one call, in this order."""
     outputs = list(parts)
     original = [output.last_hidden_state for output in outputs]
+    index: list[int] | None = None
+    if any(frame_index(output) is not None for output in outputs):
+        index, before = [], 0
+        for output in outputs:
+            own = frame_index(output)
+            index += [before + frame for frame in (range(len(output.last_hidden_state)) if own is None else own)]
+            before += len(output.last_hidden_state)
     return CrossLMMEncodedMedia(
         last_hidden_state=original[0] if len(original) == 1 else torch.cat(original),
         pooler_output=tuple(pooled for output in outputs for pooled in output.pooler_output),  # type: ignore[arg-type]
+        frame_index=None if index is None else tuple(index),
     )
+
+
+def media_index(output: BaseModelOutputWithPooling) -> tuple[int, ...]:
+    """Which medium of `last_hidden_state` each entry of `pooler_output` is."""
+    index = output.media_index if isinstance(output, CrossLMMEncodedMedia) else None
+    return tuple(range(len(output.pooler_output))) if index is None else index
+
+
+def frame_index(output: BaseModelOutputWithPooling) -> tuple[int, ...] | None:
+    """Which frame of `last_hidden_state` each frame of the media shows; None for its own."""
+    return output.frame_index if isinstance(output, CrossLMMEncodedMedia) else None
 
 
 def locate_media(
     media: EncodedMedia, masks: dict[str, torch.Tensor], past_length: int, *, tokens_per_frame: int
-) -> tuple[list[list[Medium]], torch.Tensor, torch.Tensor]:
+) -> tuple[list[list[Medium]], torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Where the media of a call stand.
 
     masks: placeholders (B, L) of each modality, as many as the media fill.
     Returns the media of each row in the order in which they begin, with positions counted from the start of the cache;
-    the original tokens (F, N, D) in the order of rows and positions, on the device of the masks (else every layer of
-    every step would copy them there); and the number of every frame within its medium (F,).
+    the original tokens (F, N, D) in the order of rows and positions, each medium once, on the device of the masks (or
+    every layer of every step would copy them there); the number of every frame within its medium; and, where unchanged
+    frames were left out, which of the F each frame shows.
     """
-    found: list[tuple[int, list[int], torch.Tensor]] = []  # row, positions, original tokens
+    found: list[tuple[int, list[int], str, int]] = []  # row, positions, modality, medium
     for modality, output in media.items():
         places = masks[modality].nonzero().tolist()
-        lengths = [len(pooled) for pooled in output.pooler_output]
-        originals = output.last_hidden_state.split([length // tokens_per_frame for length in lengths])
-        for length, original in zip(lengths, originals, strict=True):
-            block, places = places[:length], places[length:]
-            found.append((block[0][0], [column + past_length for _, column in block], original))
+        taken = 0
+        for medium, pooled in zip(media_index(output), output.pooler_output, strict=True):
+            block = places[taken : taken + len(pooled)]
+            taken += len(pooled)
+            found.append((block[0][0], [column + past_length for _, column in block], modality, medium))
     found.sort(key=lambda item: (item[0], item[1][0]))
-    if len(media) == 1:  # in order already: no copy
-        (original,) = (output.last_hidden_state for output in media.values())
-    else:
-        original = torch.cat([tokens for *_, tokens in found])
-    frame_numbers = torch.cat([torch.arange(len(tokens)) for *_, tokens in found])
 
+    num_frames = {(modality, medium): len(p) // tokens_per_frame for _, p, modality, medium in found}
+    frames: dict[tuple[str, int], Sequence[int]] = {}  # of each medium, in its modality's `last_hidden_state`
+    for modality, output in media.items():
+        index, end = frame_index(output) or range(len(output.last_hidden_state)), 0
+        for key in sorted(key for key in num_frames if key[0] == modality):
+            frames[key] = index[end : end + num_frames[key]]
+            end += num_frames[key]
+    if len(media) == 1 and list(num_frames) == list(frames):
+        (original,) = (output.last_hidden_state for output in media.values())  # in order already: no copy
+    else:
+        taken_over, end = {}, 0
+        for key in num_frames:
+            first, last = min(frames[key]), max(frames[key]) + 1
+            taken_over[key] = media[key[0]].last_hidden_state[first:last]
+            frames[key] = [end + frame - first for frame in frames[key]]
+            end += last - first
+        original = torch.cat(list(taken_over.values()))
+    shown = None
+    if any(frame_index(output) is not None for output in media.values()):
+        shown = torch.tensor([frame for key in num_frames for frame in frames[key]])
+    frame_numbers = torch.cat([torch.arange(count) for count in num_frames.values()])
+
+    patches_per_frame = original.shape[1]
+    stretches, end = {}, 0
+    for key, count in num_frames.items():
+        stretches[key] = (end, end + count * patches_per_frame)
+        end += count * patches_per_frame
     rows: list[list[Medium]] = [[] for _ in range(next(iter(masks.values())).shape[0])]
-    end = 0
-    for row, positions, tokens in found:
-        start, end = end, end + len(tokens) * original.shape[1]
+    for row, positions, modality, medium in found:
         whole = range(positions[0], positions[-1] + 1)
         is_contiguous = len(whole) == len(positions)
-        rows[row].append(Medium(whole if is_contiguous else tuple(positions), (start, end)))
+        rows[row].append(Medium(whole if is_contiguous else tuple(positions), stretches[modality, medium]))
     if not original.is_meta:  # where costs are counted, ids alone are real
         original = original.to(masks[next(iter(media))].device)
-    return rows, original, frame_numbers
+    return rows, original, frame_numbers, shown
 
 
 def number_placeholders(masks: dict[str, torch.Tensor], modalities: Iterable[str]) -> torch.Tensor:
@@ -135,6 +187,8 @@ def save_encoded_media(media: EncodedMedia, path: str | os.PathLike) -> None:
         tensors[f"{modality}.original"] = output.last_hidden_state.contiguous()
         tensors[f"{modality}.pooled"] = torch.cat(list(output.pooler_output)).contiguous()
         metadata[f"{modality}.tokens"] = ",".join(str(len(tokens)) for tokens in output.pooler_output)
+        if (index := frame_index(output)) is not None:
+            tensors[f"{modality}.frames"] = torch.tensor(index)
     save_file(tensors, path, metadata={"format": "pt", **metadata})
 
 
@@ -150,8 +204,11 @@ def load_encoded_media(path: str | os.PathLike, device: str | torch.device = "cp
             modality, dot, kind = name.partition(".")
             if dot and kind == "tokens":
                 pooled = file.get_tensor(f"{modality}.pooled").split([int(length) for length in lengths.split(",")])
+                frames = f"{modality}.frames"
                 media[modality] = CrossLMMEncodedMedia(
-                    last_hidden_state=file.get_tensor(f"{modality}.original"), pooler_output=tuple(pooled)
+                    last_hidden_state=file.get_tensor(f"{modality}.original"),
+                    pooler_output=tuple(pooled),
+                    frame_index=tuple(file.get_tensor(frames).tolist()) if frames in file.keys() else None,  # noqa: SIM118
                 )
     if not media:
         raise ValueError(f"{os.fspath(path)!r} holds no encoded media; write them with `save_encoded_media`.")

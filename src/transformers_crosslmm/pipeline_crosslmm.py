@@ -131,6 +131,13 @@ class VideoTextToTextPipeline(ImageTextToTextPipeline):
             tensors = [item[name] for item in items if name in item]
             if tensors:
                 batch[name] = torch.cat(tensors)
+        indices, frames = [], 0
+        for item in items:
+            if "video_frame_index" in item:
+                indices.append(item["video_frame_index"] + frames)  # counted over the pixels of all
+                frames += len(item["pixel_values_videos"])
+        if indices:
+            batch["video_frame_index"] = torch.cat(indices)
         encoded = [item["mm_encoder_outputs"]["video"] for item in items if "mm_encoder_outputs" in item]
         if encoded:
             batch["mm_encoder_outputs"] = {"video": join_media(encoded)}

@@ -4,6 +4,7 @@ A video becomes `<|video_pad|>` and an image `<|image_pad|>`, s·s of them per f
 """
 
 import re
+import warnings
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, groupby, islice, pairwise
@@ -16,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.video_processing_utils import VideoProcessorMixin
 
 from .dialect_crosslmm import declare_no_defaults
@@ -28,8 +29,8 @@ from .frames_crosslmm import (
     picture_pixels,
     source_in,
 )
-from .media_crosslmm import encode_video, join_media
-from .video_processing_crosslmm import CrossLMMVideoProcessor, CrossLMMVideosKwargs
+from .media_crosslmm import CrossLMMEncodedMedia, encode_video, join_media
+from .video_processing_crosslmm import CrossLMMVideoProcessor, CrossLMMVideosKwargs, VideoStream
 from .video_source import DEFAULT_LIMITS
 
 IMAGE_TOKEN = "<|image_pad|>"
@@ -87,7 +88,7 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 """Qwen2.5's ChatML: a system prompt only if given, media where they stand, and marks for training on assistant turns
-(their words and their `<|im_end|>`). Where a program other than the processor renders it, it escapes `MARKS` itself."""
+(their words and their `<|im_end|>`). Rendered by a program other than the processor, it escapes `MARKS` itself."""
 
 PLACEHOLDER = re.compile(f"({re.escape(IMAGE_TOKEN)}|{re.escape(VIDEO_TOKEN)})({re.escape(VISION_END_TOKEN)})?")
 
@@ -106,7 +107,7 @@ class CrossLMMProcessor(ProcessorMixin):
 
     pooled_grid_size, pooling_mode: s and how, as in the model's config; patch_size: pixels of the vision tower's
         patches. `from_config` takes them from there.
-    time_instruction: the default of that keyword argument of calls.
+    time_instruction, add_timestamps: the defaults of these keyword arguments of calls.
 
     The tokenizer must know the marks of ChatML and of media (`MARKS`) as special tokens, as every Qwen2.5 tokenizer
     does. It is given a normaliser that drops `ESCAPE`, so that text in chats cannot write those marks, and pads on the
@@ -126,6 +127,7 @@ class CrossLMMProcessor(ProcessorMixin):
         pooling_mode: Literal["bilinear", "average"] = "bilinear",
         patch_size: int = 14,
         time_instruction: bool = False,
+        add_timestamps: bool = False,
     ) -> None:
         super().__init__(
             image_processor,
@@ -137,6 +139,7 @@ class CrossLMMProcessor(ProcessorMixin):
         self.pooling_mode = pooling_mode
         self.patch_size = patch_size
         self.time_instruction = time_instruction
+        self.add_timestamps = add_timestamps
         size = video_processor.size
         if not 1 <= pooled_grid_size <= min(size.height, size.width) // patch_size:
             raise ValueError(
@@ -161,16 +164,21 @@ class CrossLMMProcessor(ProcessorMixin):
         *,
         chat_template: str | dict[str, str] | None = None,
         time_instruction: bool = False,
+        add_timestamps: bool = False,
         **video_defaults: Any,
     ) -> "CrossLMMProcessor":
         """The processor of a model with this `CrossLMMConfig`.
 
-        video_defaults: attributes of the video processor, such as `num_frames`. Raises ValueError where the tokenizer
-        and the config disagree on the ids of the placeholders.
+        video_defaults: attributes of the video processor, such as `num_frames`; `image_mean`, `image_std` and
+        `resample` are those of images too. Raises ValueError where the tokenizer and the config disagree on the ids of
+        the placeholders.
         """
         size = {"height": config.vision_config.image_size, "width": config.vision_config.image_size}
+        for_both = {
+            name: video_defaults[name] for name in ("image_mean", "image_std", "resample") & video_defaults.keys()
+        }
         processor = cls(
-            SiglipImageProcessorPil(size=size, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5]),
+            SiglipImageProcessorPil(size=size, **for_both),
             tokenizer,
             CrossLMMVideoProcessor(size=size, **video_defaults),
             chat_template=chat_template,
@@ -178,6 +186,7 @@ class CrossLMMProcessor(ProcessorMixin):
             pooling_mode=config.pooling_mode,
             patch_size=config.vision_config.patch_size,
             time_instruction=time_instruction,
+            add_timestamps=add_timestamps,
         )
         for name in ("image_token_id", "video_token_id"):
             if getattr(config, name) != getattr(processor, name):
@@ -202,6 +211,21 @@ class CrossLMMProcessor(ProcessorMixin):
         """Placeholders per frame of a video and per image."""
         return self.pooled_grid_size**2
 
+    def _get_num_multimodal_tokens(
+        self,
+        image_sizes: Sequence[Sequence[int]] | None = None,
+        video_sizes: Sequence[Sequence[int]] | None = None,
+        **kwargs: Any,
+    ) -> MultiModalData:
+        """Placeholders of media with these sizes, (height, width) or (frames, height, width); vLLM asks before it
+        has the media. Whatever the size, a frame has `tokens_per_frame`."""
+        images, videos = image_sizes or (), video_sizes or ()
+        return MultiModalData(
+            num_image_tokens=[self.tokens_per_frame for _ in images] if image_sizes is not None else None,
+            num_image_patches=[1 for _ in images] if image_sizes is not None else None,  # rows of `pixel_values`
+            num_video_tokens=[self.tokens_per_frame * size[0] for size in videos] if video_sizes is not None else None,
+        )
+
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         """As in Transformers, which looks for the video processor's base class where only torchvision puts it."""
         if argument_name != "video_processor":
@@ -217,6 +241,7 @@ class CrossLMMProcessor(ProcessorMixin):
         videos: Any = None,
         *,
         time_instruction: bool | None = None,
+        add_timestamps: bool | None = None,
         encode_with: PreTrainedModel | None = None,
         **kwargs: Unpack[CrossLMMProcessorKwargs],
     ) -> BatchFeature:
@@ -225,18 +250,20 @@ class CrossLMMProcessor(ProcessorMixin):
         text: a string or a list of strings. images, videos: one, a flat list, or a list per text; see
         `CrossLMMVideoProcessor` for what a video is. Options of the tokenizer and of the two processors are passed by
         name, or in `text_kwargs`, `images_kwargs` and `videos_kwargs`.
-        time_instruction: say after each video how long it is, how many frames are seen and at which seconds. None: the
-        processor's own setting.
+        time_instruction: say after each video how long it is, how many frames are seen and at which seconds.
+        add_timestamps: write before each frame of a video when it is shown, `<1.2 seconds>`. Frames whose times nobody
+        knows are refused, unless they are not sampled (`do_sample_frames=False`) and `fps` says how to count them.
+        None, for both: the processor's own setting.
         encode_with: the model that will be asked. It encodes the videos while they are decoded, without gradients, so
         that the pixels of a long one never exist together: `mm_encoder_outputs` for `generate` takes their place.
 
         Returns `input_ids` and `attention_mask` with the placeholders expanded, `pixel_values_videos` (frames of all
-        videos, 3, S, S) and `video_num_frames` (videos,) or, with a model, `mm_encoder_outputs` {"video": encoded},
-        `pixel_values` (images, 3, S, S), each if there is something for it, and with `return_metadata=True` a
-        `CrossLMMVideoMetadata` per video in `video_metadata`.
+        videos, 3, S, S), `video_num_frames` (videos,) and, with `skip_unchanged`, `video_frame_index`, or, with a
+        model, `mm_encoder_outputs` {"video": encoded}, `pixel_values` (images, 3, S, S), each if there is something
+        for it, and with `return_metadata=True` a `CrossLMMVideoMetadata` per video in `video_metadata`.
 
-        Raises ValueError when placeholders and media do not match in number, before anything is decoded, and when
-        truncation would cut placeholders.
+        Raises ValueError when placeholders and media do not match in number, before anything is decoded, when
+        truncation would cut placeholders, and for times that are to be written and that nobody knows.
         """
         if kwargs.pop("audio", None) is not None:  # type: ignore[typeddict-item]  # `apply_chat_template` passes None
             raise ValueError(NO_AUDIO)
@@ -276,16 +303,22 @@ class CrossLMMProcessor(ProcessorMixin):
             else:
                 chunk_size = encode_with.config.vision_chunk_size
                 streams = self.video_processor.stream(in_one_sample, chunk_size=chunk_size, **video_options)
-                encoded_videos = join_media([encode_video(encode_with, stream) for stream in streams])
+                encoded_videos = join_media([self._encoded(encode_with, stream) for stream in streams])
                 media["mm_encoder_outputs"] = {"video": encoded_videos}
                 metadata, num_frames = [s.metadata for s in streams], [s.num_frames for s in streams]
                 patch_grid = (encode_with.config.patch_grid_size,) * 2
             self._describe_pooling(metadata, patch_grid)
 
-        say_times = self.time_instruction if time_instruction is None else time_instruction
         encoded = BatchFeature()
         if texts is not None:
-            expanded, offsets = self._expand(texts, num_frames, metadata, say_times=say_times)
+            expanded, offsets = self._expand(
+                texts,
+                num_frames,
+                metadata,
+                say_times=self.time_instruction if time_instruction is None else time_instruction,
+                add_timestamps=add_timestamps,
+                count_by_fps=options["videos_kwargs"].get("fps"),
+            )
             encoded.update(self.tokenizer(expanded, **text_options))
             self._check_special_mm_tokens(expanded, encoded, modalities=["image", "video"])
             if return_offsets:
@@ -372,6 +405,12 @@ class CrossLMMProcessor(ProcessorMixin):
                 "them. Add them with `normalized=False`."
             )
 
+    def _encoded(self, model: PreTrainedModel, stream: VideoStream) -> CrossLMMEncodedMedia:
+        encoded = encode_video(model, stream)
+        if stream.frame_index is None:
+            return encoded
+        return _every_frame(encoded, stream.frame_index, self.tokens_per_frame)
+
     def _image_inputs(self, images: list[Any], options: dict[str, Any]) -> BatchFeature:
         image_options = options["images_kwargs"]
         reading = {
@@ -390,9 +429,17 @@ class CrossLMMProcessor(ProcessorMixin):
             video.pooling_mode = self.pooling_mode
 
     def _expand(
-        self, texts: list[str], num_frames: list[int], metadata: list[CrossLMMVideoMetadata], *, say_times: bool
+        self,
+        texts: list[str],
+        num_frames: list[int],
+        metadata: list[CrossLMMVideoMetadata],
+        *,
+        say_times: bool,
+        add_timestamps: bool | None = None,
+        count_by_fps: float | None = None,
     ) -> tuple[list[str], list[list[dict[str, Any]]]]:
         """The texts with as many placeholders as there are tokens, and where (`span`) and to what (`new_span`)."""
+        add_timestamps = self.add_timestamps if add_timestamps is None else add_timestamps
         videos = iter(zip(num_frames, metadata, strict=True))
         expanded, offsets = [], []
         for text in texts:
@@ -405,7 +452,8 @@ class CrossLMMProcessor(ProcessorMixin):
                     replacement = token * self.tokens_per_frame + end_mark
                 else:
                     frames, video = next(videos)
-                    replacement = token * (self.tokens_per_frame * frames) + end_mark
+                    stamps = _timestamps(frames, video, count_by_fps) if add_timestamps else [""] * frames
+                    replacement = "".join(stamp + token * self.tokens_per_frame for stamp in stamps) + end_mark
                     replacement += _time_instruction(frames, video) if say_times else ""
                 pieces += [text[last : match.start()], replacement]
                 length += match.start() - last + len(replacement)
@@ -430,6 +478,32 @@ class CrossLMMProcessor(ProcessorMixin):
                 frames, video = next(videos)
                 video.sample_index = row
                 video.token_spans = [(start, start + self.tokens_per_frame) for start in islice(starts, frames)]
+
+
+def _timestamps(num_frames: int, video: CrossLMMVideoMetadata, count_by_fps: float | None) -> list[str]:
+    times = video.frame_times
+    if times is None and count_by_fps is not None:
+        warnings.warn(
+            f"The times of {num_frames} frames are not known; they are counted by `fps`={count_by_fps:g}. Pass "
+            "`video_metadata` with `fps` to say how fast they were shown.",
+            stacklevel=4,
+        )
+        times = [number / count_by_fps for number in range(num_frames)]
+    if times is None:
+        raise ValueError(
+            "`add_timestamps` needs to know when each frame was shown; got frames without a frame rate. Pass "
+            "`video_metadata` with `fps`, or leave the timestamps out."
+        )
+    return [f"<{seconds:.1f} seconds>" for seconds in times]
+
+
+def _every_frame(encoded: CrossLMMEncodedMedia, frame_index: list[int], tokens_per_frame: int) -> CrossLMMEncodedMedia:
+    """One video of which the distinct frames were encoded, with what all of its frames show."""
+    pooled = encoded.pooler_output[0].unflatten(0, (-1, tokens_per_frame))  # type: ignore[index]
+    return CrossLMMEncodedMedia(
+        last_hidden_state=encoded.last_hidden_state[frame_index],  # type: ignore[index]
+        pooler_output=(pooled[frame_index].flatten(0, 1),),  # type: ignore[arg-type]
+    )
 
 
 class TextEscape:

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from .video_file import Picture
-from .video_packets import Request, read_video, sample_times
-from .video_source import (
+from .video_packets import Request, read_video, sample_times  # noqa: F401, imported from here
+from .video_source import (  # noqa: F401, imported from here
     DEFAULT_LIMITS,
     RAISE_LIMITS,
     NoVideoStreamError,
@@ -41,21 +41,6 @@ from .video_worker import read_video_in_worker
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = [
-    "DecodedVideo",
-    "NoVideoStreamError",
-    "VideoDecodeError",
-    "VideoDecodeWarning",
-    "VideoError",
-    "VideoLimitError",
-    "VideoLimits",
-    "VideoOpenError",
-    "VideoTimeoutError",
-    "decode_video",
-    "iter_video",
-    "sample_times",
-]
 
 FrameTransform: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
 
@@ -101,6 +86,7 @@ def decode_video(
     num_threads: int = 1,
     strict: bool = False,
     isolated: bool = False,
+    on_wait: Callable[[], None] | None = None,
 ) -> DecodedVideo:
     """Decode the frames of `source` at the moments asked for.
 
@@ -113,20 +99,14 @@ def decode_video(
     strict: raise where a frame cannot be decoded, instead of a warning and False in `valid`.
     isolated: decode in a process of its own under limits of memory and time, for files from strangers: a crash or a
         bomb costs this call alone.
+    on_wait: called at least four times a second while the network or the process of `isolated` is waited for; what it
+        raises ends the call, the connection and the process.
 
     Each frame is returned once, so a clip that holds fewer frames than asked for gives fewer.
     Raises a subclass of `VideoError`.
     """
-    chunks = _chunks(
-        source,
-        chunk_size=None,
-        request=Request.check(num_frames, fps, times, max_frames, start_seconds, end_seconds),
-        frame_transform=frame_transform,
-        limits=limits,
-        num_threads=num_threads,
-        strict=strict,
-        isolated=isolated,
-    )
+    request = Request.check(num_frames, fps, times, max_frames, start_seconds, end_seconds)
+    chunks = _chunks(source, None, request, frame_transform, limits, num_threads, strict, isolated, on_wait)
     with closing(chunks):
         return next(chunks)
 
@@ -146,26 +126,19 @@ def iter_video(
     num_threads: int = 1,
     strict: bool = False,
     isolated: bool = False,
+    on_wait: Callable[[], None] | None = None,
 ) -> Iterator[DecodedVideo]:
     """`decode_video` in chunks of `chunk_size` frames (the last may be shorter), each decoded when it is asked for."""
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1; got {chunk_size}.")
-    return _chunks(
-        source,
-        chunk_size=chunk_size,
-        request=Request.check(num_frames, fps, times, max_frames, start_seconds, end_seconds),
-        frame_transform=frame_transform,
-        limits=limits,
-        num_threads=num_threads,
-        strict=strict,
-        isolated=isolated,
-    )
+    request = Request.check(num_frames, fps, times, max_frames, start_seconds, end_seconds)
+    return _chunks(source, chunk_size, request, frame_transform, limits, num_threads, strict, isolated, on_wait)
 
 
-def _chunks(source, *, chunk_size, request, frame_transform, limits, num_threads, strict, isolated):
-    with open_source(source, limits) as opened:
+def _chunks(source, chunk_size, request, frame_transform, limits, num_threads, strict, isolated, on_wait):
+    with open_source(source, limits, on_wait) as opened:
         if isolated:
-            pictures = read_video_in_worker(opened, request, limits, num_threads)
+            pictures = read_video_in_worker(opened, request, limits, num_threads, on_wait)
         else:
             pictures = read_video(opened, request, limits, num_threads)
         with closing(pictures):

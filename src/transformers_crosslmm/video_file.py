@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import struct
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import BinaryIO
 
 import av
 import av.error
+from av.sidedata.sidedata import SideDataContainer
 
 from .video_source import (
     RAISE_LIMITS,
@@ -28,9 +29,14 @@ from .video_source import (
 # sequences) is not among them.
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,mpegts,mpeg,mpegvideo,avi,gif,flv,asf,ogg,h264,hevc,m4v,ivf,obu"
 
-# Containers whose packets carry presentation times and which can be entered in the middle. All others, and pictures
-# that build on each other without end (gif), are decoded from their first to their last packet.
+# Containers that can be entered in the middle. All others are decoded from their first to their last packet.
 _SEEKABLE = ("mov", "matroska", "mpegts", "mpeg", "avi", "flv", "asf")
+# Pictures of these build on each other without end, whatever the container says.
+_ENDLESS_CODECS = ("gif", "apng")
+# Decoders that leave out pictures on which no other depends, and nothing else, when asked to: what was sampled so
+# from every codec that PyAV can encode equals a full decode. The others ignore the setting or are not proven.
+_LEAVES_OUT = ("h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4")
+# A moment this little before a picture still counts as its own, or the rounding of k / fps would decide.
 LATE = 1e-7
 
 
@@ -63,42 +69,65 @@ class VideoFile:
         self._file, self._limits, self._num_threads = file, limits, num_threads
         self.clock = Clock(limits)
         self.trouble: str | None = None
+        self.announced_end: int | None = None
         self._orientations: dict[int, tuple[bool, bool, bool]] = {}
-        # FFmpeg decodes pictures to learn about a stream; how large they are it knows without.
-        self._opened_stream(probe=False)
+        # FFmpeg decodes pictures to learn about a stream; how large and how long they are it knows without.
+        self.open(probe=False)
+        self.format_name = self._container.format.name.split(",")[0]
+        self.seekable = self.format_name in _SEEKABLE and self._stream.codec_context.name not in _ENDLESS_CODECS
+        count, first, end = self._measured()
+        if end is None and not count:
+            raise VideoDecodeError(
+                "The file announces a video stream and holds no picture of it: it is an initialisation segment, or "
+                "cut off before the first picture. Join it with the segments that belong to it."
+            )
         self.open()
         stream = self._stream
-        self.tick = stream.time_base
-        self.format_name, self.codec = self._container.format.name, self._context.name
-        self.width, self.height = self._context.width, self._context.height
-        # Where pictures are only counted, the average is FFmpeg's default and the guess the stream's own word.
-        rate = stream.average_rate if stream.start_time is not None else stream.guessed_rate
-        rate = rate or stream.guessed_rate or stream.base_rate
+        self.codec, self.width, self.height = self._context.name, self._context.width, self._context.height
+        # Where pictures are only counted, the average is FFmpeg's default and the guess the stream's own word; AVI's
+        # average counts pictures that are not there.
+        averaged = stream.start_time is not None and not self.in_decoding_order
+        rate = (averaged and stream.average_rate) or stream.guessed_rate or stream.base_rate
         self.fps = float(rate) if rate and 0 < rate < 1000 else 25.0
-        self.start = None if self.format_name == "avi" else stream.start_time
-        # AVI counts pictures in the order of decoding: FFmpeg's times are late, or wrong where it cannot tell in which
-        # order they are shown.
-        self.reordered = self.format_name == "avi" and self.codec in ("h264", "hevc")
-        self.seekable = (
-            self.format_name.split(",")[0] in _SEEKABLE and self.codec not in ("gif", "apng") and not self.reordered
-        )
-        # Other containers announce the end of their longest stream only.
-        ends = stream.start_time is not None and stream.duration and self.format_name.split(",")[0] in ("mov", "avi")
-        self.announced_end = stream.start_time + stream.duration if ends else None
-        self._count: int | None = None
-        self.duration_seconds = self._duration()
-        self.total_num_frames = self._count or stream.frames or max(1, round(self.duration_seconds * self.fps))
+        self.has_clock = stream.start_time is not None
+        # In AVI the first picture comes as late as the decoder gives it.
+        self.start = None if self.in_decoding_order else stream.start_time
+        self.duration_seconds = self._duration(count, first, end)
+        counted = count or (stream.frames if self.format_name == "mov" else 0)
+        self.total_num_frames = counted or max(1, round(self.duration_seconds * self.fps))
 
-    def open(self, *, strict: bool = True) -> None:
-        """Open the file, or begin again at its first packet.
+    @property
+    def in_decoding_order(self) -> bool:
+        """Whether the container counts pictures as they are decoded and says nothing of when they are shown."""
+        return self.format_name == "avi"
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether the decoder may give pictures in another order than it gets packets."""
+        return bool(self._context.has_b_frames)
+
+    def shows(self, packet) -> bool:
+        """Whether a packet holds a picture to be shown, as VP8 and VP9 say in its first bits."""
+        if self.codec not in ("vp8", "vp9"):
+            return True
+        first, last = memoryview(packet)[0], memoryview(packet)[-1]
+        if self.codec == "vp8":
+            return bool(first & 0b10000)
+        # Several pictures in one packet end in their index. Else: show an older picture (4), or this one (1).
+        return last >> 5 == 0b110 or bool((first if first >> 4 == 0b1011 else first >> 1) & 0b101)
+
+    def open(self, *, strict: bool = True, probe: bool = True) -> None:
+        """Open the file, or begin again at its first packet; `probe=False`: only to read packets.
 
         A strict decoder reports errors that FFmpeg would otherwise paint over with what was there before.
         """
-        self._container, self._stream = self._opened_stream()
+        self._container, self._stream = self._opened_stream(probe=probe)
+        self.tick = self._stream.time_base
         for stream in self._container.streams:
             if stream is not self._stream and hasattr(stream, "discard"):  # PyAV < 17.1 reads and drops the others
                 stream.discard = av.stream.Discard.all
-        self._context = self._opened_context(self._stream, strict=strict)
+        if probe:
+            self._context = self._opened_context(self._stream, strict=strict)
         self._packets = self._container.demux(self._stream)
 
     def _opened_stream(self, *, probe: bool = True):
@@ -117,11 +146,14 @@ class VideoFile:
                 buffer_size=65536,
                 io_open=_refuse_to_open,
             )
-        for stream in container.streams.video:
-            if not stream.disposition & av.stream.Disposition.attached_pic and stream.codec_context is not None:
-                break
-        else:
+        streams = [
+            stream
+            for stream in container.streams.video
+            if not stream.disposition & av.stream.Disposition.attached_pic and stream.codec_context is not None
+        ]
+        if not streams:
             raise NoVideoStreamError("The file has no video stream that FFmpeg can decode.")
+        stream = max(streams, key=_preference)
         width, height = stream.codec_context.width, stream.codec_context.height
         if width * height > self._limits.max_pixels:
             raise VideoLimitError(
@@ -155,18 +187,47 @@ class VideoFile:
         """Whether an error belongs to the packet that went in last: with threads it comes later."""
         return self._context.thread_count == 1
 
-    def _duration(self) -> float:
-        start_seconds = float((self.start or 0) * self.tick)
-        if self._stream.duration and self._stream.start_time is not None:
-            seconds = float(self._stream.duration * self.tick)
-        elif self._container.duration and self.seekable:
-            # Such containers announce when they end, whenever the stream begins.
-            seconds = self._container.duration / 1e6
-            seconds -= start_seconds if start_seconds < seconds else 0
-        else:
-            seconds = self._scan()
-        if not seconds > 0:  # unknown, as of one picture
-            seconds = 1 / self.fps
+    def _measured(self) -> tuple[int, int | None, int | None]:
+        """How many packets there are (0: not counted), the first time, and the end of the last picture, in ticks.
+
+        A table of all samples knows the end (`announced_end`) if its last entry is there. Otherwise the last packets
+        do: the end of a container is that of its longest stream, and may count from zero or from the beginning.
+        """
+        container, stream, start = self._container, self._stream, self._stream.start_time
+        told = None if start is None or not stream.duration else start + stream.duration
+        in_table = told is not None and stream.frames and self.format_name in ("mov", "avi")
+        entries = getattr(stream, "index_entries", None)  # PyAV < 17 does not show them
+        # The last entry is decoded a few pictures before the end.
+        if (in_table and entries and (told - entries[-1].timestamp) * stream.frames <= 4 * stream.duration) or (
+            in_table and entries is None and self.format_name == "mov"
+        ):
+            self.announced_end = told
+        if self.announced_end or (told is not None and not self.seekable):
+            return 0, start, told
+        if self.seekable and container.duration:
+            seconds = ((container.start_time or 0) + container.duration) / 1e6
+            if self.seek(round(seconds / self.tick)) and (end := self._read_to_the_end()[2]) is not None:
+                return 0, start, end
+            self.open(probe=False)
+        return self._read_to_the_end()
+
+    def _read_to_the_end(self) -> tuple[int, int | None, int | None]:
+        count, first, end = 0, None, None
+        while (packet := self.read()) is not None:
+            count += 1
+            if packet.pts is not None:
+                first = packet.pts if first is None else min(first, packet.pts)
+                over = packet.pts + (packet.duration or 0)
+                end = over if end is None else max(end, over)
+        self.trouble = None  # what is asked for may come before it
+        return count, first, end
+
+    def _duration(self, count: int, first: int | None, end: int | None) -> float:
+        start = first if self.start is None else self.start
+        if start is not None and end is not None and end > start:
+            seconds = float((end - start) * self.tick)
+        else:  # no times, or those of one picture
+            seconds = max(1, count) / self.fps
         if seconds > self._limits.max_duration_seconds:
             raise VideoLimitError(
                 f"The video lasts {seconds:.0f} s, more than max_duration_seconds="
@@ -174,24 +235,14 @@ class VideoFile:
             )
         return seconds
 
-    def _scan(self) -> float:
-        """Seconds, by reading every packet."""
-        count, first, last = 0, None, None
-        while (packet := self.read()) is not None:
-            count += 1
-            if packet.pts is not None:
-                first = packet.pts if first is None else min(first, packet.pts)
-                last = max(packet.pts if last is None else last, packet.pts + (packet.duration or 0))
-        self.open()
-        self._count = count
-        return count / self.fps if last is None or last == first else float((last - first) * self.tick)
-
     def read(self):
         """The stream's next packet, or None at the end of what can be read."""
         self.clock.check()
         try:
             for packet in self._packets:
                 if packet.size:
+                    if self.in_decoding_order:
+                        packet.pts = packet.dts
                     return packet
         except (av.error.FFmpegError, IndexError) as error:  # PyAV stumbles over streams that show up late
             self.trouble = self.trouble or str(error)
@@ -208,7 +259,7 @@ class VideoFile:
     def keyframe_between(self, low: int, high: int) -> bool | None:
         """Whether the container's index has a keyframe in (low, high]; None where it does not tell."""
         entries = getattr(self._stream, "index_entries", None)  # PyAV < 17 does not show them
-        if not self.format_name.startswith("mov") or not entries or entries[-1].timestamp < high:
+        if self.format_name != "mov" or not entries or entries[-1].timestamp < high:
             return None
         found = entries.search_timestamp(high, backward=True)
         return found >= 0 and entries[found].timestamp > low
@@ -217,8 +268,10 @@ class VideoFile:
         """Pictures that come out when `packet` goes in, None for those still inside; `skip` leaves out a picture on
         which no other depends."""
         self.clock.check()
+        if packet is not None and _is_encrypted(packet):
+            raise VideoDecodeError("The pictures of this video are encrypted. Decrypt the file first.")
         context = self._lenient[0] if lenient else self._context
-        context.skip_frame = "NONREF" if skip else "DEFAULT"
+        context.skip_frame = "NONREF" if skip and self.codec in _LEAVES_OUT else "DEFAULT"
         try:
             return context.decode(packet)
         except EOFError:
@@ -239,9 +292,13 @@ class VideoFile:
     def seconds(self, pts: int) -> float:
         return float((pts - (self.start or 0)) * self.tick)
 
-    def picture(self, seconds: float, frame) -> Picture:
+    def picture(self, seconds: float, frame, *, valid: bool) -> Picture:
         with _translated_errors("FFmpeg cannot convert the picture to RGB.", VideoDecodeError):
-            rgb = frame.reformat(format="rgb24", **_ONE_THREAD)
+            try:
+                rgb = frame.reformat(format="rgb24", **_ONE_THREAD)
+            except av.error.FFmpegError:
+                frame.colorspace = 2  # unspecified, in place of one that FFmpeg cannot convert from
+                rgb = frame.reformat(format="rgb24", **_ONE_THREAD)
         plane = rgb.planes[0]
         # One frame per angle is asked for its matrix: asking ties a frame to its side data in a cycle, and it would
         # stay in memory until the garbage collector comes by.
@@ -254,7 +311,7 @@ class VideoFile:
             height=rgb.height,
             line_size=plane.line_size,
             orientation=self._orientations[frame.rotation],
-            valid=not frame.is_corrupt,
+            valid=valid,
         )
 
     def no_picture(self, seconds: float) -> Picture:
@@ -268,8 +325,31 @@ def _translated_errors(message: str, kind: type[VideoError]):
         yield
     except av.error.MemoryError as error:
         raise VideoLimitError(f"{message} ({error}: it asks for more memory than there is)") from error
-    except (av.error.FFmpegError, UnicodeError, OverflowError) as error:
+    except VideoError:
+        raise
+    except (av.error.FFmpegError, ValueError, LookupError, OverflowError, NotImplementedError) as error:
         raise kind(f"{message} ({getattr(error, 'strerror', None) or error})") from error
+
+
+def _preference(stream) -> tuple[bool, bool, int]:
+    """Of several streams: the default one, one that moves, the largest (the first of those that are alike)."""
+    default = bool(stream.disposition & av.stream.Disposition.default)
+    return default, stream.frames != 1, stream.codec_context.width * stream.codec_context.height
+
+
+def _is_encrypted(packet) -> bool:
+    return hasattr(packet, "has_sidedata") and packet.has_sidedata("encryption_info")  # PyAV < 17 does not tell
+
+
+def _display_matrix(frame) -> bytes | None:
+    """PyAV fails at side data that it has no name for, such as EXIF, when it has read what comes before: a matrix,
+    also the one that FFmpeg makes of EXIF, does."""
+    found = SideDataContainer.__new__(SideDataContainer)
+    with suppress(ValueError):
+        found.__init__(frame)
+    with suppress(ValueError):
+        return next((bytes(entry) for entry in found if entry.type.name == "DISPLAYMATRIX"), None)
+    return None
 
 
 def _orientation(frame) -> tuple[bool, bool, bool]:
@@ -277,10 +357,10 @@ def _orientation(frame) -> tuple[bool, bool, bool]:
 
     FFmpeg's display matrix (a b u, c d v, x y w) sends the point (p, q) to (a p + c q, b p + d q).
     """
-    matrix = next((entry for entry in frame.side_data if entry.type.name == "DISPLAYMATRIX"), None)
+    matrix = _display_matrix(frame)
     if matrix is None:
         return False, False, False
-    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
+    a, b, _, c, d = struct.unpack("=5i", matrix[:20])
     if a == d == 0 and b and c:
         return True, c < 0, b < 0
     return False, a < 0, d < 0

@@ -6,11 +6,14 @@ import bisect
 import math
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from typing import BinaryIO
 
 import av
 import av.error
+from av.video.frame import PictureType
 
 from .video_file import LATE, Picture, VideoFile
 from .video_source import RAISE_LIMITS, VideoDecodeError, VideoLimitError, VideoLimits
@@ -138,8 +141,8 @@ class Info:
     num_wanted: int | None  # None: every frame
 
 
-class _Untimed(Exception):
-    """A packet carries no presentation time, so that pictures can only be counted."""
+class _Untrusted(Exception):
+    """What the container says of its packets (times, keyframes) is missing or does not fit what the decoder gives."""
 
 
 def read_video(opened: BinaryIO, request: Request, limits: VideoLimits, num_threads: int):
@@ -191,56 +194,72 @@ def _decoded(file: VideoFile, request: Request, moments: list[float] | None) -> 
                 last_seconds = picture.seconds
                 yield picture
             return
-        except _Untimed:
+        except _Untrusted:
             yield from _in_sequence(file, request, moments, after=last_seconds)
     else:
         yield from _in_sequence(file, request, moments)
 
 
 def _in_sequence(file: VideoFile, request: Request, moments, *, after: float = -math.inf) -> Iterator[Picture]:
-    """Decode everything from the first packet; picture k of a stream without times is due at k / fps."""
+    """Decode everything from the first packet: the decoder's own order is the truth."""
     file.open(strict=False)
-    targets = None if moments is None else deque(moments)
+    if file.in_decoding_order:
+        file.start = None  # of the first picture that comes out
+    targets = deque(moments or ())
     end = math.inf if request.end_seconds is None or moments is not None else request.end_seconds
-    held = None
-    for seconds, frame in _counted(file):
-        if targets is None:
-            if seconds >= end - LATE:
-                return
-            if seconds >= request.start_seconds - LATE and seconds > after:
-                yield file.picture(seconds, frame)
-            continue
-        wanted = False
-        while targets and held is not None and targets[0] + LATE < seconds:
+    for shown, following in pairwise(chain(_in_order_of_output(file), [(math.inf, None, True)])):
+        seconds, frame, valid = shown
+        wanted = moments is None and request.start_seconds - LATE <= seconds < end - LATE
+        while targets and targets[0] + LATE < following[0]:
             targets.popleft()
             wanted = True
-        if wanted and held[0] > after:
-            yield file.picture(*held)
-        if not targets:
+        if wanted and seconds > after:
+            yield file.picture(seconds, frame, valid=valid)
+        if seconds >= end or (moments is not None and not targets):
             return
-        held = (seconds, frame)
-    if targets and held is not None and held[0] > after:
-        yield file.picture(*held)
 
 
-def _counted(file: VideoFile) -> Iterator[tuple[float, av.VideoFrame]]:
-    last = -1 / file.fps
-    while True:
+def _in_order_of_output(file: VideoFile) -> Iterator[tuple[float, av.VideoFrame, bool]]:
+    """Every picture with its time in seconds, and whether it is valid: after an error, none is before a keyframe.
+
+    Without any clock, picture k is due at k / fps.
+    """
+    clock, last, valid, packet = _OutputClock(), None, True, ...
+    while packet is not None:
         packet = file.read()
         try:
             frames = file.decode(packet)
         except av.error.FFmpegError as error:
             file.trouble = file.trouble or str(error)
-            frames = []
+            frames, valid = [], False
         for frame in frames:
-            seconds = last + 1 / file.fps
-            if frame.pts is not None and not file.reordered:
-                file.start = frame.pts if file.start is None else file.start
-                seconds = max(file.seconds(frame.pts), seconds if last < 0 else last)
-            last = seconds
-            yield seconds, frame
-        if packet is None:
-            return
+            pts = frame.pts
+            if file.has_clock:
+                pts = clock.ticks(None if file.in_decoding_order else pts, frame.dts)
+            if pts is not None:
+                file.start = pts if file.start is None else file.start
+                last = file.seconds(pts) if last is None else max(file.seconds(pts), last)
+            else:
+                last = 0.0 if last is None else last + 1 / file.fps
+            valid = not frame.is_corrupt and (valid or frame.key_frame)
+            yield last, frame, valid
+
+
+class _OutputClock:
+    """When the pictures that a decoder gives are due: at their pts, unless those have gone backwards more often than
+    the dts of the packets at which the pictures came out. FFmpeg's own programs judge alike."""
+
+    def __init__(self):
+        self.last, self.faults = [-math.inf, -math.inf], [0, 0]
+
+    def ticks(self, pts: int | None, dts: int | None) -> int | None:
+        for kind, (stamp, other) in enumerate(((pts, dts), (dts, pts))):
+            if stamp is not None:
+                self.faults[kind] += stamp <= self.last[kind]
+                self.last[kind] = stamp
+            elif other is not None:
+                self.last[kind] = other
+        return dts if pts is None or (dts is not None and self.faults[0] > self.faults[1]) else pts
 
 
 class _Damaged(Exception):
@@ -254,10 +273,11 @@ class _LookAhead:
     packet can be due by then, so the wanted one is known. Decoding starts at the last keyframe due by the target, goes
     no further than the wanted packet, and leaves out pictures that no other depends on.
 
+    The container is believed until the decoder proves it wrong: then `_Untrusted` is raised.
+
     A group of pictures that turns out damaged (an error, a picture missing or marked corrupt) is decoded again by the
-    lenient decoder without leaving anything out (care 1), then, if pictures are still missing or corrupt, once more
-    from one keyframe earlier (care 2): streams that refresh gradually need it. What does not come right then, and what
-    was decoded after the packet with the error, is handed out as not valid.
+    lenient decoder without leaving anything out (`careful`). What does not come right then, and what was decoded after
+    the packet with the error, is handed out as not valid.
     """
 
     def __init__(self, file: VideoFile):
@@ -266,6 +286,7 @@ class _LookAhead:
         self.queue_bytes = 0
         self.due: list[int] = []  # ascending pts of packets read, later than `last`
         self.recent: deque[float] = deque(maxlen=_MARGIN)  # dts of the packets read last
+        self.every = False  # every picture is asked for
         self.ended = False
         self.end: int | None = None  # when the last picture read is over
         self.early: dict[int, av.VideoFrame] = {}  # pictures out that a later target may want
@@ -273,27 +294,28 @@ class _LookAhead:
         self.last: int | None = None  # pts last wanted
         self.keyframe: int | None = None  # where decoding began
         self.awaited: int | None = None  # the keyframe, until the decoder has shown that it starts cleanly there
-        self.gradual = False  # keyframes only begin a refresh: what they promise is right one keyframe later
-        self.proof: int | None = None  # the keyframe that made it look so
         self.fresh = True  # the decoder has been given nothing yet
-        self.care = 0
+        self.careful = False
         self.careful_until: float = -math.inf
         self.again: set[int] = set()  # pts that were pending in something damaged
         self.fed: int | None = None  # pts of the packet that went in last
         self.leading = False  # whether pictures due before the keyframe went in: they may need what lies before it
         self.broken: set[int] = set()  # pts of packets from which on decoding goes wrong
-        self.excused: set[int] = set()  # such pts, if it turns out that the keyframe itself was damaged
         self.doubtful: set[int] = set()  # pts of pictures decoded from there on
-        self.clean_groups = self.broken_groups = 0
-        self.habit = False  # nothing decodes without errors: the encoder breaks a rule that does not matter
+        self.failed = False  # since decoding began
+        self.broken_groups = 0
+        self.good = False  # whether the strict decoder gave anything right
+        self.out = -math.inf  # pts that came out last
+        self.handed_out: float = -math.inf  # pts of the last picture that was
+        self.owed = False  # the first picture, to moments before it
+        self.shown: av.VideoFrame | None = None  # in a complete decode: came out last and was not handed out
         self.patience_seconds = 4.0  # stretches up to this are read through rather than jumped over
 
     def pictures(self, request: Request, moments: list[float] | None) -> Iterator[Picture]:
-        file = self.file
-        if file.start is None:
-            file.start = self._first_pts()
+        file, self.every = self.file, moments is None
+        self._check_order()
         todo = deque(max(file.ticks(moment), file.start) for moment in moments or ())
-        first, end, every = -math.inf, math.inf, moments is None
+        first, end, every = -math.inf, math.inf, self.every
         if every and request.start_seconds > 0:
             first = file.ticks(request.start_seconds - 2 * LATE) + 1
             self._start_at(first)
@@ -344,10 +366,10 @@ class _LookAhead:
             yield from self._jump(pts)
         self._pass(pts)
         self.pending.append(pts)
-        if self.broken and not self._lenient:
+        if self.broken and not self.careful:
             raise _Damaged
         if pts in self.early:
-            yield from self._receive([self.early.pop(pts)])
+            yield from self._hand_out(pts, self.early.pop(pts))
         else:
             yield from self._feed(pts)
 
@@ -364,14 +386,16 @@ class _LookAhead:
             self.ended = True
             return
         if packet.pts is None:
-            raise _Untimed
+            raise _Untrusted
         self.recent.append(-math.inf if packet.dts is None else packet.dts)
         self.queue.append(packet)
         self.queue_bytes += packet.size
         # The pictures before an edit list's start are decoded and not shown.
-        if not packet.is_discard:
+        if not packet.is_discard and self.file.shows(packet):
             over = packet.pts + (packet.duration or 0)
             self.end = over if self.end is None else max(self.end, over)
+            if self.every and packet.pts in self.due:  # pictures that share a time
+                raise _Untrusted
             if self.last is None or packet.pts > self.last:
                 bisect.insort(self.due, packet.pts)
 
@@ -393,10 +417,19 @@ class _LookAhead:
             while self.queue_bytes > _QUEUE_BYTES:
                 yield from self._feed_one(skip=wanted is not None and self.queue[0].pts < wanted)
 
-    def _first_pts(self) -> int:
+    def _check_order(self) -> None:
+        """Where all packets say that pictures are shown as they are decoded, although the decoder holds pictures back:
+        do the first ones come out as said?"""
         while len(self.queue) < 4 * _MARGIN and not self.ended:
             self._read()
-        return self.due[0] if self.due else 0
+        if self.file.start is None:
+            self.file.start = self.due[0] if self.due else 0
+        if self.file.holds_back and all(packet.pts == packet.dts for packet in self.queue):
+            with suppress(av.error.FFmpegError):
+                frames = [frame.pts for packet in (*self.queue, None) for frame in self.file.decode(packet)]
+                if frames != sorted(frames):
+                    raise _Untrusted
+            self._flush()
 
     def _after_the_data(self, target: int) -> bool:
         """Whether a picture is announced for `target`, but the file is cut off before it."""
@@ -416,7 +449,7 @@ class _LookAhead:
             return between
         return (target - position) * self.file.tick > self.patience_seconds
 
-    def _start_at(self, pts: int, *, earlier: bool = False) -> None:
+    def _start_at(self, pts: int) -> None:
         """Begin at a keyframe due by `pts`, or at the first packet."""
         self._flush()
         behind, step, at = self.recent[-1] if self.recent else -math.inf, max(1, round(1 / self.file.tick)), pts
@@ -438,15 +471,13 @@ class _LookAhead:
         self._begun()
         if rewound:
             self.awaited = None
-        elif self.gradual and self.keyframe > self.file.start and not earlier:
-            self._start_at(self.keyframe - 1, earlier=True)
         if self.recent and self.recent[-1] <= behind:
             self.patience_seconds *= 2
 
     def _begun(self) -> None:
         self.keyframe = self.queue[0].pts if self.queue else None
         self.awaited = None if self.queue and self.queue[0].is_discard else self.keyframe
-        self.leading = False
+        self.leading = self.failed = False
 
     def _drop_first(self) -> None:
         packet = self.queue.popleft()
@@ -457,49 +488,44 @@ class _LookAhead:
 
     def _jump(self, pts: int):
         """Leave out what lies before the last keyframe in the queue from which `pts` can be decoded."""
-        keyframes = []
+        found = 0
         for place, packet in enumerate(self.queue):
             if packet.is_keyframe and packet.pts <= pts:
-                keyframes.append(place)
+                found = place
             if packet.pts == pts:
                 break
         else:
             return
-        if self.gradual and keyframes:
-            keyframes.pop()
-        if not keyframes or (keyframes[-1] == 0 and (self.fresh or not self.care)):
+        at_keyframe = self.queue[found].is_keyframe and self.queue[found].pts <= pts
+        if not at_keyframe or (found == 0 and (self.fresh or not self.careful)):
             return
         yield from self._drain()
-        for _ in range(keyframes[-1]):
+        for _ in range(found):
             self._drop_first()
         self._trust()
         self._begun()
 
     def _trust(self) -> None:
-        """Go on with care 0."""
-        self.clean_groups += self.care == 0
-        self.care = 0
+        """Go on with the strict decoder."""
+        self.careful = False
         self.broken.clear()
         self.doubtful.clear()
 
     def _begin_again(self) -> None:
+        """Decode the group with what is pending again, completely and leniently."""
+        self.broken_groups += self.keyframe in self.broken
+        if not self.good and self.broken_groups > 1:
+            raise _Untrusted  # nothing can be entered at what is called a keyframe
         first = self.pending[0]
         self.again.update(self.pending)
         self.careful_until = max(self.careful_until, self.pending[-1])
         self.pending.clear()
         self.last = first - 1
-        self.broken_groups += self.keyframe in self.broken and self.care == 0
-        self.habit |= self.clean_groups == 0 and self.broken_groups > 3
-        self.care += 1
+        self.careful = True
         self.doubtful.clear()
-        earlier = self.care > 1 and self.keyframe is not None
-        self._start_at(min(first, self.keyframe - 1) if earlier else first)
+        self._start_at(first)
 
     # Decoding
-
-    @property
-    def _lenient(self) -> bool:
-        return self.care > 0 or self.gradual or self.habit
 
     def _feed(self, pts: int):
         """Decode up to the packet of `pts`."""
@@ -515,93 +541,94 @@ class _LookAhead:
         self.leading |= self.keyframe is not None and packet.pts < self.keyframe
         if packet.is_corrupt:  # a transport stream counts what it sends
             self._blame()
-        if not self.habit and (self.doubtful or packet.pts in self.broken):
+        if self.doubtful or packet.pts in self.broken:
             self.doubtful.add(packet.pts)
-        try:
-            frames = self.file.decode(
-                packet,
-                skip=skip and self.care == 0 and not packet.is_keyframe and packet.pts not in self.pending,
-                lenient=self._lenient,
-            )
-        except av.error.FFmpegError:
-            self._blame()
-            return
-        yield from self._receive(frames)
-
-    def _blame(self) -> None:
-        """Note where decoding went wrong: at the last packet, or with threads anywhere since the keyframe."""
-        at_once = self.file.reports_at_once
-        if at_once and self.keyframe is not None and self.fed is not None and self.fed < self.keyframe:
-            return
-        place = self.fed if at_once else self.keyframe
-        if place is not None and (at_once or not self.leading):
-            self.broken.add(place)
-        if self.pending and not self._lenient:
-            raise _Damaged from None
+        skip = skip and not self.careful and not packet.is_keyframe and packet.pts not in self.pending
+        yield from self._decode(packet, skip=skip)
 
     def _drain(self):
         if not self.fresh:
-            try:
-                frames = self.file.decode(None, lenient=self._lenient)
-            except av.error.FFmpegError:
-                frames = []
-                self._blame()
-            yield from self._receive(frames)
+            yield from self._decode(None)
         yield from self._miss(math.inf)
         self._flush()
+
+    def _decode(self, packet, *, skip: bool = False):
+        try:
+            frames = self.file.decode(packet, skip=skip, lenient=self.careful)
+        except av.error.FFmpegError:
+            frames = []
+            self._blame()
+        for frame in frames:
+            pts = frame.pts
+            if pts is None or (pts < self.out and not self.broken):
+                raise _Untrusted
+            self.out = pts
+            if self.awaited is not None and pts >= self.awaited:
+                # What is called a keyframe may be none, or only begin a gradual refresh.
+                started = pts == self.awaited and (frame.key_frame or frame.pict_type == PictureType.I)
+                self.awaited = None
+                if not started and not self.failed:
+                    raise _Untrusted
+            if frame.is_corrupt and pts not in self.broken and (self.keyframe is None or pts >= self.keyframe):
+                self._damage(pts)
+                self.doubtful.update(self.pending)
+            yield from self._hand_out(pts, frame)
 
     def _flush(self) -> None:
         self.file.flush()
         self.fresh = True
         self.fed = None
         self.early.clear()
+        self.out = -math.inf
 
-    def _receive(self, frames: list[av.VideoFrame]):
-        for frame in frames:
-            pts = frame.pts
-            if pts is None:
-                raise _Untimed
-            if self.awaited is not None and pts >= self.awaited:
-                self._see_start(pts)
-            if self.proof is not None and self.keyframe is not None and pts >= self.proof > self.keyframe:
-                self._see_proof(pts)
-            yield from self._miss(pts)
-            if self.pending and self.pending[0] == pts:
-                if frame.is_corrupt and self.care < 2:
-                    raise _Damaged
+    def _blame(self) -> None:
+        """Note where decoding went wrong: at the last packet, or with threads anywhere since the keyframe."""
+        self.failed = True
+        at_once = self.file.reports_at_once
+        if at_once and self.keyframe is not None and self.fed is not None and self.fed < self.keyframe:
+            return
+        place = self.fed if at_once else self.keyframe
+        if place is not None and (at_once or not self.leading):
+            self._damage(place)
+
+    def _damage(self, pts: int) -> None:
+        self.broken.add(pts)
+        if self.pending and not self.careful:
+            raise _Damaged from None
+
+    def _hand_out(self, pts: int, frame: av.VideoFrame):
+        yield from self._miss(pts)
+        wanted = bool(self.pending) and self.pending[0] == pts
+        if wanted and frame.is_corrupt and not self.careful:
+            raise _Damaged
+        if wanted or self.owed:
+            if wanted:
                 self.pending.popleft()
-                picture = self.file.picture(self.file.seconds(pts), frame)
-                yield replace(picture, valid=False) if pts in self.doubtful else picture
-            elif self.last is None or pts > self.last:
-                self.early[pts] = frame
-                if len(self.early) > _EARLY_PICTURES:
-                    del self.early[next(iter(self.early))]
+            yield self._picture(frame)
+        elif self.last is None or pts > self.last:
+            self.early[pts] = frame
+            if len(self.early) > _EARLY_PICTURES:
+                del self.early[next(iter(self.early))]
+        elif self.careful:
+            self.shown = frame
 
-    def _see_start(self, pts: int) -> None:
-        """The first picture out should be the keyframe. If not, it may only begin a gradual refresh, during which
-        errors are to be expected."""
-        keyframe, self.awaited = self.awaited, None
-        if pts > keyframe:
-            if not self.gradual:
-                self.gradual, self.proof = True, keyframe
-            self.excused |= self.broken
-            self.broken.clear()
-            self.doubtful.clear()
-            if self.pending and self.care < 2:
-                raise _Damaged
-
-    def _see_proof(self, pts: int) -> None:
-        """Seen from one keyframe earlier, a refresh has a picture where it begins; a damaged keyframe has none."""
-        if pts > self.proof:
-            self.gradual = False
-            self.broken |= self.excused
-            self.doubtful.update(self.pending, [self.proof])
-        self.excused.clear()
-        self.proof = None
+    def _picture(self, frame: av.VideoFrame) -> Picture:
+        self.shown, self.owed = None, False
+        self.handed_out = frame.pts or 0
+        valid = not frame.is_corrupt and frame.pts not in self.doubtful
+        self.good |= valid and not self.careful
+        return self.file.picture(self.file.seconds(frame.pts), frame, valid=valid)
 
     def _miss(self, pts: float):
-        """Pictures come out in order: those pending before `pts` do not come."""
+        """Pictures come out in order: those pending before `pts` do not come. Where a complete decode meets no error,
+        they are none to be shown, and the picture before them is the one that is due."""
         while self.pending and self.pending[0] < pts:
-            if self.care < 2:
+            if not self.careful:
                 raise _Damaged
-            yield self.file.no_picture(self.file.seconds(self.pending.popleft()))
+            missing = self.pending.popleft()
+            if self.broken:
+                yield self.file.no_picture(self.file.seconds(missing))
+            elif self.shown is not None and self.shown.pts > self.handed_out:
+                yield self._picture(self.shown)
+            else:
+                self.owed = self.handed_out == -math.inf and not self.every

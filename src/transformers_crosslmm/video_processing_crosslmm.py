@@ -7,6 +7,7 @@ import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import Annotated, Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from .frames_crosslmm import (
     FrameChunk,
     FrameSampling,
     GivenVideo,
+    UnchangedFrames,
     flatten_metadata,
     flatten_videos,
     open_video,
@@ -35,6 +37,7 @@ from .frames_crosslmm import (
 from .video_decoding import VideoLimits
 from .video_source import DEFAULT_LIMITS
 
+FRAMES_COMPARED_AT_ONCE = 16
 INTERPOLATION_MODES = {
     PILImageResampling.NEAREST: "nearest-exact",
     PILImageResampling.BILINEAR: "bilinear",
@@ -50,6 +53,8 @@ class CrossLMMVideosKwargs(VideosKwargs, total=False):
     start_seconds, end_seconds: the part of the video to sample from.
     strict: raise VideoDecodeError where a frame of a file cannot be decoded, instead of a warning and False in
         `frames_valid` of the metadata.
+    skip_unchanged: leave out frames that show what the last one kept shows: False, True (equal pixels after resizing)
+        or the grey levels that no pixel may differ by.
     limits: what reading one video or picture may cost; never saved, since it belongs to a machine.
     """
 
@@ -58,6 +63,7 @@ class CrossLMMVideosKwargs(VideosKwargs, total=False):
     start_seconds: int | float | None
     end_seconds: int | float | None
     strict: bool | None
+    skip_unchanged: bool | int | float | None
     limits: VideoLimits | None
 
 
@@ -69,6 +75,7 @@ class VideoStream:
 
     source: the video as it was given.
     metadata, num_frames: of the frames given so far, from the first chunk on.
+    frame_index: with `skip_unchanged`, which of the distinct frames, which alone are given, each of them shows.
     expected_num_frames: of the whole video, as far as can be told; there once it has begun.
     """
 
@@ -78,6 +85,7 @@ class VideoStream:
         self.source = source
         self.metadata = CrossLMMVideoMetadata(total_num_frames=0)
         self.num_frames = self.expected_num_frames = 0
+        self.frame_index: list[int] | None = None
         self._read, self._finish = read, finish
         self._begun: tuple[list[FrameChunk], Iterator[FrameChunk]] | None = None
 
@@ -95,17 +103,19 @@ class VideoStream:
         (ahead, chunks), self._begun = self._begun, None
         self.num_frames = 0
         yield self._given(ahead.pop())
-        yield from map(self._given, chunks)
+        yield from filter(len, map(self._given, chunks))  # a chunk may bring nothing new
 
     def _given(self, chunk: FrameChunk) -> Tensor:
         if self.num_frames == 0:
-            self.metadata = chunk.metadata
+            self.metadata, self.frame_index = chunk.metadata, chunk.frame_index
         else:
+            if self.frame_index is not None:
+                self.frame_index += chunk.frame_index or []
             for name in ("frames_indices", "frame_times", "frames_valid"):
                 known = getattr(self.metadata, name)
                 if known is not None:
                     known += getattr(chunk.metadata, name)
-        self.num_frames += len(chunk.frames)
+        self.num_frames += len(chunk.frames if chunk.frame_index is None else chunk.frame_index)
         return self._finish(chunk.frames)
 
     @property
@@ -136,12 +146,12 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
     frames. Frames in memory follow the same rule given `video_metadata` with `fps`; without it `num_frames` picks
     uniformly, seconds are refused, and by default all frames are kept, uniformly thinned to `max_frames`.
 
-    Returns `pixel_values_videos` (F, 3, S, S) float32 and `video_num_frames` (videos,).
+    Returns `pixel_values_videos` (F, 3, S, S) float32 and `video_num_frames` (videos,). With `skip_unchanged` the
+    pixels are those of distinct frames only, and `video_frame_index` says for every frame which of them it shows:
+    `pixel_values_videos[video_frame_index]` are all frames, and `video_num_frames` counts all.
     """
 
     valid_kwargs = CrossLMMVideosKwargs
-    model_input_names = ["pixel_values_videos", "video_num_frames"]
-
     size: Any = {"height": 384, "width": 384}
     resample = PILImageResampling.BICUBIC
     image_mean = [0.5, 0.5, 0.5]
@@ -154,6 +164,7 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
     fps: float | None = 1.0
     max_frames = 256
     strict = False
+    skip_unchanged: bool | float = False
     limits: VideoLimits | None = None
 
     def __init__(self, **kwargs: Any) -> None:
@@ -165,6 +176,12 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
         if kwargs.get("num_frames") is not None:
             _refuse_two_rates(num_frames=kwargs["num_frames"], fps=kwargs.get("fps"))
             self.fps = None
+
+    @property
+    def model_input_names(self) -> list[str]:  # type: ignore[override]
+        """What `preprocess` returns for the model."""
+        names = ["pixel_values_videos", "video_num_frames"]
+        return names if self.skip_unchanged is False else [*names, "video_frame_index"]
 
     @classmethod
     def from_dict(cls, video_processor_dict: dict[str, Any], **kwargs: Any) -> Any:  # type: ignore[override]
@@ -181,13 +198,18 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
         range, and seconds asked of frames without a clock; VideoError for files that cannot be decoded.
         """
         read, options = self._readers(videos, None, kwargs)
-        chunks = [next(chunks()) for _, chunks in read]
+        streams = [VideoStream(video, chunks, _keep) for video, chunks in read]
+        frames = [list(stream) for stream in streams]
         features: dict[str, Any] = {
-            "pixel_values_videos": self._normalised([chunk.frames for chunk in chunks], options),
-            "video_num_frames": torch.tensor([len(chunk.frames) for chunk in chunks]),
+            "pixel_values_videos": self._normalised([chunk for chunks in frames for chunk in chunks], options),
+            "video_num_frames": torch.tensor([stream.num_frames for stream in streams]),
         }
+        if options["skip_unchanged"] is not False:
+            before = accumulate((sum(map(len, chunks)) for chunks in frames), initial=0)  # distinct frames
+            shown = [torch.tensor(stream.frame_index) + start for stream, start in zip(streams, before, strict=False)]
+            features["video_frame_index"] = torch.cat(shown)
         if options["return_metadata"]:
-            features["video_metadata"] = [chunk.metadata for chunk in chunks]
+            features["video_metadata"] = [stream.metadata for stream in streams]
         return BatchFeature(features, tensor_type=options["return_tensors"], skip_tensor_conversion=["video_metadata"])
 
     def stream(self, videos: Any, *, chunk_size: int = 16, **kwargs: Any) -> list[VideoStream]:
@@ -223,6 +245,7 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
         resize = (
             partial(_resize, size=options["size"], resample=options["resample"]) if options["do_resize"] else _keep
         )
+        level = 0.0 if options["skip_unchanged"] is True else float(options["skip_unchanged"])
         readers: list[tuple[Any, Callable[[], Iterator[FrameChunk]]]] = []
         for video, about in zip(given, metadata, strict=True):
             sampling = self._sampling_of(video, asked, do_sample_frames=options["do_sample_frames"])
@@ -233,7 +256,12 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
                 strict=options["strict"],
                 limits=options["limits"] or DEFAULT_LIMITS,
             )
-            readers.append((video.source, partial(source.read, sampling, resize, chunk_size)))
+            if options["skip_unchanged"] is False:
+                read = partial(source.read, sampling, resize, chunk_size)
+            else:  # in chunks always, so that frames that are left out are not held
+                in_chunks = partial(source.read, sampling, resize, chunk_size or FRAMES_COMPARED_AT_ONCE)
+                read = partial(_distinct_frames, in_chunks, level)
+            readers.append((video.source, read))
         return readers, options
 
     def _sampling_of(
@@ -318,6 +346,7 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
         resample: Any,
         do_center_crop: bool | None,
         do_pad: bool | None,
+        skip_unchanged: bool | float,
         **others: Any,
     ) -> None:
         self._validate_preprocess_kwargs(do_resize=do_resize, size=size, resample=resample, **others)
@@ -325,6 +354,10 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
             raise ValueError(
                 "SigLIP sees the whole frame: `do_center_crop` and `do_pad` must be off; got "
                 f"do_center_crop={do_center_crop}, do_pad={do_pad}."
+            )
+        if not 0 <= skip_unchanged <= 255:  # true for NaN too
+            raise ValueError(
+                f"`skip_unchanged` is False, True or a number of grey levels between 0 and 255; got {skip_unchanged}."
             )
         if do_resize and not (size.height and size.width):
             raise ValueError(f'`size` must name a "height" and a "width", in pixels; got {dict(size)}.')
@@ -357,6 +390,10 @@ def _resize(frame: Tensor, *, size: Any, resample: int) -> Tensor:
     mode = INTERPOLATION_MODES[PILImageResampling(resample)]
     antialias = mode != "nearest-exact"
     return F.interpolate(frame[None], size=(size.height, size.width), mode=mode, antialias=antialias)[0]
+
+
+def _distinct_frames(read: Callable[[], Iterator[FrameChunk]], level: float) -> Iterator[FrameChunk]:
+    return map(UnchangedFrames(level), read())
 
 
 def _keep(frame: Tensor) -> Tensor:

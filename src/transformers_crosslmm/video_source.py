@@ -8,24 +8,30 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import http.client
 import io
 import ipaddress
 import os
+import queue
 import re
 import socket
 import ssl
 import stat
 import tempfile
+import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, TypeAlias, cast
 
 VideoSource: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO"
+OnWait: TypeAlias = "Callable[[], None]"
+WAIT_SECONDS = 0.25
+"""How long a wait for somebody else may last before the clock, and the caller's `on_wait`, are asked again."""
 HEADERS = {"Accept-Encoding": "identity", "User-Agent": "transformers_crosslmm"}
 RAISE_LIMITS = "Pass `limits=VideoLimits(...)` with a higher value if that is intended."
 
@@ -63,7 +69,8 @@ class VideoLimits:
     max_frames: frames that one call may return.
     max_output_bytes: size of the frames that `decode_video`, or one chunk of `iter_video`, holds.
     max_duration_seconds: length that the file announces.
-    max_decode_seconds: time spent reading and decoding, checked between FFmpeg's calls (`isolated=True` is strict).
+    max_decode_seconds: time spent reading and decoding, checked between FFmpeg's calls (`isolated=True` is strict);
+        for a URL from the look-up of its name to the last byte.
     max_memory_bytes: memory of the process of `isolated=True`.
     max_redirects: how often an http(s) URL may lead to another one.
     network_timeout_seconds: how long a server may stay silent.
@@ -89,10 +96,13 @@ DEFAULT_LIMITS = VideoLimits()
 
 
 @contextmanager
-def open_source(source: VideoSource, limits: VideoLimits) -> Iterator[BinaryIO]:
-    """A seekable binary file of at most `max_bytes`; closed at the end unless it is the caller's own."""
+def open_source(source: VideoSource, limits: VideoLimits, on_wait: OnWait | None = None) -> Iterator[BinaryIO]:
+    """A seekable binary file of at most `max_bytes`; closed at the end unless it is the caller's own.
+
+    on_wait: called every `WAIT_SECONDS` while the network is waited for; what it raises ends the call.
+    """
     if isinstance(source, (str, os.PathLike)):
-        file, own = _open_named(os.fspath(source), limits), True
+        file, own = _open_named(os.fspath(source), limits, on_wait), True
     elif isinstance(source, (bytes, bytearray, memoryview)):
         file, own = io.BytesIO(source), True
     elif callable(getattr(source, "read", None)):
@@ -113,12 +123,12 @@ def open_source(source: VideoSource, limits: VideoLimits) -> Iterator[BinaryIO]:
             file.close()
 
 
-def _open_named(name: str, limits: VideoLimits) -> BinaryIO:
+def _open_named(name: str, limits: VideoLimits, on_wait: OnWait | None) -> BinaryIO:
     scheme = name.partition(":")[0].lower() if isinstance(name, str) else ""
     if scheme == "data":
         return io.BytesIO(_data_uri(name, limits))
     if scheme in ("http", "https"):
-        return _download(name, limits)
+        return _download(name, limits, Clock(limits, on_wait))
     if scheme == "file":
         parts = urllib.parse.urlsplit(name)
         if parts.netloc not in ("", "localhost"):
@@ -227,11 +237,13 @@ class Bytes:
 class Clock:
     """Seconds of work spent so far; stands still while the caller has the frames."""
 
-    def __init__(self, limits: VideoLimits):
-        self._limit = limits.max_decode_seconds
+    def __init__(self, limits: VideoLimits, on_wait: OnWait | None = None):
+        self._limit, self._on_wait = limits.max_decode_seconds, on_wait
         self._spent, self._since = 0.0, time.monotonic()
 
     def check(self) -> None:
+        if self._on_wait is not None:
+            self._on_wait()
         if self._spent + time.monotonic() - self._since > self._limit:
             raise VideoTimeoutError(f"Decoding took longer than max_decode_seconds={self._limit}. {RAISE_LIMITS}")
 
@@ -242,9 +254,8 @@ class Clock:
         self._since = time.monotonic()
 
 
-def _download(url: str, limits: VideoLimits) -> BinaryIO:
+def _download(url: str, limits: VideoLimits, clock: Clock) -> BinaryIO:
     """The body of an http(s) answer, checked at every redirect and never larger than `max_bytes`."""
-    clock = Clock(limits)
     for _ in range(limits.max_redirects + 1):
         try:
             parts = urllib.parse.urlsplit(url)
@@ -257,7 +268,7 @@ def _download(url: str, limits: VideoLimits) -> BinaryIO:
             raise VideoOpenError("A video URL must not carry a user name or password. Download the video first.")
         proxy = _proxy(parts.scheme, parts.hostname) if limits.use_proxy else None
         origin = f"http://{parts.netloc}" if proxy and parts.scheme == "http" else ""
-        with closing(_connection(parts.scheme, parts.hostname, port, limits, proxy)) as connection:
+        with closing(_connection(parts.scheme, parts.hostname, port, limits, clock, proxy)) as connection:
             try:
                 path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
                 query = "?" + urllib.parse.quote(parts.query, safe="/?%:@!$&'()*+,;=~-._") if parts.query else ""
@@ -289,33 +300,128 @@ def _proxy(scheme: str, host: str) -> urllib.parse.SplitResult | None:
 
 
 def _connection(
-    scheme: str, host: str, port: int, limits: VideoLimits, proxy: urllib.parse.SplitResult | None
+    scheme: str, host: str, port: int, limits: VideoLimits, clock: Clock, proxy: urllib.parse.SplitResult | None
 ) -> http.client.HTTPConnection:
     """A connection to the proxy, or to an address that was checked itself, so that a second look-up cannot lead
     elsewhere."""
-    if proxy is not None:
-        connect = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
-        connection = connect(proxy.hostname or "", proxy.port or 80, timeout=limits.network_timeout_seconds)
-        if scheme == "https":
-            connection.set_tunnel(host, port)
-        return connection
+    stream: _PatientSocket | None = None
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        addresses = [str(address[0]) for *_, address in found]
-        for address in addresses:
-            if not limits.allow_private_addresses and not _is_public(address):
+        found = _look_up(proxy.hostname or "", proxy.port or 80, clock) if proxy else _look_up(host, port, clock)
+        for address in (str(address[0]) for *_, address in found):
+            if proxy is None and not limits.allow_private_addresses and not _is_public(address):
                 raise VideoOpenError(
                     f"{shown(host)} leads to {address}, which is not a public address. Pass "
                     "`limits=VideoLimits(allow_private_addresses=True)` if that is intended."
                 )
-        stream = socket.create_connection((addresses[0], port), timeout=limits.network_timeout_seconds)
+        stream = _PatientSocket(found[0][0], socket.SOCK_STREAM)
+        stream.begin(clock, limits.network_timeout_seconds)
+        stream.connect(found[0][4])
         if scheme == "https":
-            stream = ssl.create_default_context().wrap_socket(stream, server_hostname=host)
-    except (OSError, UnicodeError) as error:
-        raise VideoOpenError(f"Cannot connect to {shown(host)}: {error}.") from error
-    connection = http.client.HTTPConnection(host, port, timeout=limits.network_timeout_seconds)
+            if proxy is not None:
+                _tunnel(stream, host, port)
+            context = ssl.create_default_context()
+            context.sslsocket_class = _PatientTLSSocket
+            stream = cast(
+                _PatientTLSSocket,
+                context.wrap_socket(stream, server_hostname=host, do_handshake_on_connect=False),
+            )
+            stream.begin(clock, limits.network_timeout_seconds)
+            stream.do_handshake()
+    except BaseException as error:
+        if stream is not None:
+            stream.close()
+        if isinstance(error, (OSError, UnicodeError)):
+            raise VideoOpenError(f"Cannot connect to {shown(host)}: {error}.") from error
+        raise
+    connection = http.client.HTTPConnection(host, port)
     connection.sock = stream
     return connection
+
+
+def _tunnel(stream: _PatientSocket, host: str, port: int) -> None:
+    """Has a proxy pass on what follows."""
+    place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    stream.sendall(f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n\r\n".encode())
+    answer = http.client.HTTPResponse(stream, method="CONNECT")
+    answer.begin()
+    if answer.status != 200:
+        raise OSError(f"the proxy answers with status {answer.status} {answer.reason}")
+
+
+_LOOK_UPS = threading.BoundedSemaphore(32)
+
+
+def _look_up(host: str, port: int, clock: Clock) -> list:
+    """`getaddrinfo`, which nothing can interrupt, on a thread that is left behind when the time is up."""
+    answers: queue.SimpleQueue = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except Exception as error:
+            answers.put(error)
+        finally:
+            _LOOK_UPS.release()
+
+    while not _LOOK_UPS.acquire(timeout=WAIT_SECONDS):
+        clock.check()
+    threading.Thread(target=ask, daemon=True).start()
+    while True:
+        clock.check()
+        try:
+            answer = answers.get(timeout=WAIT_SECONDS)
+        except queue.Empty:
+            continue
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+class _PatientSocket(socket.socket):
+    """A socket that waits in short steps, with an eye on the clock: a server that sends a byte now and then is not
+    silent, and may still not have more time than there is."""
+
+    def begin(self, clock: Clock, silence_seconds: float) -> None:
+        self._clock, self._silence_seconds = clock, silence_seconds
+        self.settimeout(WAIT_SECONDS)
+
+    def _patiently(self, act: Callable, *arguments):
+        began = time.monotonic()
+        while True:
+            self._clock.check()
+            try:
+                return act(*arguments)
+            except TimeoutError:
+                if time.monotonic() - began > self._silence_seconds:
+                    raise
+
+    def connect(self, address) -> None:
+        def go_on() -> None:
+            status = self.connect_ex(address)
+            if status in (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK):
+                time.sleep(WAIT_SECONDS / 10)
+                raise TimeoutError("the server does not answer")
+            if status not in (0, errno.EISCONN):
+                raise OSError(status, os.strerror(status))
+
+        self._patiently(go_on)
+
+    def recv_into(self, *arguments, **options) -> int:
+        return self._patiently(lambda: super(_PatientSocket, self).recv_into(*arguments, **options))
+
+    def sendall(self, data, *arguments) -> None:
+        left = memoryview(data)
+        while left:
+            left = left[self._patiently(self.send, left) :]
+
+
+class _PatientTLSSocket(_PatientSocket, ssl.SSLSocket):
+    def do_handshake(self, *arguments) -> None:
+        self._patiently(super().do_handshake, *arguments)
+
+
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def _is_public(address: str) -> bool:
@@ -323,8 +429,10 @@ def _is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         # Addresses that carry an IPv4 address lead where that one leads: mapped, 6to4, Teredo and NAT64.
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if inner is None and ip in ipaddress.ip_network("64:ff9b::/96"):
+        if inner is None and ip in _NAT64:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner is not None:
             return _is_public(str(inner))
+        if ip not in _GLOBAL_UNICAST:  # all else is local, or has a meaning that some network gives it
+            return False
     return ip.is_global and not ip.is_multicast

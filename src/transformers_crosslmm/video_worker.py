@@ -26,7 +26,9 @@ from .video_file import Picture
 from .video_packets import Info, Request, read_video
 from .video_source import (
     RAISE_LIMITS,
+    WAIT_SECONDS,
     NoVideoStreamError,
+    OnWait,
     VideoDecodeError,
     VideoError,
     VideoLimitError,
@@ -65,10 +67,13 @@ def _folders() -> tuple[str, str]:
     return os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.dirname(av.__file__))
 
 
-def read_video_in_worker(opened: BinaryIO, request: Request, limits: VideoLimits, num_threads: int):
+def read_video_in_worker(
+    opened: BinaryIO, request: Request, limits: VideoLimits, num_threads: int, on_wait: OnWait | None = None
+):
     """`read_video` in a process that may use `max_memory_bytes` and `max_decode_seconds`, and is killed beyond.
 
     It gets the file, already open, and nothing else; pictures come back as bytes, a line of JSON before each.
+    on_wait: called every `WAIT_SECONDS` while the process is waited for; what it raises ends both.
     """
     if sys.platform == "win32":
         raise NotImplementedError("`isolated=True` needs the resource limits of POSIX, which Windows lacks.")
@@ -84,7 +89,7 @@ def read_video_in_worker(opened: BinaryIO, request: Request, limits: VideoLimits
             pass_fds=[file.fileno()],
             env={},
         )
-    pipe = _Pipe(worker, limits)
+    pipe = _Pipe(worker, limits, on_wait)
     try:
         while "end" not in (header := json.loads(pipe.line())):
             if "error" in header:
@@ -124,19 +129,25 @@ def _as_real_file(opened: BinaryIO):
 class _Pipe:
     """What the worker writes, with an eye on the clock and on its end."""
 
-    def __init__(self, worker: subprocess.Popen, limits: VideoLimits):
-        self._worker, self._limits = worker, limits
+    def __init__(self, worker: subprocess.Popen, limits: VideoLimits, on_wait: OnWait | None):
+        self._worker, self._limits, self._on_wait = worker, limits, on_wait
+        self._poll = select.poll()  # `select.select` fails beyond 1,024 open files
+        self._poll.register(worker.stdout, select.POLLIN)
         self._left = limits.max_decode_seconds
         self._buffer = bytearray()
 
     def _more(self) -> None:
-        began = time.monotonic()
-        ready, _, _ = select.select([self._worker.stdout], [], [], max(0, self._left))
-        self._left -= time.monotonic() - began
-        if not ready:
-            raise VideoTimeoutError(
-                f"Decoding took longer than max_decode_seconds={self._limits.max_decode_seconds}. {RAISE_LIMITS}"
-            )
+        ready: list = []
+        while not ready:
+            if self._left <= 0:
+                raise VideoTimeoutError(
+                    f"Decoding took longer than max_decode_seconds={self._limits.max_decode_seconds}. {RAISE_LIMITS}"
+                )
+            if self._on_wait is not None:
+                self._on_wait()
+            began = time.monotonic()
+            ready = self._poll.poll(1000 * min(self._left, WAIT_SECONDS))
+            self._left -= time.monotonic() - began
         piece = os.read(self._worker.stdout.fileno(), 1024**2)
         if not piece:
             status = self._worker.wait()

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import DynamicCache
-from transformers.generation.streamers import TextStreamer
 
 from ..inputs_crosslmm import check_length
 from ..media_crosslmm import CrossLMMEncodedMedia, encode_video
 from ..modeling_crosslmm import CrossLMMForConditionalGeneration
 from ..processing_crosslmm import CrossLMMProcessor
 from ..video_processing_crosslmm import VideoStream
+from .answer_text import AnswerText
 from .pictures import frame_pictures
 
 
@@ -49,6 +49,14 @@ def read_video(processor: CrossLMMProcessor, source: Any, **sampling: Any) -> Vi
     [stream] = processor.video_processor.stream([source], **sampling)
     stream.begin()
     return stream
+
+
+def end_token_ids(model: CrossLMMForConditionalGeneration, processor: CrossLMMProcessor) -> list[int]:
+    """The tokens that end an answer: the generation config's, the tokenizer's, and the chat template's mark."""
+    ends = model.generation_config.eos_token_id
+    found = {processor.tokenizer.eos_token_id, processor.tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    found |= {ends} if isinstance(ends, int) else set(ends or ())
+    return sorted(found - {None})
 
 
 class VideoConversation:
@@ -80,10 +88,7 @@ class VideoConversation:
         self.cache = DynamicCache()
         encoded = encode_video(model, video, on_progress=on_progress)
         self._media: dict[str, CrossLMMEncodedMedia] | None = {"video": encoded}
-        ends = model.generation_config.eos_token_id
-        self._ends = {processor.tokenizer.eos_token_id, processor.tokenizer.convert_tokens_to_ids("<|im_end|>")}
-        self._ends |= {ends} if isinstance(ends, int) else set(ends or ())
-        self._ends.discard(None)
+        self._ends = end_token_ids(model, processor)
 
     @torch.no_grad()
     def ask(
@@ -115,9 +120,9 @@ class VideoConversation:
                 mm_encoder_outputs=self._media,
                 past_key_values=self.cache,
                 max_new_tokens=max_new_tokens,
-                eos_token_id=sorted(self._ends),
+                eos_token_id=self._ends,
                 pad_token_id=self.processor.tokenizer.pad_token_id,
-                streamer=None if on_text is None else _Listener(self.processor.tokenizer, on_text),
+                streamer=None if on_text is None else AnswerText(self.processor.tokenizer, on_text),
                 return_dict_in_generate=True,
                 output_cross_attentions=with_frame_weights,
             )
@@ -173,16 +178,4 @@ class VideoConversation:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-class _Listener(TextStreamer):
-    """Hands the answer on, piece by piece, as `generate` writes it."""
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_text = on_text
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self.on_text(text)
-
-
-__all__ = ["Answer", "VideoConversation", "read_video"]
+__all__ = ["Answer", "VideoConversation", "end_token_ids", "read_video"]

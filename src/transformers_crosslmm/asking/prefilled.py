@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from ..frames_crosslmm import SAMPLING_KWARGS, FrameChunk, frame_chunk
 from ..modeling_crosslmm import CrossLMMForConditionalGeneration
@@ -27,13 +28,14 @@ VIDEO_FAILURES = (ValueError, MemoryError, torch.OutOfMemoryError)
 class IsolatedStream(VideoStream):
     """The stream of `CrossLMMVideoProcessor` of a file from a stranger: decoded in a process of its own, by `LIMITS`.
 
-    sampling: as for `read_video`. Raises ValueError for options that no video could meet.
+    source: a path, or an open file. sampling: as for `read_video`. Raises ValueError for options that no video could
+    meet.
     """
 
-    def __init__(self, processor: CrossLMMProcessor, path: str, **sampling: Any) -> None:
+    def __init__(self, processor: CrossLMMProcessor, source: Any, **sampling: Any) -> None:
         video_processor = processor.video_processor
-        [checked] = video_processor.stream([path], **sampling)
-        super().__init__(path, self._chunks, checked._finish)
+        [checked] = video_processor.stream([source], **sampling)
+        super().__init__(source, self._chunks, checked._finish)
         wanted = video_processor._sampling(**dict.fromkeys(SAMPLING_KWARGS) | sampling)
         self._moments = wanted.moments
         self._wanted: dict[str, Any] = {name: getattr(wanted, name) for name in SAMPLING_KWARGS}
@@ -50,6 +52,15 @@ class IsolatedStream(VideoStream):
         return frame_chunk(decoded, self._moments(decoded.duration_seconds))
 
 
+@torch.no_grad()
+def prefill(model: CrossLMMForConditionalGeneration, token_ids: list[int], media: Any) -> DynamicCache:
+    """A cache that has seen the tokens and the encoded media in them (as for `mm_encoder_outputs`)."""
+    cache = DynamicCache()
+    ids = torch.tensor([token_ids], device=model.device)
+    model(input_ids=ids, mm_encoder_outputs=media, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
 class PrefilledVideo(VideoConversation):
     """A video and, in the cache, the chat up to the end of it; each `fork` begins there, with patches shared.
 
@@ -64,15 +75,7 @@ class PrefilledVideo(VideoConversation):
         ids = super()._new_ids({"role": "user", "content": parts})
         video_token_id: Any = processor.video_token_id
         self.prefix = ids[: len(ids) - ids[::-1].index(video_token_id)]
-        with torch.no_grad():
-            model(
-                input_ids=torch.tensor([self.prefix], device=model.device),
-                mm_encoder_outputs=self._media,
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        self._media = None
+        self.cache, self._media = prefill(model, self.prefix, self._media), None
 
     def fork(self) -> "PrefilledVideo":
         """The same video without a word said about it."""
@@ -90,4 +93,4 @@ class PrefilledVideo(VideoConversation):
         return ids
 
 
-__all__ = ["LIMITS", "VIDEO_FAILURES", "IsolatedStream", "PrefilledVideo"]
+__all__ = ["LIMITS", "VIDEO_FAILURES", "IsolatedStream", "PrefilledVideo", "prefill"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..configuration_crosslmm import CrossLMMConfig
+from .folder import checkpoint_files
 
 PROCESSOR = "processing_crosslmm.CrossLMMProcessor"
 VIDEO_PROCESSOR = "video_processing_crosslmm.CrossLMMVideoProcessor"
@@ -19,11 +20,11 @@ PIPELINE = "pipeline_crosslmm.VideoTextToTextPipeline"
 
 
 def export_with_code(folder: str | os.PathLike, out: str | os.PathLike) -> Path:
-    """Copies the files of a saved CrossLMM `folder` (its subfolders, checkpoints of a training run, say, stay behind)
-    to `out`, with the modules that define it, and names them in the configs.
+    """Copies the files of a saved CrossLMM `folder` (`CHECKPOINT_FILES`; all else stays behind) to `out`, with the
+    modules that define it, and names them in the configs.
 
-    Returns `out`. Raises FileNotFoundError when `folder` has no config, ValueError when it is another model's, and
-    FileExistsError when `out` already holds something.
+    Returns `out`. Raises FileNotFoundError when `folder` has no config, ValueError when it is another model's or has
+    a link out of itself, and FileExistsError when `out` already holds something.
     """
     folder, out = Path(folder), Path(out)
     if not (folder / "config.json").is_file():
@@ -37,10 +38,10 @@ def export_with_code(folder: str | os.PathLike, out: str | os.PathLike) -> Path:
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"`{out}` must be new or empty. Remove it first, or name another folder.")
 
+    files = checkpoint_files(folder)
     out.mkdir(parents=True, exist_ok=True)
-    for file in sorted(folder.iterdir()):
-        if file.is_file():
-            shutil.copyfile(file, out / file.name)
+    for file in files:
+        shutil.copyfile(file, out / file.name)
     for module in code_files():
         shutil.copyfile(module, out / module.name)
 
@@ -77,6 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", help="a checkpoint written by save_pretrained")
     parser.add_argument("out", help="a new folder")
     given = parser.parse_args(arguments)
+    if Path(given.folder).is_dir():
+        print(f"{given.out} gets:", *(f"  {file.name}" for file in checkpoint_files(Path(given.folder))), sep="\n")
     out = export_with_code(given.folder, given.out)
     print(f"{out}: load it with trust_remote_code=True where transformers_crosslmm is not installed.")
 

@@ -1,9 +1,11 @@
 """Checkpoint folders: others' are read tensor by tensor, ours are written shard by shard, whole or not at all."""
 
 import errno
+import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
 import zipfile
@@ -25,6 +27,49 @@ UNUSED_WEIGHTS = "unused_weights.safetensors"
 """Beside a converted checkpoint: what CrossLMM has no place for, under the names it came with."""
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+
+
+DOCUMENTS = {"README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE"}
+PARTS = {
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+}
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+"""What a checkpoint is made of, by whole names. Nothing else leaves the house with it: not what a training run, an
+editor or a stranger left beside it (optimiser, `.env`, keys, code)."""
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The files of a folder that are a checkpoint's. Raises ValueError for a link out of the folder."""
+    names = DOCUMENTS | PARTS
+    files = [path for path in sorted(folder.iterdir()) if path.name in names or WEIGHTS.fullmatch(path.name)]
+    for path in files:
+        if path.resolve().parent != folder.resolve():
+            raise ValueError(
+                f"{path} is a link out of its folder, to {path.resolve()}, and is not passed on. Put the file itself "
+                "there."
+            )
+    return [path for path in files if path.is_file()]
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """SHA-256 over the files that decide what a checkpoint answers."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.name in PARTS or path.suffix in (".safetensors", ".bin"):
+            digest.update(f"{path.name}\0{checksum(path)}\n".encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -69,6 +114,12 @@ def read_json(path: Path) -> dict:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} must hold JSON; {error}.") from error
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

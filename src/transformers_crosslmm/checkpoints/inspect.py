@@ -7,10 +7,16 @@ import os
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import AutoConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..configuration_crosslmm import CROSS_ATTENTION_CACHES, CrossLMMConfig
 from ..modeling_crosslmm import CrossLMMForConditionalGeneration
+from ..quantization_crosslmm import NOT_QUANTIZED
+
+QUANTIZATIONS = {"nf4": (0.5 + 4 / 64, 0), "int8": (1.0, 4), "fp8": (1.0, 4)}
+"""Bytes of a weight, and of each row of a matrix on top: a scale in float32, of each row, or in nf4 of 64 weights."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,7 @@ class CheckpointCosts:
     """Counts of a checkpoint. Bytes are of tensors in `dtype`; activations come on top.
 
     parts: parameters of each part, by name; what is tied counts once.
-    weight_bytes: of all parts, gates in float32.
+    weight_bytes: of all parts, gates in float32, quantised ones as they then are.
     tokens_per_frame: pooled tokens, and so positions of the context.
     max_positions: the context, rope scaling included.
     cache_bytes_per_frame: what generation keeps for T2V, by form ("kv", "features").
@@ -74,8 +80,11 @@ def load_config(name: str | os.PathLike) -> CrossLMMConfig:
     return config
 
 
-def count_costs(config: CrossLMMConfig) -> CheckpointCosts:
-    """Builds the network without memory and counts."""
+def count_costs(config: CrossLMMConfig, *, quantization: str | None = None) -> CheckpointCosts:
+    """Builds the network without memory and counts.
+
+    quantization: one of `QUANTIZATIONS`, of all linear layers that a quantisation does not leave as they are.
+    """
     text = config.text_config
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     with torch.device("meta"):
@@ -88,6 +97,11 @@ def count_costs(config: CrossLMMConfig) -> CheckpointCosts:
         parts[_part_of(name)] += parameter.numel()
         num_gates += parameter.numel() * name.endswith("gate.weight")
     size = dtype.itemsize
+    saved_bytes = 0.0
+    per_weight, per_row = QUANTIZATIONS[quantization] if quantization else (size, 0)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and should_convert_module(name, list(NOT_QUANTIZED)):
+            saved_bytes += module.weight.numel() * (size - per_weight) - module.out_features * per_row
     key_value = 2 * config.num_key_value_heads * config.head_dim * size
     num_patches, num_layers = config.patch_grid_size**2, len(config.cross_attention_layer_indices)
     original = num_patches * config.vision_config.hidden_size * size
@@ -96,7 +110,7 @@ def count_costs(config: CrossLMMConfig) -> CheckpointCosts:
     return CheckpointCosts(
         dtype=dtype,
         parts=parts,
-        weight_bytes=sum(parts.values()) * size + num_gates * (torch.float32.itemsize - size),
+        weight_bytes=sum(parts.values()) * size + num_gates * (torch.float32.itemsize - size) - round(saved_bytes),
         tokens_per_frame=config.tokens_per_frame,
         max_positions=config.max_sequence_length,
         cache_bytes_per_frame=dict(zip(CROSS_ATTENTION_CACHES, (keys_values, original), strict=True)),

@@ -4,7 +4,6 @@ import os
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..modeling_crosslmm import CrossLMMForConditionalGeneration
 from ..processing_crosslmm import CrossLMMProcessor
@@ -22,14 +21,15 @@ def load_model(name: str | os.PathLike, *, device: str | None = None) -> CrossLM
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"`device` must be one of this machine's; got {device!r}, and torch finds no GPU. Use 'cpu'.")
     dtype = torch.float32 if device == "cpu" else "auto"
-    model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+    load_config(name)
+    model: Any = CrossLMMForConditionalGeneration.from_pretrained(name, dtype=dtype)
     return model.to(device).eval()
 
 
 def load_processor(name: str | os.PathLike) -> CrossLMMProcessor:
     """The processor of a folder or a repository. Raises ValueError for another model's, OSError for none."""
     load_config(name)
-    return AutoProcessor.from_pretrained(name)
+    return CrossLMMProcessor.from_pretrained(name)
 
 
 __all__ = ["load_model", "load_processor"]

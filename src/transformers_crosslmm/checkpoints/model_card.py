@@ -15,8 +15,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_crosslmm import PRESETS, CrossLMMConfig
-from .convert import expected_shapes
 from .name_tables import BACKBONES
+from .network import expected_shapes
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
 PAPER_URL = "https://arxiv.org/abs/2505.17020"

@@ -14,22 +14,11 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from ..configuration_crosslmm import CrossLMMConfig
-from .convert import REPORT, check_complete
+from .conversion import REPORT, check_complete
 from .export import export_with_code
-from .folder import UNUSED_WEIGHTS, read_json, stored_tensors
+from .folder import checkpoint_files, read_json, stored_tensors
 from .model_card import UNTRAINED, is_hub_name, model_card
 
-PUBLISHED = ("*.json", "*.jinja", "*.txt", "*.safetensors", "LICENSE*", "README.md")
-"""Files of a checkpoint folder. What else training leaves there (optimiser, random states) stays at home."""
-
-NOT_PUBLISHED = (
-    "trainer_state.json",
-    "all_results.json",
-    "train_results.json",
-    "eval_results.json",
-    UNUSED_WEIGHTS,
-    REPORT,  # it names local folders
-)
 TRIES = 4
 
 
@@ -56,7 +45,7 @@ def files_to_publish(
 
     The folder's own README.md is taken as it is, or else a card is made; of weights that were never trained, both say
     so first. Raises FileNotFoundError for a folder that lacks a part, ValueError for weights that do not fit the
-    config, and for untrained ones unless `untrained`.
+    config, a link out of the folder, and for untrained ones unless `untrained`.
     """
     folder = Path(folder).expanduser()
     config_json = read_json(folder / "config.json")
@@ -72,12 +61,7 @@ def files_to_publish(
             "or say --untrained; its card and config then say so too."
         )
     config_json["untrained"] = config.untrained
-    files = {
-        path.name: PublishedFile(path.name, path)
-        for pattern in PUBLISHED
-        for path in sorted(folder.glob(pattern))
-        if path.is_file() and path.name not in NOT_PUBLISHED
-    }
+    files = {path.name: PublishedFile(path.name, path) for path in checkpoint_files(folder)}
     files["config.json"] = PublishedFile("config.json", _as_json(config_json))
     if with_code:
         files |= {file.path: file for file in _code(files)}
@@ -135,11 +119,13 @@ def push(
     with_code: bool = False,
     untrained: bool = False,
     token: str | None = None,
+    on_files: Callable[[list[PublishedFile]], None] | None = None,
 ) -> str:
     """Publishes a checkpoint folder as `repo` and returns the URL of the commit.
 
     A new repository is created; with `revision`, a branch, that and the branch may be there already. with_code: with
-    the code for `trust_remote_code=True`. token: None for the one you are logged in with.
+    the code for `trust_remote_code=True`. token: None for the one you are logged in with. on_files: called with what
+    will be sent, before it is.
     Raises what `files_to_publish` raises, before anything is sent, and PublishingError. All files arrive in one
     commit, so that a failure publishes none of them, and what was created for it is removed again.
     """
@@ -149,6 +135,8 @@ def push(
         if error.filename is None or isinstance(error, FileNotFoundError):
             raise
         raise PublishingError(f"Nothing was sent: {error}. Make room in the folder for temporary files.") from error
+    if on_files is not None:
+        on_files(files)
     api = HfApi(token=token)
     undo = _create(api, repo, private=private, revision=revision)
     try:

@@ -43,6 +43,7 @@ from ..checkpoints.inspect import CheckpointCosts, count_costs
 from ..checkpoints.load import load_processor
 from ..checkpoints.model_card import PAPER_COSTS
 from ..configuration_crosslmm import CrossLMMConfig
+from ..dialect_crosslmm import CHECKPOINTING
 from ..processing_crosslmm import CrossLMMProcessor
 from ..training.trainer import parameter_groups
 from ..video_decoding import decode_video
@@ -483,7 +484,7 @@ def time_training_step(
 ) -> dict[str, Any]:
     """A step of stage 2 with one sample: everything learns, bfloat16 on float32 weights, activations made twice."""
     model = build(contender, size, device, torch.float32).train()
-    model.activation_checkpointing_enable()
+    getattr(model, f"{CHECKPOINTING}_enable")()
     groups = parameter_groups(model, learning_rate=1e-5, gate_learning_rate=1e-3, vision_learning_rate=2e-6)
     optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda")
     runner = Runner(contender, model)

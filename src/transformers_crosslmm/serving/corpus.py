@@ -13,19 +13,22 @@ import hashlib
 import json
 import logging
 import os
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import torch
 
-from .. import TINY_CHECKPOINT
+from .. import TINY_CHECKPOINT, __version__
+from ..asking.allowed_files import open_below
 from ..asking.prefilled import VIDEO_FAILURES, IsolatedStream, PrefilledVideo
+from ..checkpoints.folder import checkpoint_digest, checksum, find_folder
 from ..checkpoints.load import load_model, load_processor
 from ..video_decoding import VideoDecodeWarning
 
@@ -177,13 +180,15 @@ def _hash(content: tuple[str, str]) -> str:
 class VideoAnswerer:
     """Answers all questions about one video at a time, greedily; rows (`COLUMNS`) come out, whatever the video is.
 
-    model: folder or name of a checkpoint. attempts: a folder where begun videos are noted, so that one which kills
-    its worker is not begun for ever. num_threads: of torch, on a CPU. sampling: as for `read_video`.
+    model: folder or name of a checkpoint. root: the folder below which videos must lie. attempts: a folder where begun
+    videos are noted, so that one which kills its worker is not begun for ever. num_threads: of torch, on a CPU.
+    sampling: as for `read_video`.
     """
 
     def __init__(
         self,
         model: str,
+        root: str,
         attempts: str,
         *,
         device: str | None = None,
@@ -193,7 +198,8 @@ class VideoAnswerer:
     ) -> None:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        self.attempts, self.max_new_tokens, self.sampling = Path(attempts), max_new_tokens, dict(sampling or {})
+        self.root, self.attempts = Path(root), Path(attempts)
+        self.max_new_tokens, self.sampling = max_new_tokens, dict(sampling or {})
         self.processor = load_processor(model)
         self.model = load_model(model, device=device)
         options = self.model.generation_config
@@ -220,9 +226,9 @@ class VideoAnswerer:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                video = PrefilledVideo(
-                    self.model, self.processor, IsolatedStream(self.processor, path, **self.sampling)
-                )
+                with open_below(path, [self.root]) as file:
+                    stream = IsolatedStream(self.processor, file, **self.sampling)
+                    video = PrefilledVideo(self.model, self.processor, stream)
             except VIDEO_FAILURES as error:
                 failure = _described(error)
         if failure is not None:
@@ -263,7 +269,7 @@ def _pyarrow() -> Any:
 
 
 class AnswerFiles:
-    """The folder of answers: `part-00000.parquet`, …, each there as a whole or not at all.
+    """The folder of answers: `part-00000-….parquet`, each there as a whole or not at all, its SHA-256 in its name.
 
     `_run.json` says what the answers were made with and is locked as long as a run writes; readers of Parquet folders
     pass by names that begin with "_" or ".".
@@ -317,17 +323,32 @@ class AnswerFiles:
         found = {}
         for part in self.parts:
             try:
-                table = self.pyarrow.parquet.read_table(part, columns=list(COLUMNS), partitioning=None)
+                for digest in part.stem.split("-")[2:]:
+                    if not checksum(part).startswith(digest):
+                        raise ValueError("its bytes are not those that were written")
+                rows = self._read(part)
             except (ValueError, OSError) as error:
                 raise ValueError(
                     f"{part} must be a file of answers: {error}. Delete it, and what it answered is asked again."
                 ) from error
-            for row in table.to_pylist():
+            for row in rows:
                 found[row["id"]] = (row["video"], row["question"], row["error"] is not None)
         return found
 
+    def _read(self, part: Path) -> list[dict[str, Any]]:
+        return self.pyarrow.parquet.read_table(part, columns=list(COLUMNS), partitioning=None).to_pylist()
+
+    def forget_errors(self) -> None:
+        """Takes the rows with errors out, so that their questions are asked again. After `finished`."""
+        for part in list(self.parts):
+            rows = self._read(part)
+            answered = [row for row in rows if row["error"] is None]
+            if len(answered) < len(rows):
+                self.parts.remove(part)
+                self._write(answered, instead_of=part)
+
     def forget_attempts(self) -> None:
-        """The videos that are at work are given up by us, not by what they do to their workers."""
+        """Of all videos: what ends a run that is still there to say so killed no worker."""
         for note in self.attempts.iterdir():
             note.unlink()
 
@@ -337,19 +358,23 @@ class AnswerFiles:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits: under another name first, so that no file is ever half there."""
-        if not self._waiting:
-            return
-        names = (f"part-{number:05d}.parquet" for number in count(len(self.parts)))
-        part = next(part for part in map(self.folder.joinpath, names) if not part.exists())
-        unfinished = self.folder / f".{part.name}"
-        with open(unfinished, "wb") as file:
-            self.pyarrow.parquet.write_table(self.pyarrow.Table.from_pylist(self._waiting, schema=self.schema), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, part)
-        self.parts.append(part)
+        """Writes what waits."""
+        self._write(self._waiting)
         self._waiting, self._written = [], time.monotonic()
+
+    def _write(self, rows: list[dict[str, str | None]], *, instead_of: Path | None = None) -> None:
+        """Under another name first, so that no file is ever half there."""
+        unfinished = self.folder / ".part-unfinished.parquet"
+        if rows:
+            with open(unfinished, "wb") as file:
+                self.pyarrow.parquet.write_table(self.pyarrow.Table.from_pylist(rows, schema=self.schema), file)
+                file.flush()
+                os.fsync(file.fileno())
+        if instead_of is not None:
+            instead_of.unlink()  # what is lost if the run is killed here is asked again, and never there twice
+        if rows:
+            self.parts.append(self.folder / f"part-{len(self.parts):05d}-{checksum(unfinished)[:16]}.parquet")
+            os.replace(unfinished, self.parts[-1])
 
     def close(self) -> None:
         self._run.close()
@@ -369,6 +394,7 @@ def answer_corpus(
     cpus_per_worker: int = 1,
     device: str | None = None,
     max_new_tokens: int = 256,
+    retry_errors: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
     **sampling: Any,
 ) -> CorpusReport:
@@ -380,8 +406,10 @@ def answer_corpus(
     workers: with Ray, how many; one per GPU of the cluster if it has any, else one per `cpus_per_worker` CPUs.
     cpus_per_worker: with Ray, also the threads of a worker.
     device: with the local engine; Ray's workers take the GPU they are given, or the CPU.
+    retry_errors: ask again what has an error for an answer.
     on_progress: called with the questions answered and all questions.
-    sampling: as for `read_video`. These, `max_new_tokens` and the model's name must be those that `out` began with.
+    sampling: as for `read_video`. These, `max_new_tokens`, the root, the checkpoint's weights and the package must be
+        those that `out` began with.
 
     Decoding is isolated. A video that cannot be answered (missing, hostile, too long) becomes rows with its error.
     Raises ValueError for a bad file of questions, options that no video could meet, or an `out` of another run,
@@ -401,28 +429,58 @@ def answer_corpus(
     name = os.fspath(model)
     name = os.path.abspath(name) if os.path.isdir(name) else name
     IsolatedStream(load_processor(name), os.devnull, **sampling)  # checks both; nothing is opened
-    files = AnswerFiles(out, {"model": name, "max_new_tokens": max_new_tokens, "sampling": sampling})
+    decides = {
+        "root": corpus.root,
+        "checkpoint": checkpoint_digest(find_folder(name)),
+        "max_new_tokens": max_new_tokens,
+        "sampling": sampling,
+        "package": __version__,
+    }
+    files = AnswerFiles(out, decides)
     try:
-        return _run(
-            corpus,
-            files,
-            engine=engine,
-            on_progress=on_progress,
-            workers=workers,
-            cpus_per_worker=cpus_per_worker,
-            answerer={
-                "model": name,
-                "attempts": str(files.attempts.absolute()),
-                "device": device,
-                "max_new_tokens": max_new_tokens,
-                "sampling": sampling,
-            },
-        )
-    except KeyboardInterrupt:
+        if engine == "ray":  # its workers died with the driver, whatever they were at
+            files.forget_attempts()
+        with _terminated_as_interrupted():
+            return _run(
+                corpus,
+                files,
+                engine=engine,
+                on_progress=on_progress,
+                retry_errors=retry_errors,
+                workers=workers,
+                cpus_per_worker=cpus_per_worker,
+                answerer={
+                    "model": name,
+                    "root": corpus.root,
+                    "attempts": str(files.attempts.absolute()),
+                    "device": device,
+                    "max_new_tokens": max_new_tokens,
+                    "sampling": sampling,
+                },
+            )
+    except BaseException:  # the videos at work are given up, and did nothing to their workers
         files.forget_attempts()
         raise
     finally:
         files.close()
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, which schedulers send, ends a run as Ctrl-C does: no video is to blame for it."""
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def _run(
@@ -431,11 +489,15 @@ def _run(
     *,
     engine: Engine,
     on_progress: Callable[[int, int], None] | None,
+    retry_errors: bool,
     answerer: dict[str, Any],
     workers: int | None,
     cpus_per_worker: int,
 ) -> CorpusReport:
     finished = files.finished()
+    if retry_errors:
+        files.forget_errors()
+        finished = {name: row for name, row in finished.items() if not row[2]}
     failed = 0
     asked: set[str] = set()
     for question in corpus:
@@ -522,6 +584,8 @@ def _ray(
                     "it was imported before the run. Import it later, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0.",
                     stacklevel=2,
                 )
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own in its place
     try:
         size, resources = _pool(ray.cluster_resources(), workers=workers, cpus_per_worker=cpus_per_worker)
         ray.data.DataContext.get_current().enable_progress_bars = False

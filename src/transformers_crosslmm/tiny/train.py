@@ -39,7 +39,7 @@ from transformers import (
 from ..configuration_crosslmm import CrossLMMConfig
 from ..modeling_crosslmm import CrossLMMForConditionalGeneration
 from ..processing_crosslmm import CHAT_TEMPLATE, MARKS, CrossLMMProcessor
-from ..training.data import IGNORED, VideoChatCollator, chat_sample
+from ..training.samples import IGNORED, VideoChatCollator, chat_sample
 from .procedural_videos import (
     COLOURS,
     FILLED,

@@ -22,23 +22,25 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, HfArgumentParser, Trainer, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME, TrainerState
+from transformers import (
+    AutoModelForImageTextToText,
+    HfArgumentParser,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
 from transformers.utils import logging
 
+from ..checkpoints.folder import checksum
 from ..checkpoints.load import load_processor
+from ..dialect_crosslmm import CHECKPOINTING
 from ..modeling_crosslmm import CrossLMMPreTrainedModel
 from ..processing_crosslmm import CrossLMMProcessor
-from .data import (
-    CrossLMMDataCollator,
-    CrossLMMDataset,
-    RecordMixture,
-    find_broken,
-    load_records,
-    read_yaml,
-    stream_samples,
-)
+from .datasets import CrossLMMDataset, find_broken, stream_samples
+from .records import RecordMixture, load_records, read_yaml
+from .samples import CrossLMMDataCollator
 
 logger = logging.get_logger(__name__)
 
@@ -46,6 +48,7 @@ RECIPES = Path(__file__).parent / "recipes"
 COMPLETE = "checkpoint-is-complete.json"
 WHAT_LEARNS = "what-learns.txt"
 """Of a checkpoint: the table of `describe`, whose optimiser it holds."""
+FEW_STEPS = 50
 IN_PROGRESS = "checkpoint-is-incomplete.txt"
 """Written and removed by Transformers while it saves because of a SIGTERM."""
 
@@ -89,7 +92,7 @@ def refuse_random_branches(model: CrossLMMPreTrainedModel) -> None:
 
     Random numbers would go into every token for the whole stage, and what learns would learn to live with them.
     """
-    gate_init = model.config.get_text_config().gate_init
+    gate_init = model.config.gate_init
     for branch in ("v2v", "t2v"):
         gates = [gate for name, gate in model.named_parameters() if name.endswith(f".{branch}.gate.weight")]
         is_frozen = not any(gate.requires_grad for gate in gates)
@@ -107,37 +110,38 @@ def parameter_groups(
     learning_rate: float,
     gate_learning_rate: float,
     vision_learning_rate: float | None = None,
+    language_model_learning_rate: float | None = None,
     weight_decay: float = 0.0,
     decayed: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """What learns, as an optimiser takes it: the rest of the model first, then the vision tower, then the gates.
+    """What learns, as an optimiser takes it: the rest of the model first, then parts with rates of their own.
 
-    vision_learning_rate: None for `learning_rate`. decayed: names of the parameters that weight decay is for; without
-    them all matrices. Gates never decay: it would close them. Raises ValueError where nothing learns.
+    vision_learning_rate, language_model_learning_rate: None for `learning_rate`, with the rest.
+    decayed: names of the parameters that weight decay is for; without them all matrices. Gates never decay: it would
+        close them. Raises ValueError where nothing learns.
     """
-    rates = {"rest": learning_rate, "vision_tower": vision_learning_rate, "gates": gate_learning_rate}
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {
-        ("rest", True): [],  # first: a Trainer logs the rate of the first group
-        ("rest", False): [],
-        ("vision_tower", True): [],
-        ("vision_tower", False): [],
-        ("gates", False): [],
+    rates = {
+        "rest": learning_rate,  # first: a Trainer logs the rate of the first group
+        "vision_tower": vision_learning_rate,
+        "language_model": language_model_learning_rate,
+        "gates": gate_learning_rate,
     }
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {(k, decays): [] for k in rates for decays in (True, False)}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if GATE.search(name):
             groups["gates", False].append(parameter)
             continue
-        kind = "vision_tower" if "vision_tower." in name else "rest"
+        part = parts_of(name)[0]
         decays = name in decayed if decayed is not None else parameter.ndim > 1
-        groups[kind, decays].append(parameter)
+        groups["rest" if rates.get(part) is None else part, decays].append(parameter)
     if not any(groups.values()):
         raise ValueError("Nothing of the model learns: all its parameters are frozen.")
     return [
         {
             "params": parameters,
-            "lr": learning_rate if rates[kind] is None else rates[kind],
+            "lr": rates[kind],
             "weight_decay": weight_decay if decays else 0.0,
             "name": kind if decays or kind == "gates" else f"{kind}, no decay",
         }
@@ -201,6 +205,9 @@ class CrossLMMTrainingArguments(TrainingArguments):
     vision_learning_rate: float | None = field(
         default=None, metadata={"help": "Of the vision tower, if not the learning rate."}
     )
+    language_model_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the language model, if not the learning rate: new parts want a larger."}
+    )
     gate_learning_rate: float = field(
         default=1e-2, metadata={"help": "Of the gates: Adam moves a gate by no more than this in a step."}
     )
@@ -259,11 +266,17 @@ def parse_recipe(argv: Sequence[str]) -> CrossLMMTrainingArguments:
     recipe = read_yaml(path)
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} must hold options and their values; got {type(recipe).__name__}.")
+    if not torch.accelerator.is_available():
+        recipe["use_cpu"] = True
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.11 on
+        if not capabilities.get("amx_bf16"):
+            recipe.pop("bf16", None)  # other CPUs have no fast products in it
     behind = {word.partition("=")[0].strip("-").replace("-", "_") for word in argv[1:] if word.startswith("--")}
     for name, other in (("fps", "num_frames"), ("num_frames", "fps")):  # they exclude each other
         if name in behind:
             recipe.pop(other, None)
-    options = [*_as_options(recipe), *argv[1:]]
+    newest = "--activation_checkpointing"
+    options = [word.replace(newest, f"--{CHECKPOINTING}") for word in (*_as_options(recipe), *argv[1:])]
     arguments, unknown = parser.parse_args_into_dataclasses(options, return_remaining_strings=True)
     if unknown:
         names = [f"--{option.name}" for option in fields(CrossLMMTrainingArguments)]
@@ -295,6 +308,8 @@ class CrossLMMTrainer(Trainer):
     """`Trainer` with the rates of `CrossLMMTrainingArguments`, and checkpoints that say when they are complete."""
 
     args: CrossLMMTrainingArguments
+    unmarked_checkpoint: Path | None = None
+    """Being written, or written and not yet marked as complete."""
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Transformers' choice of optimiser, on our `parameter_groups`."""
@@ -310,6 +325,7 @@ class CrossLMMTrainer(Trainer):
             model,
             learning_rate=self.args.learning_rate,
             vision_learning_rate=self.args.vision_learning_rate,
+            language_model_learning_rate=self.args.language_model_learning_rate,
             gate_learning_rate=self.args.gate_learning_rate,
             weight_decay=self.args.weight_decay,
             decayed=self.get_decay_parameter_names(model),
@@ -332,18 +348,40 @@ class CrossLMMTrainer(Trainer):
                 raise ValueError(f"There is no complete checkpoint in {self.args.output_dir} to resume from.")
         elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
             raise ValueError(
-                f"{resume_from_checkpoint} was not saved to its end (or not by CrossLMMTrainer): it cannot be resumed."
+                f"{resume_from_checkpoint} cannot be resumed: it was not saved to its end, or not by CrossLMMTrainer, "
+                "or was damaged since."
             )
         self._agree_on(resume_from_checkpoint)
         model = cast(nn.Module, self.model)
         self.what_learns = describe(model, self.parameter_groups(model))
         if resume_from_checkpoint:
             self._refuse_another_recipe(Path(cast(str, resume_from_checkpoint)))
+        self._warn_of_few_steps()
         self.model.config.untrained = False
-        output = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
+        # Transformers would delete older checkpoints before this one is marked as complete.
+        self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
+        callback = FinishCheckpoints(self)
+        self.add_callback(callback)
+        try:
+            output = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
+        finally:
+            self.args.save_total_limit = self.save_total_limit
+            self.remove_callback(callback)
         if self.state.global_step == 0:
             raise ValueError("No step was made: the data holds no sample that can be used.")
         return output
+
+    def _warn_of_few_steps(self) -> None:
+        at_once = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        if self.args.max_steps > 0 or not has_length(self.train_dataset):
+            return
+        num_steps = math.ceil(len(self.train_dataset) * self.args.num_train_epochs / at_once)
+        if num_steps < FEW_STEPS:
+            logger.warning(
+                f"{len(self.train_dataset)} records, {self.args.num_train_epochs:g} times, {at_once} samples a step: "
+                f"the run makes {num_steps} steps, and below {FEW_STEPS} hardly anything is learned. Lower "
+                "`global_batch_size`, or raise `num_train_epochs`, and leave the rates as they are."
+            )
 
     def _refuse_another_recipe(self, checkpoint: Path) -> None:
         """The optimiser's state would be that of other parameters, and the rates those of before, unsaid."""
@@ -367,71 +405,72 @@ class CrossLMMTrainer(Trainer):
                 "folder that all machines share."
             )
 
-    def _init_training_state(
-        self, max_steps: int, steps_per_epoch: int, epochs: int, checkpoint: str | None, trial: Any
-    ) -> tuple[int, int]:
-        """How many times the data was read to its end, and the batches taken since. Transformers takes a stream, whose
-        length it does not know, for one that never ends; a run that reads it again would go on at another sample."""
-        passes, batches = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, trial)
-        if checkpoint is None or has_length(self.train_dataset):
-            return passes, batches
-        saved = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        passes = math.ceil(cast(float, saved.epoch)) - 1  # of `max_steps` steps each, most of which were not made
-        steps = round((cast(float, saved.epoch) - passes) * saved.max_steps)
-        return passes, 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in Transformers, with the samples skipped so far by this process, if any were."""
         if num_skipped := getattr(self.train_dataset, "num_skipped", 0):
             logs["skipped_samples"] = num_skipped
         super().log(logs, *args, **kwargs)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # A Trainer turns the cache off, for the training; what is saved is for use.
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers, which turns the cache off for training; what is saved is for use."""
+        folder = Path(output_dir or cast(str, self.args.output_dir))
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):  # the first thing that is written into a checkpoint
+            self.unmarked_checkpoint = folder
+            if self.args.should_save:
+                (folder / COMPLETE).unlink(missing_ok=True)
         self.model.config.use_cache = True
-        super()._save(output_dir, state_dict)
+        super().save_model(output_dir, *args, **kwargs)
         self.model.config.use_cache = self.args.use_cache
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Transformers' own, then the mark; older checkpoints go only when this one has it."""
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            (folder / COMPLETE).unlink(missing_ok=True)
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
+    def finish_checkpoint(self) -> None:
+        """Marks the checkpoint that was saved last as complete; older ones go only now."""
+        folder, self.unmarked_checkpoint = self.unmarked_checkpoint, None
+        if folder is None:
+            return
         self.accelerator.wait_for_everyone()  # until every process has written its share
         if self.args.should_save:
             (folder / WHAT_LEARNS).write_text(self.what_learns)
             mark_complete(folder)
             rotate_checkpoints(
                 output_dir=str(folder.parent),
-                save_total_limit=limit,
+                save_total_limit=self.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
 
 
+class FinishCheckpoints(TrainerCallback):
+    """Has a `CrossLMMTrainer` finish each checkpoint once all of it is written.
+
+    `on_train_end` is for the one that Transformers saves because of a SIGTERM, of which it tells no callback.
+    """
+
+    def __init__(self, trainer: CrossLMMTrainer) -> None:
+        self.trainer = trainer
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.finish_checkpoint()
+
+    on_train_end = on_save
+
+
 def mark_complete(folder: Path) -> None:
-    """Writes into a checkpoint that it is complete: which files it has and how long they are, once all are on disk."""
+    """Writes into a checkpoint that it is complete: its files and their SHA-256, once all are on disk."""
     unfinished = folder / f"{COMPLETE}.tmp"  # there already where a run was killed
     others = (COMPLETE, unfinished.name, IN_PROGRESS)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in others)
     for path in files:
         with path.open("rb+") as file:
             os.fsync(file.fileno())
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    unfinished.write_text(json.dumps(sizes, indent=1))
+    unfinished.write_text(json.dumps({str(path.relative_to(folder)): checksum(path) for path in files}, indent=1))
     unfinished.replace(folder / COMPLETE)
 
 
 def is_complete(folder: str | os.PathLike) -> bool:
-    """Whether a checkpoint was saved to its end and still has all that was saved."""
+    """Whether a checkpoint was saved to its end and still is, to the bit, what was saved."""
     try:
-        sizes = json.loads((Path(folder) / COMPLETE).read_text())
-        return all((Path(folder) / name).stat().st_size == size for name, size in sizes.items())
+        checksums = json.loads((Path(folder) / COMPLETE).read_text())
+        return all(checksum(Path(folder) / name) == expected for name, expected in checksums.items())
     except (OSError, ValueError):
         return False
 
@@ -443,7 +482,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     for step in sorted(by_step, reverse=True):
         if is_complete(by_step[step]):
             return str(by_step[step])
-        logger.warning(f"{by_step[step]} was not saved to its end, and is passed over.")
+        logger.warning(f"{by_step[step]} was not saved to its end, or was damaged since, and is passed over.")
     return None
 
 
@@ -501,7 +540,8 @@ def load_dataset(arguments: CrossLMMTrainingArguments, processor: CrossLMMProces
     }
     records = load_records(cast(str, arguments.train_data), streaming=arguments.streaming, seed=arguments.seed)
     if arguments.streaming:
-        return stream_samples(records.shuffle(seed=arguments.seed), processor, **options)
+        # Without an end: Transformers takes a stream for one, and goes on at as many batches as were taken from it.
+        return stream_samples(records.shuffle(seed=arguments.seed).repeat(None), processor, **options)
     dataset = CrossLMMDataset(records, processor, **options)
     if isinstance(records, RecordMixture) and arguments.process_index == 0:
         broken, is_broken = find_broken(records, arguments.media_root), False

@@ -37,7 +37,9 @@ def serve_media_safely(model_config: ModelConfig) -> None:
         return
     said = multimodal.media_io_kwargs.setdefault("video", {})
     processor = CrossLMMVideoProcessor.from_pretrained(model_config.model, revision=model_config.revision)
-    limits = VideoLimits(**SERVED_LIMITS | said.pop("limits", {}) | {"max_frames": most_frames(model_config, processor)})
+    limits = VideoLimits(
+        **SERVED_LIMITS | said.pop("limits", {}) | {"max_frames": most_frames(model_config, processor)}
+    )
     CrossLMMVideoLoader.processor, CrossLMMVideoLoader.limits = processor, limits
     CrossLMMConnector.limits = limits
     said.setdefault("num_frames", -1)  # else vLLM asks for 32

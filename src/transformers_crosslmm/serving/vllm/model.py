@@ -35,7 +35,13 @@ from ...attention_crosslmm import Folding
 from ...configuration_crosslmm import CrossLMMConfig
 from ...cross_attention_crosslmm import CrossLMMCrossAttentionBranch
 from ...modeling_crosslmm import CrossLMMModel, CrossLMMPreTrainedModel
-from ...vision_crosslmm import CrossLMMMultiModalProjector, build_vision_tower, frame_codes, normalised_tokens, to_float32
+from ...vision_crosslmm import (
+    CrossLMMMultiModalProjector,
+    build_vision_tower,
+    frame_codes,
+    normalised_tokens,
+    to_float32,
+)
 from .processing import CrossLMMDummyInputs, CrossLMMMultiModalProcessor, CrossLMMProcessingInfo
 from .rules import CROSS_ATTENTION_OP
 from .visual_cache import PagedSlots, RowLayout, VisualCache

@@ -59,9 +59,7 @@ class CrossLMMDummyInputs(BaseDummyInputsBuilder[CrossLMMProcessingInfo]):
 
 
 class CrossLMMMultiModalProcessor(BaseMultiModalProcessor[CrossLMMProcessingInfo]):
-    def _get_hf_mm_inputs(
-        self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
-    ) -> HFMultiModalInputs:
+    def _get_hf_mm_inputs(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> HFMultiModalInputs:
         """Videos go with what is known of them: of those that were decoded by the server, that they are sampled."""
         data, options, passed_on = super()._get_hf_mm_inputs(mm_items, hf_kwargs)
         videos = mm_items.get("video")

@@ -244,9 +244,7 @@ class VisualCache(nn.Module, AttentionLayerBase):
         if v2v or t2v or paged:
             self.step = Step(v2v, t2v, paged)
 
-    def _write(
-        self, pages: torch.Tensor, slots: torch.Tensor, rows: list[torch.Tensor], places: torch.Tensor
-    ) -> None:
+    def _write(self, pages: torch.Tensor, slots: torch.Tensor, rows: list[torch.Tensor], places: torch.Tensor) -> None:
         """Slots of text say that they are text: whatever they held before is gone."""
         blocks, within = slots // pages.shape[1], slots % pages.shape[1]
         pages[..., : self.layout.integers].view(torch.int32)[blocks, within] = 0
@@ -333,9 +331,7 @@ class VisualCache(nn.Module, AttentionLayerBase):
                 found.append((segments, torch.arange(first, last)))
         return self._join(found, states)
 
-    def _join(
-        self, found: list[tuple[Segments | None, torch.Tensor]], states: list[torch.Tensor]
-    ) -> Looking | None:
+    def _join(self, found: list[tuple[Segments | None, torch.Tensor]], states: list[torch.Tensor]) -> Looking | None:
         """Segments over one request's or medium's patches each, as segments of the tokens of the step over all
         patches. Each comes with the tokens that its queries are numbers of."""
         starts = [0, *accumulate(map(len, states))]

@@ -1,0 +1,60 @@
+"""Checkpoints of strangers: what is loaded is ours, or nothing is."""
+
+import json
+import shutil
+
+import pytest
+
+from factories import save_checkpoint
+from transformers_crosslmm import CrossLMMForConditionalGeneration, CrossLMMProcessor
+from transformers_crosslmm.checkpoints.folder import checkpoint_digest
+from transformers_crosslmm.checkpoints.load import load_model, load_processor
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    save_checkpoint(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("name", ["LlavaProcessor", "CLIPProcessor", "EvilProcessor"])
+def test_the_processor_is_ours_whatever_the_folder_says(checkpoint, name):
+    for file in ("processor_config.json", "tokenizer_config.json"):
+        change(checkpoint / file, processor_class=name)
+    assert type(load_processor(checkpoint)) is CrossLMMProcessor
+
+
+def test_the_model_is_ours_and_no_code_of_the_folder_runs(checkpoint, tmp_path):
+    for file in ("evil.py", "modeling_crosslmm.py"):
+        (checkpoint / file).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    auto_map = {"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.Model", "AutoProcessor": "evil.P"}
+    change(checkpoint / "config.json", auto_map=auto_map, architectures=["EvilForConditionalGeneration"])
+    for file in ("processor_config.json", "tokenizer_config.json"):
+        change(checkpoint / file, auto_map=auto_map | {"AutoTokenizer": ["evil.T", "evil.T"]})
+    assert type(load_model(checkpoint, device="cpu")) is CrossLMMForConditionalGeneration
+    assert type(load_processor(checkpoint)) is CrossLMMProcessor
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("load", [load_model, load_processor])
+def test_another_models_folder_is_refused(checkpoint, load):
+    change(checkpoint / "config.json", model_type="llava")
+    with pytest.raises(ValueError, match="must be a CrossLMM checkpoint"):
+        load(checkpoint)
+
+
+def test_a_digest_changes_with_what_decides_an_answer_and_with_nothing_else(checkpoint, tmp_path):
+    before = checkpoint_digest(checkpoint)
+    (checkpoint / "README.md").write_text("words")
+    (checkpoint / "optimizer.pt").write_text("numbers")
+    moved = shutil.copytree(checkpoint, tmp_path / "moved")
+    assert checkpoint_digest(moved) == before
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"):
+        content = (moved / name).read_bytes()
+        (moved / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert checkpoint_digest(moved) != before, name
+        (moved / name).write_bytes(content)

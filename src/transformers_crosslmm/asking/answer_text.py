@@ -1,0 +1,72 @@
+"""The text of an answer while its tokens are written."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+
+class AnswerText(BaseStreamer):
+    """A streamer for `generate`: hands out the answer in pieces, each as soon as it is certain, and cuts it before
+    the first stop string.
+
+    on_text: called with each piece. stop: texts that end the answer and are no part of it.
+    num_tokens: tokens written. is_stopped: a stop string was found, so the tokens after it do not count.
+    """
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None], *, stop: Sequence[str] = ()) -> None:
+        self.tokenizer, self.on_text, self.stop = tokenizer, on_text, stop
+        self.num_tokens = 0
+        self.is_stopped = False
+        self._waits_for_prompt = True
+        self._token_ids: list[int] = []
+        self._begin = self._end = 0  # the tokens whose text was decoded last
+        self._uncertain = ""
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._waits_for_prompt:  # `generate` passes it first
+            self._waits_for_prompt = False
+            return
+        self._token_ids += value.flatten().tolist()
+        self.num_tokens = len(self._token_ids)
+        if not (piece := self._decoded()).endswith("\ufffd"):  # else a character whose last bytes are still to come
+            self._begin, self._end = self._end, self.num_tokens
+            self._add(piece)
+
+    def end(self) -> None:
+        self._add(self._decoded())
+        self._give(len(self._uncertain))
+
+    def _decoded(self) -> str:
+        """The text of the tokens since the last call that ended with a whole character.
+
+        The tokens before are decoded along, because some tokenizers write the first token of a text differently.
+        """
+
+        def decode(token_ids: list[int]) -> str:
+            return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+        return decode(self._token_ids[self._begin :])[len(decode(self._token_ids[self._begin : self._end])) :]
+
+    def _add(self, piece: str) -> None:
+        if self.is_stopped:
+            return
+        self._uncertain += piece
+        found = [place for stop in self.stop if (place := self._uncertain.find(stop)) >= 0]
+        if found:
+            self.is_stopped = True
+            self._give(min(found))
+            self._uncertain = ""
+            return
+        longest = min(max(map(len, self.stop), default=1) - 1, len(self._uncertain))
+        begun = (n for n in range(longest, 0, -1) if any(s.startswith(self._uncertain[-n:]) for s in self.stop))
+        self._give(len(self._uncertain) - next(begun, 0))
+
+    def _give(self, length: int) -> None:
+        piece, self._uncertain = self._uncertain[:length], self._uncertain[length:]
+        if piece:
+            self.on_text(piece)
+
+
+__all__ = ["AnswerText"]

@@ -1,0 +1,434 @@
+"""Records, where chats come from: files of several forms, mixtures of them, and the chat that a record is.
+
+records = load_records("mixture.yaml")
+chat = with_media_below(chat_of(records[0]), "videos")
+"""
+
+import base64
+import binascii
+import codecs
+import json
+import math
+import os
+import re
+import urllib.parse
+import urllib.request
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from itertools import accumulate, zip_longest
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import yaml
+
+from ..frames_crosslmm import SOURCES, VIDEO_OPTIONS, source_in
+from ..processing_crosslmm import _prepared_part
+
+
+class UnusableSample(ValueError):
+    """A sample that cannot be learned from, and why; `where` it came from is added by who knows."""
+
+
+class RecordFile(Sequence):
+    """The records of a JSON array or a JSONL file, read one at a time: only where each begins is kept in memory.
+
+    path: the file. lines: the line each record begins on, from 1. Raises ValueError, with the line, for an array that
+    is not JSON; a broken line of JSONL is an error only when its record is read.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        with self.path.open("rb") as file:
+            first = next((line for line in file if _words(line)), b"")
+        places = self._array() if _words(first)[:1] == b"[" else self._lines()
+        table = np.fromiter(places, dtype=np.dtype((np.int64, 3)))
+        self.spans, self.lines = table[:, :2], table[:, 2]
+
+    def _array(self) -> Iterator[tuple[int, int, int]]:
+        """Begin, end and line of each record."""
+        # Latin-1: a character per byte, and whatever JSON is made of is the same bytes in UTF-8.
+        text = self.path.read_bytes().decode("latin-1")
+        read = json.JSONDecoder().raw_decode
+        blank = re.compile(r"[ \t\r\n]*")
+
+        def skip(position: int) -> int:
+            return cast(re.Match, blank.match(text, position)).end()
+
+        position = skip(text.index("[") + 1)
+        line, counted_to = 1, 0
+        try:
+            while text[position : position + 1] != "]" or counted_to:
+                end = read(text, position)[1]
+                line += text.count("\n", counted_to, position)
+                counted_to = position
+                yield position, end, line
+                position = skip(end)
+                if text[position : position + 1] == "]":
+                    break
+                if text[position : position + 1] != ",":
+                    raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+                position = skip(position + 1)
+            after = skip(position + 1)
+            if after < len(text):
+                raise json.JSONDecodeError("Extra data", text, after)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.path}:{error.lineno}: not JSON: {error.msg}.") from error
+        except RecursionError as error:
+            raise ValueError(f"{self.path}: brackets too deep to be read.") from error
+
+    def _lines(self) -> Iterator[tuple[int, int, int]]:
+        begin = 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if _words(line):
+                    yield begin, begin + len(line), number
+                begin += len(line)
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, index: Any) -> Any:
+        start, end = self.spans[index].tolist()
+        with self.path.open("rb") as file:
+            file.seek(start)
+            written = file.read(end - start)
+        try:
+            return json.loads(written)
+        except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError, or [[[[…
+            raise UnusableSample(f"not JSON: {error}.") from error
+
+    def where(self, index: int) -> str:
+        """File and line of a record."""
+        return f"{self.path}:{self.lines[index]}"
+
+
+def _words(line: bytes) -> bytes:
+    """A line without the mark that a UTF-8 file may begin with, and without blanks around it."""
+    return line.removeprefix(codecs.BOM_UTF8).strip()
+
+
+class RecordMixture(Sequence):
+    """Records of several files, or of parts of them, one after the other.
+
+    parts: each file with the numbers of its records that are taken.
+    """
+
+    def __init__(self, parts: Sequence[tuple[RecordFile, Sequence[int]]]) -> None:
+        self.parts = list(parts)
+        self.ends = list(accumulate(len(numbers) for _, numbers in self.parts))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def _locate(self, index: int) -> tuple[RecordFile, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"There are {len(self)} records; got index {index}.")
+        part = bisect_right(self.ends, index)
+        file, numbers = self.parts[part]
+        return file, int(numbers[index - (self.ends[part - 1] if part else 0)])
+
+    def __getitem__(self, index: Any) -> Any:
+        file, number = self._locate(index)
+        return file[number]
+
+    def where(self, index: int) -> str:
+        """File and line of a record."""
+        file, number = self._locate(index)
+        return file.where(number)
+
+
+def load_records(path: str | os.PathLike, *, streaming: bool = False, seed: int = 0) -> Any:
+    """What chats are trained on, opened and not yet read.
+
+    path: a LLaVA file (`.json`, `.jsonl`), a mixture (`.yaml`: `datasets`, a list of `json_path` and
+        `sampling_strategy`, "all", "first:1000", "end:10%", "random:10%"; paths from the YAML file's folder), or what
+        `datasets` knows: a folder written by `save_to_disk`, a folder or a repository of data files (split "train").
+    streaming: read a dataset from its beginning to its end without loading it. seed: of "random".
+
+    Raises ValueError where nothing is found or a mixture is not one.
+    """
+    suffix = Path(path).suffix
+    if suffix in (".json", ".jsonl", ".yaml", ".yml"):
+        if streaming:
+            raise ValueError(f"`streaming` is for `datasets`; {os.fspath(path)} is read lazily anyway. Leave it out.")
+        if suffix in (".yaml", ".yml"):
+            return _mixture(Path(path), seed)
+        file = RecordFile(path)
+        return RecordMixture([(file, range(len(file)))])
+    datasets = _require_datasets()
+    if (Path(path) / "state.json").is_file():  # written by `save_to_disk`
+        rows = datasets.load_from_disk(os.fspath(path))
+        return rows.to_iterable_dataset() if streaming else rows
+    return datasets.load_dataset(os.fspath(path), split="train", streaming=streaming)
+
+
+def _require_datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            'Data other than JSON and YAML is read by `datasets`: pip install "transformers_crosslmm[train]".'
+        ) from error
+    return datasets
+
+
+DEEPEST = 20
+"""Levels that a YAML file of ours may have."""
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises ValueError, with the line, for what is not YAML, for more than `DEEPEST` levels,
+    which take the parser hours, and for aliases, of which a few lines stand for billions of values."""
+    text, depth = path.read_bytes(), 0
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+                what = f"more than {DEEPEST} levels" if depth > DEEPEST else f"an alias, *{event.anchor}"
+                raise ValueError(f"{path}:{event.start_mark.line + 1}: {what}. Write plain lists and names.")
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = path if mark is None else f"{path}:{mark.line + 1}"
+        raise ValueError(f"{place}: not YAML: {getattr(error, 'problem', None) or error}.") from error
+
+
+def _mixture(path: Path, seed: int) -> RecordMixture:
+    content = read_yaml(path)
+    entries = content.get("datasets") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path}: a mixture has a list `datasets`, at least one entry long.")
+    parts = []
+    for entry in entries:
+        if not isinstance(entry, dict) or not {"json_path"} <= entry.keys() <= {"json_path", "sampling_strategy"}:
+            raise ValueError(
+                f"{path}: an entry has `json_path` and perhaps `sampling_strategy`; got {repr(entry)[:200]}."
+            )
+        if not isinstance(entry["json_path"], str):
+            raise ValueError(f"{path}: `json_path` is a file's name; got {entry['json_path']!r}.")
+        file = RecordFile(path.parent / entry["json_path"])
+        parts.append((file, _drawn(len(file), entry.get("sampling_strategy", "all"), seed, where=str(path))))
+    return RecordMixture(parts)
+
+
+def _drawn(count: int, strategy: str, seed: int, *, where: str) -> Sequence[int]:
+    """Numbers of the records that a sampling strategy takes of `count`; a percentage is rounded up."""
+    match = re.fullmatch(r"all|(first|end|random):(?:(\d+)|(\d+(?:\.\d+)?)%)", str(strategy))
+    if match is None:
+        raise ValueError(
+            f"{where}: `sampling_strategy` is all, or first, end or random with a number or a percentage, such as "
+            f"first:1000 or random:10%; got {strategy!r}."
+        )
+    kind, number, percentage = match.groups()
+    if kind is None:
+        return range(count)
+    wanted = int(number) if number else math.ceil(count * Fraction(percentage) / 100)
+    if not 0 < wanted <= count:
+        raise ValueError(f"{where}: {strategy!r} takes {wanted} of {count} records. Take at least 1 and at most all.")
+    if kind == "random":
+        return sorted(np.random.default_rng(seed).permutation(count)[:wanted].tolist())
+    return range(wanted) if kind == "first" else range(count - wanted, count)
+
+
+# --- records to chats -----------------------------------------------------------------------------------------------
+
+
+def chat_of(record: Any) -> list[dict[str, Any]]:
+    """The chat of a record: messages whose content is a list of parts, media with their sources.
+
+    record: LLaVA's `conversations` (`from` human or gpt, `value`), a chat's `messages` (`role`, `content`), a `prompt`
+        and its `response`, or a `question` and its `answer`. Media stand in the parts themselves, with options of
+        their own (`VIDEO_OPTIONS`), or in `image`, `images`, `video` and `videos`, one or a list: these go in order to
+        parts without a source, or else to the marks `<image>` and `<video>` in the user's words, or before a prompt.
+        (LLaVA writes `<image>` for videos too. The line break beside a mark is dropped: our templates have none
+        there.) A video may be an object with `video_path` and `segments`, pairs of seconds, each of which is a video.
+    Raises UnusableSample for anything else, and where media and places for them do not match in number.
+    """
+    if not isinstance(record, Mapping):
+        raise UnusableSample(f"a record is an object with `conversations` or `messages`; got {type(record).__name__}.")
+    waiting = {kind: _listed(record, kind) for kind in ("image", "video")}
+    given = {kind: len(media) for kind, media in waiting.items()}
+    turns = record.get("conversations") or record.get("messages") or _prompt_and_response(record, given)
+    if not isinstance(turns, list | tuple) or not turns:
+        raise UnusableSample("a record needs `conversations` or `messages`, a list of at least one turn.")
+    chat = [_message(turn) for turn in turns]
+    places = _places(chat)
+    if not places and (any(given.values()) or record.get("conversations")):
+        for message in chat:
+            if message["role"] == "user":
+                message["content"] = _split_at_marks(message["content"])
+        places = _places(chat)
+    if given["video"] and not given["image"]:
+        for part in places:
+            part["type"] = "video"
+    needed = {kind: sum(part["type"] == kind for part in places) for kind in waiting}
+    if needed != given:
+        raise UnusableSample(
+            f"{given['image']} images and {given['video']} videos for {needed['image']} places of images and "
+            f"{needed['video']} of videos; each medium needs one mark, <image> or <video>, in the user's words."
+        )
+    sources = {kind: iter(media) for kind, media in waiting.items()}
+    for part in places:
+        part[part["type"]] = next(sources[part["type"]])
+    if not any(message["role"] == "assistant" and _says_something(message) for message in chat):
+        raise UnusableSample("nothing to learn: no turn of the assistant has words.")
+    return chat
+
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+MARK = re.compile(r"\n?<(?:(image|video)|\|(image|video)\|)>\n?")  # LLaVA's, and MOSS-VL's
+
+
+def _listed(record: Mapping, kind: str) -> list[Any]:
+    media = [record[name] for name in (kind, kind + "s") if record.get(name) is not None]
+    if len(media) > 1:
+        raise UnusableSample(f"media stand in `{kind}` or in `{kind}s`; got both.")
+    listed = media[0] if media and isinstance(media[0], list | tuple) else media
+    return [clip for medium in listed if medium is not None for clip in _segments(medium)]
+
+
+def _segments(medium: Any) -> list[Any]:
+    """The segments of a video that is given by them, or the medium as it is."""
+    if not isinstance(medium, Mapping) or medium.get("video_path") is None:
+        return [medium]
+    segments = medium.get("segments")
+    if segments is None and medium.keys() <= {"video_path", "segments"}:
+        return [{"path": medium["video_path"]}]
+    try:
+        if medium.keys() != {"video_path", "segments"} or not segments:
+            raise ValueError
+        times = [(float(start), float(end)) for start, end in segments]
+    except (TypeError, ValueError) as error:
+        raise UnusableSample(
+            "a video with a `video_path` has beside it `segments`, a list of pairs of seconds, such as [[0, 10]], and "
+            f"nothing else; got {repr(dict(medium))[:200]}."
+        ) from error
+    return [{"path": medium["video_path"], "start_seconds": start, "end_seconds": end} for start, end in times]
+
+
+def _prompt_and_response(record: Mapping, num_media: Mapping[str, int]) -> list[dict[str, Any]] | None:
+    prompt, response = record.get("prompt", record.get("question")), record.get("response", record.get("answer"))
+    system = record.get("system_prompt")
+    if not isinstance(prompt, str) or not isinstance(response, str):
+        return None
+    media = [{"type": kind} for kind, number in num_media.items() for _ in range(number)]
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": [*media, prompt]},
+        {"role": "assistant", "content": response},
+    ]
+    return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+def _message(turn: Any) -> dict[str, Any]:
+    if not isinstance(turn, Mapping):
+        raise UnusableSample(f"a turn is an object; got {type(turn).__name__}.")
+    role, content = (
+        turn[ours] if turn.get(ours) is not None else turn.get(llavas)  # `datasets` fills in what a turn lacks
+        for ours, llavas in (("role", "from"), ("content", "value"))
+    )
+    if not isinstance(role, str) or role not in ROLES:
+        raise UnusableSample(f"a turn is said by one of {', '.join(ROLES)}; got {role!r}.")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list | tuple):
+        raise UnusableSample(f"a turn's content is a string or a list of parts; got {type(content).__name__}.")
+    try:
+        parts = [_prepared_part(part) for part in content]
+        for part in parts:
+            part.get("text", "").encode()  # raises for half a character, which no tokenizer takes
+    except ValueError as error:
+        raise UnusableSample(str(error)) from error
+    return {"role": ROLES[role], "content": parts}
+
+
+def _places(chat: Sequence[Mapping]) -> list[dict[str, Any]]:
+    """The parts that are media without a source."""
+    media = [part for message in chat for part in message["content"] if part["type"] != "text"]
+    return [part for part in media if part.keys().isdisjoint({part["type"], *SOURCES})]
+
+
+def _says_something(message: Mapping) -> bool:
+    return any(part["type"] == "text" and part["text"].strip() for part in message["content"])
+
+
+def _split_at_marks(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    split: list[dict[str, Any]] = []
+    for part in parts:
+        if part["type"] != "text":
+            split.append(part)
+            continue
+        pieces = MARK.split(part["text"])  # words, LLaVA's kind or MOSS-VL's, words, …
+        for words, *kinds in zip_longest(pieces[::3], pieces[1::3], pieces[2::3]):
+            split += [{"type": "text", "text": words}] if words else []
+            split += [{"type": kind} for kind in kinds if kind]
+    return split
+
+
+def with_media_below(chat: list[dict[str, Any]], media_root: str | os.PathLike | None) -> list[dict[str, Any]]:
+    """The chat with every name of a media file made a path below `media_root`; media in memory stay what they are.
+
+    Data may come from anywhere, so a name is never a URL, and never leads out of the folder, links followed. Raises
+    UnusableSample for one that does or does not exist, ValueError for names without a `media_root`, NotADirectoryError
+    where that is no folder.
+    """
+    return [
+        {
+            **message,
+            "content": [
+                {"type": part["type"], **_safe_medium(part, part["type"], media_root)}
+                if part["type"] != "text"
+                else dict(part)
+                for part in message["content"]
+            ],
+        }
+        for message in chat
+    ]
+
+
+def _safe_medium(medium: Mapping, kind: str, root: str | os.PathLike | None) -> dict[str, Any]:
+    """The source under the name of its kind, read strictly as what its key says, and the options beside it."""
+    try:
+        content, options = source_in(medium, kind, VIDEO_OPTIONS if kind == "video" else ())
+    except ValueError as error:
+        raise UnusableSample(str(error)) from error
+    given = next((name for name in ("bytes", kind, *SOURCES) if medium.get(name) is not None), None)
+    if given is None:
+        raise UnusableSample(f"a medium has none of {', '.join((kind, *SOURCES))}.")
+    if given == "url":
+        raise UnusableSample("a `url` is never fetched; training reads files below the media folder. Use `path`.")
+    if given in ("bytes", "array") and isinstance(content, str | os.PathLike):
+        raise UnusableSample(f"`{given}` of a medium is text. Name a file by `path`.")
+    if given == "base64":
+        try:
+            return {kind: base64.b64decode(medium[given], validate=True), **options}
+        except (TypeError, ValueError, binascii.Error) as error:
+            raise UnusableSample(f"`base64` of a medium is no base64: {error}.") from error
+    return {kind: _below(content, kind, root), **options}
+
+
+def _below(source: Any, kind: str, root: str | os.PathLike | None) -> Any:
+    if isinstance(source, Mapping):
+        return _safe_medium(source, kind, root)
+    if isinstance(source, list | tuple):  # frames
+        return [_below(frame, "image", root) for frame in source]
+    if not isinstance(source, str | os.PathLike):
+        return source
+    if root is None:
+        raise ValueError(f"{os.fspath(source)!r} names a media file: pass the folder it lies in as `media_root`.")
+    folder = Path(root).resolve()
+    if isinstance(source, str) and source.startswith("file://"):
+        source = urllib.request.url2pathname(urllib.parse.urlsplit(source).path)
+    try:
+        path = (folder / source).resolve()
+        is_file = path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null character, links in a circle
+        raise UnusableSample(f"{str(source)[:200]!r} is no name of a file: {error}.") from error
+    if not path.is_relative_to(folder):
+        raise UnusableSample(f"{os.fspath(source)!r} lies outside of the media folder {folder}.")
+    if not is_file:
+        if not folder.is_dir():
+            raise NotADirectoryError(f"There is no folder {folder}; `media_root` is the one that the media lie in.")
+        raise UnusableSample(f"there is no file {path}.")
+    return path
