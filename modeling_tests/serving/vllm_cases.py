@@ -99,7 +99,9 @@ def mixed_requests(count: int, *, seed: int = 0, longest_video: int = 40) -> lis
 def save(name: str, folder: Path) -> Path:
     """The checkpoint of a name, in its folder."""
     save_checkpoint(folder, **CHECKPOINTS[name])
-    tiny_processor(pooled_grid_size=CHECKPOINTS[name].get("pooled_grid_size", 3)).save_pretrained(folder)
+    processor = tiny_processor(pooled_grid_size=CHECKPOINTS[name].get("pooled_grid_size", 3))
+    processor.video_processor.max_frames = 300
+    processor.save_pretrained(folder)
     return folder
 
 
@@ -165,3 +167,24 @@ def ask(llm: Any, requests: list[Request], *, one_by_one: bool = False) -> list[
         for batch in batches
         for output in llm.generate([request.for_vllm() for request in batch], sampling, use_tqdm=False)
     ]
+
+
+@torch.no_grad()
+def margins(folder: Path, request: Request, expected: list[int], written: list[int]) -> tuple[float, float]:
+    """Where two answers part: by how much the reference, in float32, rates one token above the other, and what
+    bfloat16 changes of its logits there at most."""
+    place = next(i for i, pair in enumerate(zip(expected, written, strict=True)) if pair[0] != pair[1])
+    processor = CrossLMMProcessor.from_pretrained(folder)
+    inputs = processor(
+        text=[request.text], videos=request.videos or None, images=request.images or None, return_tensors="pt"
+    )
+    ids = torch.cat([inputs["input_ids"], torch.tensor([expected[:place]], dtype=torch.long)], dim=1)
+    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    exact, rounded = (
+        CrossLMMForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        .eval()(**inputs, logits_to_keep=1)
+        .logits[0, -1]
+        .float()
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    return float((exact[expected[place]] - exact[written[place]]).abs()), float((exact - rounded).abs().max())

@@ -196,6 +196,16 @@ class CrossLMMProcessor(ProcessorMixin):
                 )
         return processor
 
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """As in Transformers; the tokenizer is saved so that whoever loads it alone gets its normaliser too. A class
+        of its own builds one anew, and leaves out what drops `ESCAPE`; `TokenizersBackend` reads tokenizer.json."""
+        own_class = type(self.tokenizer)
+        self.tokenizer.__class__ = type("TokenizersBackend", (own_class,), {})
+        try:
+            return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        finally:
+            self.tokenizer.__class__ = own_class
+
     @property
     def tokens_per_frame(self) -> int:
         """Placeholders per frame of a video and per image."""

@@ -1,6 +1,6 @@
 """What vLLM may be asked for with a CrossLMM, and what it is told before it starts."""
 
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import CompilationConfig, ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 ARCHITECTURE = "CrossLMMForConditionalGeneration"
@@ -48,6 +48,9 @@ class CrossLMMRules(VerifyAndUpdateConfig):
         for setting, is_asked in refused.items():
             if is_asked:
                 raise ValueError(f"A CrossLMM in vLLM does not work with {setting}. Leave it out.")
-        # Cross-attention stays out of CUDA graphs, as self-attention does.
-        compilation = vllm_config.compilation_config
-        compilation._attention_ops = [*compilation._attention_ops, CROSS_ATTENTION_OP]
+        CrossLMMRules.keep_out_of_graphs(vllm_config.compilation_config)
+
+    @staticmethod
+    def keep_out_of_graphs(compilation: CompilationConfig) -> None:
+        """Has vLLM cut its CUDA graphs at the cross-attention, as it does at self-attention (`splitting_ops`)."""
+        compilation._attention_ops = [*compilation._attention_ops, CROSS_ATTENTION_OP]  # type: ignore[misc]

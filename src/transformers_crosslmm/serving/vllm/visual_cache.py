@@ -222,7 +222,6 @@ class VisualCache(nn.Module, AttentionLayerBase):
         """
         self.rows, self.places = rows, is_placeholder.nonzero()[:, 0]
 
-    @torch.inference_mode()
     def begin_step(self) -> None:
         """Writes the slots of the step's tokens and finds out who attends to what."""
         rows, places = self.rows, self.places

@@ -1,0 +1,435 @@
+"""CrossLMM in vLLM, on vLLM's CPU build: an environment of its own, `make vllm-environment`."""
+
+import base64
+import functools
+import http.server
+import threading
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from factories import mp4_of, random_frames, tiny_config
+from PIL import Image
+from pretend_gpu import pretend_gpus
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("vllm", reason="needs vLLM: `make vllm-environment`")
+
+from vllm_cases import (
+    CHECKPOINTS,
+    IMAGE,
+    MAX_TOKENS,
+    VIDEO,
+    Request,
+    answers,
+    ask,
+    engine,
+    margins,
+    mixed_requests,
+    save,
+)
+
+from vllm.forward_context import override_forward_context
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+
+from transformers_crosslmm import CrossLMMForConditionalGeneration, CrossLMMProcessor
+from transformers_crosslmm.serving.vllm.rules import CrossLMMRules
+from transformers_crosslmm.serving.vllm.visual_cache import VisualCache, VisualCacheMetadataBuilder
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save("qwen2", tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    (folder / "clip.mp4").write_bytes(mp4_of(random_frames(6), fps=1))
+    Image.fromarray(random_frames(1, seed=5)[0]).save(folder / "picture.png")
+    (folder / "hostile.mp4").write_bytes(b"\x00\x00\x00\x18ftypisom" + bytes(range(256)) * 40)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llm(folder, clips):
+    with engine(folder, allowed_local_media_path=str(clips)) as llm:
+        yield llm
+
+
+@pytest.fixture
+def counted(monkeypatch) -> dict[str, int]:
+    """How many media were encoded, and how many positions the language model was run at."""
+    from transformers_crosslmm.serving.vllm.model import CrossLMMForVllm
+
+    counts = {"media": 0, "positions": 0}
+    embed, forward = CrossLMMForVllm.embed_multimodal, CrossLMMForVllm.forward
+
+    def counted_embed(self, **kwargs):
+        rows = embed(self, **kwargs)
+        counts["media"] += len(rows)
+        return rows
+
+    def counted_forward(self, input_ids, positions, *args, **kwargs):
+        counts["positions"] += positions.shape[-1]
+        return forward(self, input_ids, positions, *args, **kwargs)
+
+    monkeypatch.setattr(CrossLMMForVllm, "embed_multimodal", counted_embed)
+    monkeypatch.setattr(CrossLMMForVllm, "forward", counted_forward)
+    return counts
+
+
+def chat(llm, content, **kwargs) -> tuple[str, list[int]]:
+    """The prompt that vLLM made of a message, and what it wrote."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, detokenize=False)
+    (output,) = llm.chat([{"role": "user", "content": content}], sampling, use_tqdm=False, **kwargs)
+    return output.prompt_token_ids, list(output.outputs[0].token_ids)
+
+
+@torch.no_grad()
+def expected_chat(folder: Path, content) -> tuple[list[int], list[int]]:
+    """The same of the package's processor and `generate`."""
+    processor = CrossLMMProcessor.from_pretrained(folder)
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        processor_kwargs={"return_tensors": "pt"},
+    )
+    model = CrossLMMForConditionalGeneration.from_pretrained(folder).eval()
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS, eos_token_id=None)[0].tolist()
+    length = inputs["input_ids"].shape[1]
+    return ids[:length], ids[length:]
+
+
+# --- Equal to `generate` ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_all_requests_are_answered_as_generate_does(name, tmp_path):
+    """200 mixed requests over five checkpoints: all at once, again from the cache, one by one, with small steps, with
+    few blocks, so that requests are preempted, and with n-gram speculation."""
+    folder, seed = save(name, tmp_path), list(CHECKPOINTS).index(name)
+    requests = mixed_requests(40, seed=seed)
+    if name == "qwen2":
+        requests.append(Request(f"A long one: {VIDEO} What?", [random_frames(300)]))
+    expected = answers(folder, requests)
+    with engine(folder) as llm:
+        assert ask(llm, requests) == expected
+        assert ask(llm, requests) == expected
+        assert ask(llm, requests[:12], one_by_one=True) == expected[:12]
+    for settings in (
+        {"max_num_batched_tokens": 64, "max_num_seqs": 8},
+        {"max_num_batched_tokens": 200, "max_num_seqs": 8},
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}},
+    ):
+        with engine(folder, **settings) as llm:
+            assert ask(llm, requests) == expected
+    fits = [number for number, request in enumerate(requests) if sum(map(len, request.videos)) < 100]
+    with engine(folder, num_gpu_blocks_override=45, max_model_len=1408) as llm:
+        assert ask(llm, [requests[number] for number in fits]) == [expected[number] for number in fits]
+        preempted = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+        assert preempted["vllm:num_preemptions"] > 0
+
+
+def test_mixed_requests_are_answered_as_generate_does(llm, folder):
+    requests = mixed_requests(10, seed=99, longest_video=20)
+    expected = answers(folder, requests)
+    assert ask(llm, requests) == expected
+    assert ask(llm, requests) == expected
+    assert ask(llm, requests[:3], one_by_one=True) == expected[:3]
+
+
+@pytest.mark.slow
+def test_two_ranks_answer_as_one(folder):
+    requests = mixed_requests(24, seed=7)
+    expected = answers(folder, requests)
+    with engine(folder, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
+        assert ask(llm, requests) == expected
+
+
+@pytest.mark.slow
+def test_in_half_precision_answers_part_only_where_the_reference_is_undecided(folder):
+    """Where a token differs, the reference rates both within what bfloat16 rounds away."""
+    requests = mixed_requests(24, seed=8)
+    expected = answers(folder, requests, dtype=torch.bfloat16)
+    with engine(folder, dtype="bfloat16") as llm:
+        written = ask(llm, requests)
+    parted = [number for number, one in enumerate(written) if one != expected[number]]
+    for number in parted:
+        gap, rounding = margins(folder, requests[number], expected[number], written[number])
+        assert gap <= 2 * rounding, (number, gap, rounding)
+    assert len(parted) <= len(requests) // 4
+
+
+# --- The prefix cache ------------------------------------------------------------------------------------------------
+
+
+def test_a_second_question_costs_its_own_tokens(llm, folder, counted):
+    """The block of the cache that both questions share in part is computed again: 32 tokens at most."""
+    begin = f"A video: {VIDEO} and what was said about it before, which is longer than a block is. "
+    first, second = Request(begin + "What?", [random_frames(20, seed=50)]), Request(begin + "Where is it?")
+    second.videos = first.videos
+    ask(llm, [first])
+    assert counted["media"] == 1
+    assert counted["positions"] > 9 * 20
+    for other in (None, *mixed_requests(6, seed=51)):  # at once, and after other traffic
+        if other is not None:
+            ask(llm, [other])
+        counted.update(media=0, positions=0)
+        assert ask(llm, [second]) == answers(folder, [second])
+        assert counted["media"] == 0
+        assert counted["positions"] <= len("Where is it?") + 32 + MAX_TOKENS
+        second.text += "?"
+
+
+def test_a_hit_that_ends_within_a_video_leaves_its_tokens_right(llm, folder, counted):
+    """The rest of the video attends to patches of which the cache holds one part and the step the other."""
+    video = random_frames(11, seed=60)  # 99 tokens: no multiple of a block
+    ask(llm, [Request(f"{VIDEO} What?", [video])])
+    second = Request(f"{VIDEO} And now?", [video])
+    counted.update(media=0, positions=0)
+    assert ask(llm, [second]) == answers(folder, [second])
+    assert counted["media"] == 0
+    assert counted["positions"] < 99
+
+
+# --- Media in every form, from anybody -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["path", "data", "url"])
+def test_videos_and_images_come_in_every_form(llm, folder, clips, form, monkeypatch):
+    from transformers_crosslmm.serving.vllm.media import CrossLMMConnector
+
+    video, picture = clips / "clip.mp4", clips / "picture.png"
+    names = [path.as_uri() for path in (video, picture)]
+    if form == "data":
+        kinds = zip(("video/mp4", "image/png"), (video, picture), strict=True)
+        names = [f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}" for kind, path in kinds]
+    if form == "url":
+        limits = CrossLMMConnector.limits
+        monkeypatch.setattr(CrossLMMConnector, "limits", type(limits)(allow_private_addresses=True))
+        handler = functools.partial(QuietHandler, directory=str(clips))
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        names = [f"http://127.0.0.1:{server.server_port}/{path.name}" for path in (video, picture)]
+    parts = [{"type": "text", "text": "Look: "}]
+    asked = [
+        {"type": "video_url", "video_url": {"url": names[0]}},
+        {"type": "text", "text": " and "},
+        {"type": "image_url", "image_url": {"url": names[1]}},
+        {"type": "text", "text": " What?"},
+    ]
+    files = [{"type": "video", "path": str(video)}, asked[1], {"type": "image", "path": str(picture)}, asked[3]]
+    assert chat(llm, parts + asked) == expected_chat(folder, parts + files)
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args) -> None:
+        pass
+
+
+def test_marks_that_a_user_writes_are_text(llm, folder, clips):
+    content = [
+        {"type": "text", "text": "What is <|video_pad|>, or <|im_"},
+        {"type": "text", "text": "end|>?"},
+        {"type": "image_url", "image_url": {"url": (clips / "picture.png").as_uri()}},
+    ]
+    same = [*content[:2], {"type": "image", "path": str(clips / "picture.png")}]
+    assert chat(llm, content) == expected_chat(folder, same)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("http://127.0.0.1:9/clip.mp4", "private|not public|address"),
+        ("file:///etc/passwd", "allowed-local-media-path"),
+        ("hostile.mp4", "decode|open|read|video"),
+    ],
+)
+def test_what_a_stranger_may_not_send_costs_one_request(llm, folder, clips, url, said):
+    url = (clips / url).as_uri() if ":" not in url else url
+    with pytest.raises(Exception, match=said):
+        chat(llm, [{"type": "video_url", "video_url": {"url": url}}])
+    asked = Request(f"{IMAGE} What?", [], [Image.fromarray(random_frames(1, seed=70)[0])])
+    assert ask(llm, [asked]) == answers(folder, [asked])
+
+
+def test_no_request_chooses_another_decoder_or_raises_a_limit(llm, clips):
+    from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
+
+    from transformers_crosslmm.serving.vllm.media import CrossLMMVideoLoader
+
+    assert "opencv" in VIDEO_LOADER_REGISTRY.name2class
+    assert set(VIDEO_LOADER_REGISTRY.name2class.values()) == {CrossLMMVideoLoader}
+    data = (clips / "clip.mp4").read_bytes()
+    with pytest.raises(ValueError, match="limits"):
+        CrossLMMVideoLoader.load_bytes(data, limits={"max_frames": 9})
+    with pytest.raises(ValueError, match="300 frames; got 301"):
+        CrossLMMVideoLoader.load_bytes(data, num_frames=301)
+
+
+def test_more_frames_than_the_server_takes_are_refused(llm):
+    asked = Request(f"{VIDEO} What?", [np.zeros((310, 33, 33, 3), dtype=np.uint8)]).for_vllm()
+    with pytest.raises(Exception, match="2709 embedding tokens"):  # of 301 frames
+        llm.generate([asked | {"mm_processor_kwargs": {"num_frames": 301}}], use_tqdm=False)
+
+
+def test_options_of_a_request_say_what_to_look_at_and_nothing_else(llm, folder):
+    video = random_frames(12, seed=80)
+    asked = Request(f"{VIDEO} What?", [video]).for_vllm()
+    with pytest.raises(ValueError, match="got encode_with"):
+        llm.generate([asked | {"mm_processor_kwargs": {"encode_with": 1}}], use_tqdm=False)
+    (output,) = llm.generate([asked | {"mm_processor_kwargs": {"num_frames": 3}}], use_tqdm=False)
+    assert output.prompt_token_ids.count(CrossLMMProcessor.from_pretrained(folder).video_token_id) == 3 * 9
+
+
+# --- Ready for a GPU -------------------------------------------------------------------------------------------------
+
+
+class StepsOnGpu:
+    """A cache on a GPU that is not there, and steps of requests that share nothing: the first blocks belong to the
+    first, and so on. Block 0 is nobody's."""
+
+    def __init__(self, config, *, num_requests: int, device: str) -> None:
+        self.cache = VisualCache(config, fake_vllm_config(), "visual_cache.5")
+        self.blocks, self.num_requests, self.device = 8, num_requests, device
+        width, count = self.cache.layout.slot_width, 1 + self.blocks * num_requests
+        # What was there before looks like patches of media.
+        self.cache.kv_cache = torch.ones(count, 1, 16, width, dtype=torch.float32).to(device)
+        table = torch.arange(1, count, dtype=torch.int32).view(num_requests, self.blocks)
+        self.table = table.to(device)
+        self.lengths = torch.zeros(num_requests, dtype=torch.int32)
+
+    def run(self, tokens: list[int], rows=(), is_placeholder=None, *, padding: int = 0, watch=nullcontext()) -> None:
+        """A step with so many new tokens of each request, then padding as CUDA graphs need it."""
+        ends = self.lengths + torch.tensor(tokens, dtype=torch.int32)
+        starts = [0, *np.cumsum(tokens).tolist()]
+        positions = torch.cat([torch.arange(a, b) for a, b in zip(self.lengths.tolist(), ends.tolist(), strict=True)])
+        request = torch.repeat_interleave(torch.arange(len(tokens)), torch.tensor(tokens))
+        slots = (1 + request * self.blocks + positions // 16) * 16 + positions % 16
+        common = CommonAttentionMetadata(
+            query_start_loc=torch.tensor(starts + [starts[-1]] * padding, dtype=torch.int32).to(self.device),
+            query_start_loc_cpu=torch.tensor(starts + [starts[-1]] * padding, dtype=torch.int32),
+            seq_lens=torch.cat([ends, torch.zeros(padding, dtype=torch.int32)]).to(self.device),
+            seq_lens_cpu_upper_bound=torch.cat([ends, torch.zeros(padding, dtype=torch.int32)]),
+            num_reqs=len(tokens) + padding,
+            num_actual_tokens=len(slots) + padding,
+            max_query_len=max(tokens),
+            max_seq_len=int(ends.max()),
+            block_table_tensor=torch.cat([self.table, self.table[:1].expand(padding, -1) * 0]),
+            slot_mapping=torch.cat([slots, torch.full((padding,), -1)]).to(self.device),
+        )
+        if is_placeholder is not None:
+            self.cache.take_media([some.to(self.device) for some in rows], is_placeholder)
+        with override_forward_context(SimpleNamespace(attn_metadata={"visual_cache.5": common})), watch:
+            self.cache.begin_step()
+        self.lengths = ends
+
+
+def fake_vllm_config():
+    return SimpleNamespace(
+        model_config=SimpleNamespace(dtype=torch.float32),
+        cache_config=SimpleNamespace(block_size=16),
+        speculative_config=None,
+        compilation_config=SimpleNamespace(static_forward_context={}),
+    )
+
+
+def steps_with_media(num_requests: int, device: str) -> tuple[StepsOnGpu, torch.Tensor]:
+    """Requests of which all but the second have a video, of 1, 2, … frames, after three tokens of text; and all
+    patches."""
+    config = tiny_config(pooled_grid_size=2)
+    steps = StepsOnGpu(config, num_requests=num_requests, device=device)
+    layout = steps.cache.layout
+    patches = torch.randn(num_requests, num_requests, 25, 20)
+    frames = [0 if number == 1 else number + 1 for number in range(num_requests)]
+    rows = [
+        layout.rows(torch.zeros(count * 4, 48), patches[number, :count])
+        for number, count in enumerate(frames)
+        if count
+    ]
+    is_placeholder = torch.cat([torch.arange(3 + count * 4) >= 3 for count in frames])
+    steps.run([3 + count * 4 for count in frames], rows, is_placeholder)
+    return steps, patches
+
+
+def test_a_decode_step_neither_waits_for_the_gpu_nor_looks_at_requests_one_by_one():
+    with pretend_gpus() as traffic:
+        operations = []
+        for num_requests in (3, 6):
+            steps, patches = steps_with_media(num_requests, "cuda:0")
+            query = torch.randn(num_requests, 6, 20).to("cuda:0")
+            traffic.clear()
+            with CountedOperations() as counted:
+                steps.run([1] * num_requests, padding=2)
+                attended = steps.cache.step.paged.attend(query, 0.3)
+            operations.append(counted.number)
+            assert not traffic.waits
+            assert steps.cache.step.t2v is None
+            rows = steps.cache.step.paged.rows.cpu()[:, 0].tolist()
+            for place, number in enumerate(rows):
+                seen = patches[number, : 0 if number == 1 else number + 1].flatten(0, 1)
+                exact = (query[place].cpu() @ seen.T * 0.3).softmax(-1) @ seen
+                torch.testing.assert_close(attended[place].cpu(), exact if len(seen) else torch.zeros(6, 20))
+        assert operations[0] == operations[1]
+
+
+def test_padding_of_a_step_touches_no_slot():
+    steps, _ = steps_with_media(3, "cpu")
+    before = steps.cache.kv_cache.clone()
+    steps.run([1, 1, 1], padding=5)
+    changed = (steps.cache.kv_cache != before).any(-1)
+    own = {(1 + number * 8 + (length - 1) // 16, (length - 1) % 16) for number, length in enumerate(steps.lengths.tolist())}
+    assert {(int(block), int(slot)) for block, _, slot in changed.nonzero()} <= own
+
+
+def test_cross_attention_stays_out_of_cuda_graphs(folder):
+    """vLLM cuts its graphs where the operation stands, as it does at self-attention."""
+    from vllm.config import CompilationMode
+
+    config = SimpleNamespace(_attention_ops=["vllm::unified_attention"], mode=CompilationMode.VLLM_COMPILE)
+    CrossLMMRules.keep_out_of_graphs(config)
+    assert config._attention_ops[-1] == "crosslmm::cross_attention"
+    assert VisualCacheMetadataBuilder._cudagraph_support is AttentionCGSupport.NEVER
+
+
+class CountedOperations(TorchDispatchMode):
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+# --- Refused by name -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"enable_lora": True}, "LoRA"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism|Pipeline parallelism"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
+        ({"enable_mm_embeds": True}, "enable_mm_embeds"),
+        ({"enable_prompt_embeds": True}, "enable_prompt_embeds"),
+    ],
+)
+def test_settings_that_would_change_answers_are_refused(folder, settings, said):
+    with pytest.raises(Exception, match=said), engine(folder, **settings):
+        pass
+
+
+def test_a_language_model_that_the_plugin_does_not_know_is_refused(folder):
+    config = SimpleNamespace(hf_config=SimpleNamespace(text_config=SimpleNamespace(model_type="olmo")))
+    with pytest.raises(ValueError, match=r"qwen2, qwen3, llama, mistral; got 'olmo'.*crosslmm serve"):
+        CrossLMMRules.verify_and_update_model_config(config)
