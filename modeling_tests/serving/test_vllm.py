@@ -11,13 +11,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from factories import mp4_of, random_frames, tiny_config
 from PIL import Image
-from pretend_gpu import pretend_gpus
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from factories import mp4_of, random_frames, tiny_config
+from pretend_gpu import pretend_gpus
 
 pytest.importorskip("vllm", reason="needs vLLM: `make vllm-environment`")
 
+from vllm.forward_context import override_forward_context
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm_cases import (
     CHECKPOINTS,
     IMAGE,
@@ -31,9 +34,6 @@ from vllm_cases import (
     mixed_requests,
     save,
 )
-
-from vllm.forward_context import override_forward_context
-from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
 from transformers_crosslmm import CrossLMMForConditionalGeneration, CrossLMMProcessor
 from transformers_crosslmm.serving.vllm.rules import CrossLMMRules
@@ -389,7 +389,10 @@ def test_padding_of_a_step_touches_no_slot():
     before = steps.cache.kv_cache.clone()
     steps.run([1, 1, 1], padding=5)
     changed = (steps.cache.kv_cache != before).any(-1)
-    own = {(1 + number * 8 + (length - 1) // 16, (length - 1) % 16) for number, length in enumerate(steps.lengths.tolist())}
+    own = {
+        (1 + number * 8 + (length - 1) // 16, (length - 1) % 16)
+        for number, length in enumerate(steps.lengths.tolist())
+    }
     assert {(int(block), int(slot)) for block, _, slot in changed.nonzero()} <= own
 
 
