@@ -467,7 +467,7 @@ def folded_attention(
     for length, span in zip(segments.lengths, segments.spans, strict=True):
         queries = folded[row : row + length].flatten(0, 1)  # (length x H, D)
         at_once = max(1, CHUNK_BYTES // (4 * len(queries) * patches_per_frame)) * patches_per_frame
-        pieces = [(at, min(at + at_once, end)) for start, end in span for at in range(start, end, at_once)]
+        pieces = _cut(span, at_once)
         parts = (_attention_over_tokens(queries, *stored_tokens(*piece), scaling) for piece in pieces)
         context, _ = reduce(lambda one, other: _merge(*one, *other), parts)
         outputs.append(context.to(query.dtype).unflatten(0, (length, groups, -1)))
@@ -475,3 +475,15 @@ def folded_attention(
     context = torch.cat(outputs) if len(outputs) > 1 else outputs[0]  # (Q, G, H/G, D)
     attended = torch.einsum("qgrd,gde->qgre", context, folding.value)
     return (attended + folding.value_bias[:, None]).flatten(1, 2)
+
+
+def _cut(span: Span, at_once: int) -> list[tuple[int, int]]:
+    """The stretches of a span, cut after every `at_once` patches. Compared, and not counted with `range`: a compiled
+    step then serves videos of other lengths too."""
+    pieces = []
+    for start, end in span:
+        while end - start > at_once:
+            pieces.append((start, start + at_once))
+            start += at_once
+        pieces.append((start, end))
+    return pieces
