@@ -268,7 +268,8 @@ def parse_recipe(argv: Sequence[str]) -> CrossLMMTrainingArguments:
         raise ValueError(f"{path} must hold options and their values; got {type(recipe).__name__}.")
     if not torch.accelerator.is_available():
         recipe["use_cpu"] = True
-        if not getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"):  # of torch 2.11 on
+        capabilities: dict[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        if not capabilities.get("amx_bf16"):
             recipe.pop("bf16", None)  # other CPUs have no fast products in it
     behind = {word.partition("=")[0].strip("-").replace("-", "_") for word in argv[1:] if word.startswith("--")}
     for name, other in (("fps", "num_frames"), ("num_frames", "fps")):  # they exclude each other
