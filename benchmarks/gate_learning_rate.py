@@ -28,7 +28,8 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from transformers_crosslmm import CrossLMMForConditionalGeneration, CrossLMMProcessor
-from transformers_crosslmm.checkpoints.convert import compose, write_checkpoint
+from transformers_crosslmm.checkpoints.compose import compose
+from transformers_crosslmm.checkpoints.conversion import write_checkpoint
 from transformers_crosslmm.tiny.train import build_tokenizer
 from transformers_crosslmm.training.samples import CrossLMMDataCollator
 from transformers_crosslmm.training.trainer import parameter_groups, train_only

@@ -206,17 +206,17 @@ class Client:
 
 
 @contextmanager
-def served(folder: Path, log: Path):
+def served(folder: Path, log: Path, *options: str):
     """The real command in a process of its own: the process and its port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "crosslmm_cli", "serve", "--port", str(port), "--device", "cpu"]
-    command += ["--allowed-folder", str(folder / "videos"), "--max-body-mib", str(MAX_BODY_MIB)]
+    command += ["--allowed-folder", str(folder / "videos"), "--max-body-mib", str(MAX_BODY_MIB), *options]
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out)
         try:
-            _wait_until(lambda: _is_up(port) or process.poll() is not None, 120)
+            _wait_until(lambda: _is_up(port) or process.poll() is not None, 600)
             assert process.poll() is None, log.read_text()
             yield process, port
         finally:

@@ -23,6 +23,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from fractions import Fraction
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -65,8 +66,12 @@ def by_ffmpeg(ffmpeg: str, path: Path) -> tuple[list[float], list[torch.Tensor],
         process.stdout.close()
         told.seek(0)
         lines = told.readlines()
-    found = (re.search(r"Parsed_showinfo.* n: *\d+ pts: *\S+ +pts_time: *(\S+)", line) for line in lines)
-    times = list(accumulate((float(line[1]) for line in found if line), max))  # ffmpeg never writes them backwards
+    # `pts_time` has six digits only.
+    base = next((line for line in lines if "config in time_base" in line), "time_base: 0/1")
+    tick = Fraction(re.search(r"time_base: (\d+/\d+)", base)[1])
+    found = (re.search(r"Parsed_showinfo.* n: *\d+ pts: *(-?\d+)", line) for line in lines)
+    times = [float(int(line[1]) * tick) for line in found if line]
+    times = list(accumulate(times, max))  # ffmpeg never writes them backwards
     count = min(len(times), len(means))
     if time.monotonic() > until:
         return [], [], "longer than the time limit"
@@ -165,9 +170,12 @@ def main() -> None:
         print(f"{number}/{len(paths)} {row['outcome']:12} {seconds:5.1f} s {path.name[-60:]} {said}", flush=True)
     counts = Counter(row["outcome"] for row in rows.values())
     unexplained = sum(row["outcome"] in ("differs", "only ffmpeg") and "why" not in row for row in rows.values())
+    here = Path(__file__).resolve().parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here).stdout.strip()
     version = subprocess.run([given.ffmpeg, "-version"], capture_output=True, text=True).stdout.split(" Copyright")[0]
     about = {
         "command": f"python benchmarks/video_conformance.py FOLDER, {len(rows)} different files",
+        "commit": commit,
         "ffmpeg": version,
         "pyav": av.__version__,
         "its_ffmpeg": av.ffmpeg_version_info,

@@ -74,7 +74,7 @@ def random_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("gate.weight"):
+            if name.endswith("2v.gate.weight"):
                 value = noise.sign() * (0.5 + noise.abs())  # tanh of it is far from the gate itself
             elif "norm" in name and name.endswith("weight"):
                 value = 1 + 0.3 * noise

@@ -202,7 +202,7 @@ def decoder_layer(
     sources: list[Tensor],
     positions: list[Tensor],
 ) -> Tensor:
-    """(L, H) -> (L, H): the language model's layer, with the dual cross-attention before the MLP where the layer has one."""
+    """(L, H) -> (L, H): the language model's layer, with the dual cross-attention before the MLP where it has one."""
     name = f"model.language_model.layers.{layer}"
     eps = config["rms_norm_eps"]
 

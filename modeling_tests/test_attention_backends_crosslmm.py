@@ -402,11 +402,11 @@ def test_folding_a_norm_into_queries_and_scores_is_no_worse_than_normalising(at_
     norm = TokenNorm.of(tokens, dates.float())
     folded = attention_crosslmm.folded_attention(
         query,
-        tokens.flatten(0, 1),
+        lambda start, end: (tokens.flatten(0, 1)[start:end], norm.clip_to_tokens(start, end)),
         Folding(key_weight.permute(1, 2, 0), value_weight.permute(1, 0, 2), value_weight.new_zeros(groups, head_dim)),
         scaling,
         segments,
-        norm,
+        patches_per_frame=tokens.shape[1],
     )
     assert_no_worse_than(folded, formulas(dtype), formulas(torch.float64))
 

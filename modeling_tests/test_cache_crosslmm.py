@@ -324,6 +324,30 @@ def test_a_medium_that_began_before_the_cut_stays(form):
 
 
 @each_form
+def test_a_video_may_come_where_another_was_cut(form):
+    """11 text and a video up to 29, cut at 20; then text, where pooled tokens stood, and another video. Beside it the
+    same with what was cut as padding."""
+    model = tiny_model(form)
+    first, second = make_sample(model.config, 11, ("video", 2)), make_sample(model.config, 12, ("video", 3), 4, seed=1)
+    cache = prefilled(model, model_inputs(first))
+    cache.crop(20 - 29)
+    assert [len(medium.positions) for medium in cache.layers[0].memory.rows[0]] == [9]
+    inputs = model_inputs(second)
+    mask = torch.ones(1, 20 + len(second.token_ids), dtype=torch.long)
+    with torch.no_grad():
+        logits = model(**inputs | {"attention_mask": mask}, past_key_values=cache).logits
+    whole = first._replace(token_ids=torch.cat([first.token_ids, second.token_ids]), media=first.media + second.media)
+    mask = torch.ones(1, len(whole.token_ids), dtype=torch.long)
+    mask[:, 20:29] = 0
+    positions = torch.cat([torch.arange(29), torch.arange(20, 20 + len(second.token_ids))])[None]
+    with torch.no_grad():
+        expected = model(
+            **model_inputs(whole) | {"attention_mask": mask}, position_ids=positions, use_cache=False
+        ).logits[:, 29:]
+    assert_close_to_scale(logits, expected, relative=1e-5)
+
+
+@each_form
 def test_after_a_crop_a_conversation_may_bring_another_video(form):
     """The second turn is taken back and another one, with another video, put in its place."""
     model = tiny_model(form)
@@ -444,6 +468,24 @@ def test_a_prefilled_video_can_be_kept_on_disk(form, tmp_path):
     logits = cached_logits(model, cache, ids, inputs["attention_mask"])
     assert_close_to_scale(logits, full_logits(model, inputs, ids), relative=1e-5)
     assert len({id(cache.layers[index].memory) for index in BLOCKS}) == 1
+
+
+@torch.no_grad()
+@each_form
+@pytest.mark.parametrize("length", [40, 4200])
+def test_a_model_without_cross_attention_reads_its_prompt_in_chunks(length, form):
+    """A prompt of over 4,096 tokens is cut unasked."""
+    config = tiny_config(
+        text_config={"max_position_embeddings": 8192, "num_hidden_layers": 2, "cross_attention_layers": []}
+    )
+    model = random_model(config)
+    inputs = model_inputs(make_sample(config, length - 33, ("video", 3), 6))
+    options = {"max_new_tokens": 3, "do_sample": False, "cross_attention_cache": form}
+    expected = model.generate(**inputs, **options, use_cache=False)
+    chunks = {"prefill_chunk_size": 7} if length < 4096 else {}
+    assert model.generate(**inputs, **options, **chunks).tolist() == expected.tolist()
+    other = inputs | {"pixel_values_videos": inputs["pixel_values_videos"].flip(0)}
+    assert not torch.equal(model(**inputs).logits[:, -1], model(**other).logits[:, -1])
 
 
 # -- static and compiled ----------------------------------------------------------------------------------------------

@@ -17,7 +17,16 @@ from factories import random_model, tiny_config
 from numerics import assert_close_to_scale, assert_no_worse_than
 from pretend_gpu import pretend_gpus
 from test_generation_crosslmm import lengths_run
-from test_modeling_crosslmm import FLOAT32, INTERLEAVED, NORM_AND_TIME, in_dtype, make_sample, model_inputs, reference
+from test_modeling_crosslmm import (
+    BLOCKS,
+    FLOAT32,
+    INTERLEAVED,
+    NORM_AND_TIME,
+    in_dtype,
+    make_sample,
+    model_inputs,
+    reference,
+)
 from transformers_crosslmm import attention_crosslmm, cross_attention_crosslmm, encode_video, generation_crosslmm
 from transformers_crosslmm.attention_crosslmm import Segments
 from transformers_crosslmm.cache_crosslmm import memory_in
@@ -292,6 +301,38 @@ def test_a_model_on_two_gpus_writes_what_it_writes_on_the_cpu(kind, form):
         spread(model)
         tokens = model.generate(**moved(inputs, "cuda:0"), **options, cache_implementation=kind)
         assert tokens.tolist() == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMS)
+def test_each_of_two_gpus_gets_one_copy_of_the_original_tokens(form, monkeypatch):
+    """In the prefill, and with "features" for all steps together: not one per layer and step."""
+    model = random_model(tiny_config(text_config=NORM_AND_TIME))
+    seen: list[list[torch.Tensor]] = []
+    for layer in BLOCKS:
+        block = model.model.language_model.layers[layer].cross_attention
+        block.register_forward_pre_hook(lambda block, inputs: seen[-1].append(inputs[1]))
+    norms = []
+    folded = cross_attention_crosslmm.folded_attention
+    record = lambda *inputs: norms.append(inputs[-1]) or folded(*inputs)  # noqa: E731
+    monkeypatch.setattr(cross_attention_crosslmm, "folded_attention", record)
+    inputs = two_rows(model.config)
+    with pretend_gpus():
+        spread(model)
+        inputs = moved(inputs, "cuda:0")
+        cache = DynamicCache(config=model.config.text_config)
+        seen.append([])
+        model(**inputs, past_key_values=cache, cross_attention_cache=form)
+        mask = inputs["attention_mask"]
+        for _ in range(3):
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            seen.append([])
+            model(input_ids=inputs["input_ids"][:, :1], attention_mask=mask, past_key_values=cache)
+        for states in seen if form == "features" else seen[:1]:
+            assert [str(one.device) for one in states] == ["cuda:0", "cuda:1", "cuda:1"]
+        everything = [one for states in seen for one in states if one is not None]
+        assert len({id(one) for one in everything}) == 2
+        assert len({id(norm) for norm in norms}) == (2 if form == "features" else 0)
 
 
 def test_a_model_on_two_gpus_trains():

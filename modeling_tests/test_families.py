@@ -22,7 +22,6 @@ from transformers import (
     AutoModelForImageTextToText,
     CompileConfig,
     DynamicCache,
-    GenerationMixin,
     PreTrainedModel,
 )
 
@@ -43,7 +42,7 @@ from test_modeling_crosslmm import (
 from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration
 from transformers_crosslmm.checkpoints.export import export_with_code
 
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 12},
@@ -185,6 +184,22 @@ def test_every_way_to_generate_writes_what_whole_forwards_write(family, form):
 
 
 @each_family
+@each_form
+@torch.no_grad()
+def test_right_padded_rows_write_from_a_static_cache_what_they_write_from_a_dynamic_one(family, form):
+    """The first token is chosen behind padding, which sees nothing in either."""
+    model = family_model(family)
+    inputs = batch_of(model.config, padding_side="right")
+    assert not inputs["attention_mask"][:, -1].all()
+    options = {"do_sample": False, "max_new_tokens": 4, "cross_attention_cache": form, "disable_compile": True}
+    expected = model.generate(**inputs, **options, use_cache=False).tolist()
+    for kind in ("dynamic", "static"):
+        for chunk in (None, 6, 11):
+            found = model.generate(**inputs, **options, cache_implementation=kind, prefill_chunk_size=chunk)
+            assert found.tolist() == expected, (kind, chunk)
+
+
+@each_family
 def test_a_compiled_step_writes_the_same(family):
     torch.compiler.reset()
     model = family_model(family)
@@ -204,8 +219,10 @@ def test_a_compiled_step_writes_the_same(family):
 @each_family
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not-reentrant"])
 def test_checkpointed_gradients_are_the_plain_ones(family, use_reentrant):
-    model = family_model(family).double().train()
-    inputs = in_dtype(labelled(model.config, LAYOUT, (3, ("video", 5), 6)), torch.float64)
+    # Experts have no float64.
+    dtype, relative = (torch.float32, 1e-5) if "moe" in family else (torch.float64, 1e-12)
+    model = family_model(family).to(dtype).train()
+    inputs = in_dtype(labelled(model.config, LAYOUT, (3, ("video", 5), 6)), dtype)
     expected = gradients(model, inputs)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     assert model.model.is_checkpointed
@@ -213,7 +230,7 @@ def test_checkpointed_gradients_are_the_plain_ones(family, use_reentrant):
     largest = max(gradient.abs().max() for gradient in expected.values())
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12 * largest, msg=name)
+        torch.testing.assert_close(found[name], gradient, rtol=1e3 * relative, atol=relative * largest, msg=name)
 
 
 @each_family
@@ -238,16 +255,14 @@ def test_lora_trains_on_every_projection_and_merges(family):
 @each_family
 def test_every_rule_of_the_tensor_parallel_plan_matches_a_parameter(family):
     model = family_model(family)
-    names = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in model.named_parameters()}
-    names |= {name.rpartition(".")[0] for name in names} | {
-        re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in model.named_modules()
-    }
+    modules = dict(model.named_modules())
+    names = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in modules}
     own = {
         f"model.language_model.{rule.removeprefix('model.')}"
         for rule in plain_model(model)._tp_plan
         if rule != "lm_head"
     }
-    assert set(model.tp_plan) <= names
+    assert set(model.tp_plan) - own <= names  # an own rule may be for layers that this one does not have
     assert own <= set(model.tp_plan)
     for branch in ("v2v", "t2v"):
         assert model.tp_plan[f"model.language_model.layers.*.cross_attention.{branch}.o_proj"] == "rowwise"
@@ -264,6 +279,16 @@ def test_layers_are_never_split_over_devices(family):
 # -- on disk and in copies --------------------------------------------------------------------------------------------
 
 
+def numbers_of(model: CrossLMMForConditionalGeneration) -> dict[str, Any]:
+    """The config without where it came from and the dtype that was loaded."""
+
+    def cleaned(fields: dict[str, Any]) -> dict[str, Any]:
+        fields = {name: value for name, value in fields.items() if name not in ("_name_or_path", "dtype")}
+        return {name: cleaned(value) if isinstance(value, dict) else value for name, value in fields.items()}
+
+    return cleaned(model.config.to_dict())
+
+
 @each_family
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_a_saved_model_comes_back_the_same(family, tied, tmp_path):
@@ -274,7 +299,7 @@ def test_a_saved_model_comes_back_the_same(family, tied, tmp_path):
     again, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
     assert type(again.config.text_config) is type(config.text_config)
-    assert again.config.to_dict() == config.to_dict()
+    assert numbers_of(again) == numbers_of(model)
     assert again.state_dict().keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
@@ -349,7 +374,7 @@ REFUSED = {
     "phi3": "has resid_attn_dropout, resid_mlp_dropout too",
     "stablelm": "has dropout too",
     "granite": "computes something else",
-    "nanochat": "whose head is one matrix; that of NanoChatForCausalLM makes 15.0 of 100",
+    "nanochat": "whose head is one matrix; that of NanoChatForCausalLM makes 15 of 100",
     "phimoe": "whose head is one matrix; that of PhimoeForCausalLM adds a bias",
 }
 EXTRA = {

@@ -110,9 +110,12 @@ def test_a_picture_is_turned_upright_however_it_is_given(processor, video_proces
 
 GREY = random_frames(1)[0, :, :, 0]
 RGB_GREY = np.stack([GREY] * 3, axis=-1)
+# Of 16 bits, and not what the lowest eight of them would be.
+GREY_16 = np.where(GREY > 0, GREY.astype(np.int32) * 257 - 100, 0)
+RGB_GREY_16 = np.stack([GREY_16] * 3, axis=-1).astype(np.uint16)
 DEEP = {
-    "I;16": Image.fromarray(GREY.astype(np.uint16) * 257),
-    "mode I": Image.fromarray(GREY.astype(np.int32) * 257),
+    "I;16": Image.fromarray(GREY_16.astype(np.uint16)),
+    "mode I": Image.fromarray(GREY_16.astype(np.int32)),
     "mode I of 8 bits": Image.fromarray(GREY.astype(np.int32)),
     "mode F to 1": Image.fromarray((GREY / 255).astype(np.float32)),
     "mode F to 255": Image.fromarray(GREY.astype(np.float32)),
@@ -120,10 +123,10 @@ DEEP = {
     "floats to 1": RGB_GREY / 255,
     "tensor of floats to 1": torch.from_numpy(RGB_GREY) / 255,
     "floats to 255": RGB_GREY.astype(np.float64),
-    "uint16": RGB_GREY.astype(np.uint16) * 257,
-    "uint16, big-endian": (RGB_GREY.astype(np.uint16) * 257).astype(">u2"),
+    "uint16": RGB_GREY_16,
+    "uint16, big-endian": RGB_GREY_16.astype(">u2"),
     "uint16 of 8 bits": RGB_GREY.astype(np.uint16),
-    "torch.uint16": torch.from_numpy(RGB_GREY.astype(np.uint16) * 257),
+    "torch.uint16": torch.from_numpy(RGB_GREY_16),
     "channels first": RGB_GREY.transpose(2, 0, 1),
 }
 

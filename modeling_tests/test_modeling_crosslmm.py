@@ -334,7 +334,7 @@ def spliced_embeddings(model: CrossLMMForConditionalGeneration, inputs: dict[str
 def set_gates(model: CrossLMMForConditionalGeneration, value: float) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("gate.weight"):
+            if name.endswith("2v.gate.weight"):
                 parameter.fill_(value)
 
 

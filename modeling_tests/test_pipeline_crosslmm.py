@@ -119,6 +119,19 @@ def test_unchanged_frames_change_no_answer(pipe):
     assert record["generated_text"] == expected
 
 
+def test_a_batch_counts_the_shown_frames_over_all_its_pixels(pipe):
+    stills = [np.repeat(clip(2), 3, axis=0), np.repeat(clip(3), 2, axis=0)]
+    texts = ["<|video_pad|>", "longer <|video_pad|>"]
+    full = pipe.processor(text=texts, videos=stills, padding=True, return_tensors="pt")["pixel_values_videos"]
+    items = [
+        {**pipe.processor(text=text, videos=still, skip_unchanged=True, return_tensors="pt"), "text": text}
+        for text, still in zip(texts, stills, strict=True)
+    ]
+    batch = pipe._collate(items)
+    assert batch["video_num_frames"].tolist() == [6, 6]
+    assert torch.equal(batch["pixel_values_videos"][batch["video_frame_index"]], full)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_several_sequences_are_returned_for_each_input(pipe, batch_size):
     options = {"max_new_tokens": 3, "generate_kwargs": {"num_beams": 3, "num_return_sequences": 2, "do_sample": False}}

@@ -196,6 +196,83 @@ def test_both_forms_of_the_cache_look_through_adapters(form, checkpoint):
     assert_close_to_scale(last_three_logits(merged, inputs, form=form), expected, relative=FLOAT32)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_both_forms_of_the_cache_look_through_adapters_with_biases(form, checkpoint):
+    peft = pytest.importorskip("peft")
+    options = {"r": 3, "lora_bias": True, "init_lora_weights": False}
+    target = r".*cross_attention.t2v.(k|v)_proj"
+    model = peft.get_peft_model(load(checkpoint), peft.LoraConfig(target_modules=target, **options)).eval()
+    inputs = sample_of(model.config)
+    without = last_three_logits(model, inputs)
+    biases = [value for name, value in model.named_parameters() if "lora_B" in name and name.endswith(".bias")]
+    assert len(biases) == 6
+    for bias in biases:
+        bias.data.normal_()
+    expected = last_three_logits(model, inputs)
+    assert (expected - without).abs().max() > 0.1
+    assert_close_to_scale(last_three_logits(model, inputs, form=form), expected, relative=FLOAT32)
+
+
+OWN_LAYERS = r".*language_model.*self_attn.*[qkvo]_proj"
+OTHERS = {
+    "encoder": r".*vision_tower.*q_proj",
+    "projector": r".*multi_modal_projector.linear_1",
+    "cross-attention": r".*t2v.k_proj",
+}
+
+
+@torch.no_grad()
+def test_each_row_has_an_adapter_of_its_own_in_the_layers_of_the_language_model(checkpoint):
+    peft = pytest.importorskip("peft")
+    model = adapted(load(checkpoint), OWN_LAYERS)
+    model.add_adapter("second", peft.LoraConfig(r=3, target_modules=OWN_LAYERS, init_lora_weights=False))
+    model.eval()
+    samples = [make_sample(model.config, *SAMPLE, seed=seed) for seed in (0, 1)]
+    names = ["default", "second"]
+    options = {"max_new_tokens": 4, "do_sample": False}
+    logits = model(**model_inputs(*samples), adapter_names=names).logits
+    tokens = model.generate(**model_inputs(*samples), adapter_names=names, **options)
+    for row, (name, sample) in enumerate(zip(names, samples, strict=True)):
+        model.set_adapter(name)
+        assert_close_to_scale(logits[row], model(**model_inputs(sample)).logits[0], relative=FLOAT32)
+        assert tokens[row].tolist() == model.generate(**model_inputs(sample), **options)[0].tolist()
+
+
+@torch.no_grad()
+def test_an_adapter_may_begin_within_a_row_in_the_layers_of_the_language_model(checkpoint):
+    """aLoRA: before its invocation the base model, from there on the adapter."""
+    peft = pytest.importorskip("peft")
+    options = {"r": 3, "init_lora_weights": False, "task_type": "CAUSAL_LM", "target_modules": OWN_LAYERS}
+    config = peft.LoraConfig(alora_invocation_tokens=[5, 6], **options)
+    plain = load(checkpoint)
+    sample = make_sample(plain.config, *SAMPLE)
+    before = len(sample.token_ids)
+    sample = sample._replace(token_ids=torch.cat([sample.token_ids, torch.tensor([5, 6, 9])]))
+    expected = plain(**model_inputs(sample)).logits
+    found = peft.get_peft_model(plain, config).eval()(**model_inputs(sample)).logits
+    assert_close_to_scale(found[:, :before], expected[:, :before], relative=FLOAT32)
+    assert (found[:, before:] - expected[:, before:]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+@pytest.mark.parametrize("where", OTHERS)
+def test_adapters_per_row_where_there_are_no_rows_are_refused_by_name(where, call, checkpoint):
+    peft = pytest.importorskip("peft")
+    model = adapted(load(checkpoint), OTHERS[where])
+    model.add_adapter("second", peft.LoraConfig(r=3, target_modules=OTHERS[where]))
+    model.eval()
+    inputs = model_inputs(*(make_sample(model.config, *SAMPLE, seed=seed) for seed in (0, 1)))
+    run = model if call == "forward" else model.generate
+    with pytest.raises(ValueError, match=r"`adapter_names`.*Leave these out of `target_modules`"):
+        run(**inputs, adapter_names=["default", "second"])
+    options = {"r": 3, "task_type": "CAUSAL_LM", "target_modules": OTHERS[where]}
+    model = peft.get_peft_model(load(checkpoint), peft.LoraConfig(alora_invocation_tokens=[5, 6], **options))
+    with pytest.raises(ValueError, match=r"aLoRA.*Leave these out of `target_modules`"):
+        (model if call == "forward" else model.generate)(**inputs)
+    text = model_inputs(*(make_sample(model.config, 9, seed=seed) for seed in (0, 1)))
+    assert model(**text).logits.isfinite().all()
+
+
 def test_gates_can_be_trained_and_saved_beside_adapters(checkpoint, tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(

@@ -209,7 +209,7 @@ def test_pictures_with_exif_are_turned_upright(orientation):
                 turned.pts, turned.dts, turned.time_base = packet.pts, packet.dts, packet.time_base
                 turned.stream, turned.is_keyframe = copy, True
                 output.mux(turned)
-    upright, got = decode_video(plain, num_frames=2), decode_video(file.getvalue(), num_frames=2)
+    upright, got = decode_video(plain), decode_video(file.getvalue())
     picture = upright.frames
     if orientation >= 5:
         picture = picture.transpose(2, 3)
@@ -331,7 +331,7 @@ def test_the_default_stream_is_taken():
             stream = output.add_stream("libx264", rate=10, options={"preset": "ultrafast"})
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             streams.append(stream)
-        streams[0].disposition, streams[1].disposition = 0, av.stream.Disposition.default
+        streams[0].disposition, streams[1].disposition = 0, av.stream.Disposition.default.value
         for stream in streams:
             for number in range(20):
                 frame = av.VideoFrame.from_ndarray(draw(number, stream.width, stream.height), format="rgb24")

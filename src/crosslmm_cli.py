@@ -447,7 +447,10 @@ Out = Annotated[Path, typer.Option(help="Folder for the new checkpoint.", show_d
 Vision = Annotated[str | None, typer.Option(help="Vision encoder, a folder or a name on the Hub.", show_default=False)]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option(help="Type of the weights.", show_default="the language model's"),
+    typer.Option(
+        help="Type of the weights. float16 ends at 65,504, which some language models come near.",
+        show_default="the language model's",
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the checkpoint that the folder holds.")]
 PushToHub = Annotated[
@@ -476,7 +479,7 @@ def compose(
         Literal["paper", "recommended"], typer.Option(help="The paper's options, or those we recommend.")
     ] = "paper",
     long_context: Annotated[
-        bool, typer.Option("--long-context", help="131,072 positions by YaRN instead of 32,768.")
+        bool, typer.Option("--long-context", help="Qwen2.5: 131,072 positions by YaRN instead of 32,768.")
     ] = False,
     dtype: Dtype = None,
     seed: Annotated[int, typer.Option(help="Of the new weights.")] = 0,
@@ -485,8 +488,10 @@ def compose(
     private: Private = False,
     untrained: Untrained = False,
 ) -> None:
-    """Put a CrossLMM to train together, from a SigLIP or SigLIP2 and a Qwen2 or Qwen2.5.
+    """Put a CrossLMM to train together, from a vision encoder and a language model.
 
+    A SigLIP, SigLIP2, CLIP, DINOv2 or DINOv3; and a Qwen2, Qwen3, Llama, Mistral, SmolLM3 or any decoder that the
+    cross-attention fits into. The tokenizer stays what it is, and the chat template where there is one.
     Its gates are 0: until it is trained it answers as its language model does, and says nothing about the video.
     Config fields go by their names, such as --pooled-grid-size 1 or --v2v-scope frame.
 
@@ -494,11 +499,12 @@ def compose(
     """
     with Steps() as steps:
         _import_package(steps, with_bars=True)
-        from transformers_crosslmm.checkpoints import commands, convert
+        from transformers_crosslmm.checkpoints import commands
+        from transformers_crosslmm.checkpoints.compose import compose
     fields = _config_fields(context)
 
     def plan() -> Any:
-        return convert.compose(
+        return compose(
             vision,
             text,
             preset=preset,
@@ -543,15 +549,15 @@ def convert(
     """
     with Steps() as steps:
         _import_package(steps, with_bars=True)
-        from transformers_crosslmm.checkpoints import commands, convert
+        from transformers_crosslmm.checkpoints import commands, llava, name_tables
     fields = _config_fields(context)
     if reverse and (push_to_hub or fields or vision or dtype or seed is not None):
         raise typer.BadParameter(
             "--reverse writes LLaVA-NeXT's layout as it is. Of the options only --name-table and --force go with it."
         )
-    table = convert.read_name_table(name_table) if name_table else None
+    table = name_tables.read_name_table(name_table) if name_table else None
     if reverse:
-        report = convert.crosslmm_to_llava_next(source, out, name_table=table, force=force)
+        report = llava.crosslmm_to_llava_next(source, out, name_table=table, force=force)
         lines = commands.report_lines(report, out)
     else:
 

@@ -12,7 +12,7 @@ Shapes: Q packed queries, P packed patches, H query heads, G key/value heads, E 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from itertools import accumulate, repeat
+from itertools import accumulate, islice
 
 import torch
 from torch import nn
@@ -55,6 +55,7 @@ class Segments:
     is_placeholder: bool = False
     _ends: dict[tuple, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
     _pieces: dict[int, list[tuple[int, int, "Segments"]]] = field(default_factory=dict, repr=False, compare=False)
+    _moved: dict[torch.device, "Segments"] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def placeholder(cls, num_patches: int, device: torch.device) -> "Segments":
@@ -76,10 +77,15 @@ class Segments:
         )
 
     def to(self, device: torch.device) -> "Segments":
-        """The same with `queries` on a device; what was derived from them stays behind."""
+        """The same with `queries` on a device. Kept, because every layer there asks for the same."""
         if self.queries.device == device:
             return self
-        return replace(self, queries=self.queries.to(device), _ends={}, _pieces={})
+        moved = self._moved.get(device)
+        if moved is None:
+            moved = replace(self, queries=self.queries.to(device), _moved={})
+            if not torch.compiler.is_compiling():
+                self._moved[device] = moved
+        return moved
 
     def ends(self, lengths: list[int]) -> torch.Tensor:
         """Where stretches of these lengths end, 0 first, on the device of the queries. Kept, because layers and steps
@@ -98,6 +104,11 @@ class Segments:
         stretches = [stretch for span in self.spans for stretch in span]
         return min(start for start, _ in stretches), max(end for _, end in stretches)
 
+    @property
+    def is_nested(self) -> bool:
+        """Whether many spans begin at one patch and end at another, as those of scope "causal" do."""
+        return len(self.spans) > 8 and len({span[0][0] for span in self.spans}) < len(self.spans) // 2
+
     def clip_to_patches(self, first: int, last: int) -> "Segments":
         """The same for the patches [first, last) alone, counted from `first`. A segment that attends to none of them
         has an empty span. Neighbours that attend to the same are one segment."""
@@ -110,7 +121,7 @@ class Segments:
             else:
                 lengths.append(length)
                 spans.append(seen)
-        return replace(self, lengths=tuple(lengths), spans=tuple(spans), _ends={}, _pieces={})
+        return replace(self, lengths=tuple(lengths), spans=tuple(spans), _ends={}, _pieces={}, _moved={})
 
     def pieces(self, patches_at_once: int) -> list[tuple[int, int, "Segments"]]:
         """All patches of the segments, so many at a time: [first, last) and `clip_to_patches` of it. Kept, because
@@ -198,17 +209,93 @@ def attention_piece_by_piece(
     total = query.new_full((*query.shape[:2], 1), -torch.inf, dtype=precise)
     for start, end, clipped in segments.pieces(patches_at_once):
         key, value = keys_values(start, end)
-        for rows, lengths, spans in _runs(clipped, may_differ=False):
-            if not spans[0]:
-                continue
-            keys, values = _keys_of_run(key, value, spans)
-            count = len(lengths)
-            keys, values = (tokens.unflatten(0, (count, -1)).transpose(1, 2) for tokens in (keys, values))
-            queries = _heads_as_rows(query[rows], count, key.shape[1])
+        for batch in _batches(clipped):
+            keys, values = (
+                take_span(tokens, batch.span).unflatten(0, (batch.count, -1))[:, : batch.keys].transpose(1, 2)
+                for tokens in (key, value)
+            )
+            queries = _heads_as_rows(batch.take(query).flatten(0, 1), batch.count, key.shape[1])
             output, weight = _attention_with_weight(queries, keys, values, scaling)
             output, weight = (_rows_as_heads(tokens, query.shape[1]) for tokens in (output, weight))
-            merged[rows], total[rows] = _merge(merged[rows], total[rows], output, weight)
+            known = batch.take(merged), batch.take(total)
+            attended, total_weight = (tokens.flatten(0, 1) for tokens in known)
+            new = _merge(attended, total_weight, output, weight)
+            for old, tokens in zip(known, new, strict=True):
+                old.copy_(tokens.view_as(old))
     return merged.to(query.dtype)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One call of a kernel: `count` blocks of queries, each with a block of keys of its own.
+
+    rows: the packed queries, and span: the patches, that are split into as many blocks as `count` says.
+    first_query: the queries of each block before this one take no part. keys: so many patches of each block do.
+    """
+
+    rows: slice
+    span: Span
+    count: int = 1
+    first_query: int = 0
+    keys: int | None = None
+
+    def take(self, packed: torch.Tensor) -> torch.Tensor:
+        """Its rows (count, queries, …) of a packed tensor: a view."""
+        return packed[self.rows].unflatten(0, (self.count, -1))[:, self.first_query :]
+
+
+def _batches(segments: Segments) -> Iterator[Batch]:
+    """Batches that together show every query each patch of its span once.
+
+    Spans that grow by equal steps from one start, as the frames of a video with scope "causal", do not take a call
+    each: all see what lies before the first step, each sees its own step, and then, for 1, 2, 4, … steps, the second
+    half of every pair of such blocks sees the first half. About log2(n) calls serve n segments.
+    """
+    runs = list(_runs(segments, may_differ=False))
+    at = 0
+    while at < len(runs):
+        rows, lengths, spans = runs[at]
+        count = _num_growing(runs, at)
+        if count < 3:
+            at += 1
+            if spans[0]:
+                yield Batch(rows, merge_span([stretch for span in spans for stretch in span]), len(lengths))
+            continue
+        ((start, end),), ((_, next_end),) = spans[0], runs[at + 1][2][0]
+        at, row, length, step = at + count, rows.start, lengths[0], next_end - end
+        first = end - step  # where the step of the first segment begins
+        if start < first:
+            yield Batch(slice(row, row + count * length), ((start, first),))
+        yield Batch(slice(row, row + count * length), ((first, first + count * step),), count)
+        width = 1
+        while width < count:
+            pairs, rest = divmod(count, 2 * width)
+            if pairs:
+                whole = 2 * width * pairs
+                span = ((first, first + whole * step),)
+                yield Batch(slice(row, row + whole * length), span, pairs, width * length, width * step)
+            if rest > width:  # a pair whose second half is not whole
+                begin = (count - rest) * step + first
+                rows = slice(row + (count - rest + width) * length, row + count * length)
+                yield Batch(rows, ((begin, begin + width * step),))
+            width *= 2
+
+
+def _num_growing(runs: list[tuple[slice, list[int], list[Span]]], at: int) -> int:
+    """How many runs from `at` on are one segment each, of one length, with spans that grow by equal steps."""
+    previous, step, first = 0, 0, runs[at]
+    for count, (_, lengths, spans) in enumerate(islice(runs, at, None)):
+        (start, end), *more = spans[0] or ((0, 0),)
+        if more or len(lengths) > 1 or lengths != first[1] or not spans[0] or start != first[2][0][0][0]:
+            return count
+        if count == 1:
+            step = end - previous
+            if not 0 < step <= previous - start:
+                return 1
+        if count > 1 and end - previous != step:
+            return count
+        previous = end
+    return len(runs) - at
 
 
 def _attention_with_weight(
@@ -359,44 +446,32 @@ class Folding:
 
 def folded_attention(
     query: torch.Tensor,
-    features: torch.Tensor,
+    stored_tokens: Callable[[int, int], tuple[torch.Tensor, TokenNorm | None]],
     folding: "Folding",
     scaling: float,
     segments: Segments,
-    norm: TokenNorm | None = None,
+    *,
+    patches_per_frame: int,
 ) -> torch.Tensor:
     """The same attention without keys or values: W_k is folded into the query; W_v is applied to the attention output.
 
-    query (Q, H, E), features (P, D); returns (Q, H, E). With k = x W_k + b_k and v = x W_v + b_v:
+    stored_tokens: a stretch of patches in whole frames, [start, end), to tokens (end - start, D) and the normalisation
+    still to be applied to them. query (Q, H, E); returns (Q, H, E). With k = x W_k + b_k and v = x W_v + b_v:
     q . k = (W_k q) . x + q . b_k, whose second term is the same for all patches and so changes no softmax, and
-    sum p v = (sum p x) W_v + b_v. One copy of the features serves every layer, read twice. `norm` is still to be
-    applied to the features; None if it already is.
+    sum p v = (sum p x) W_v + b_v. One copy of the tokens serves every layer, read twice.
     """
     groups = len(folding.key)
     grouped = query.unflatten(1, (groups, -1))  # (Q, G, H/G, E)
     folded = torch.einsum("qgre,ged->qgrd", grouped, folding.key).flatten(1, 2)  # (Q, H, D)
-    step = 1 if norm is None else norm.scale.shape[1]
     outputs, row = [], 0
     for length, span in zip(segments.lengths, segments.spans, strict=True):
         queries = folded[row : row + length].flatten(0, 1)  # (length x H, D)
-        at_once = max(1, CHUNK_BYTES // (4 * len(queries) * step)) * step
-        pieces = _pieces(features, norm, span, at_once)
-        parts = (_attention_over_tokens(queries, *piece, scaling) for piece in pieces)
+        at_once = max(1, CHUNK_BYTES // (4 * len(queries) * patches_per_frame)) * patches_per_frame
+        pieces = [(at, min(at + at_once, end)) for start, end in span for at in range(start, end, at_once)]
+        parts = (_attention_over_tokens(queries, *stored_tokens(*piece), scaling) for piece in pieces)
         context, _ = reduce(lambda one, other: _merge(*one, *other), parts)
         outputs.append(context.to(query.dtype).unflatten(0, (length, groups, -1)))
         row += length
     context = torch.cat(outputs) if len(outputs) > 1 else outputs[0]  # (Q, G, H/G, D)
     attended = torch.einsum("qgrd,gde->qgre", context, folding.value)
     return (attended + folding.value_bias[:, None]).flatten(1, 2)
-
-
-def _pieces(
-    features: torch.Tensor, norm: TokenNorm | None, span: Span, at_once: int
-) -> Iterator[tuple[torch.Tensor, TokenNorm | None]]:
-    """The patches of a span, at most `at_once` at a time, in whole frames, and what normalises them."""
-    for start, end in span:
-        tokens = features[start:end].split(at_once)
-        if norm is None:
-            yield from zip(tokens, repeat(None))
-        else:
-            yield from zip(tokens, norm.clip_to_tokens(start, end).split(at_once), strict=True)

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache as memoize
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -84,6 +85,8 @@ class VisualMemory:
     rows: the media of each row, in the order in which they begin.
     states: (patches from `first_patch` on, D), the original tokens; None once no longer needed.
     norm: normalisation still to be applied to `states` before K and V; None if already applied.
+    frame_index: which frame of `states` each frame from `first_patch` on shows, where unchanged frames were left out;
+        None for its own. Patches are counted through all frames, so spans, rows and norm's codes know nothing of it.
     num_patches: patches seen so far, whether or not `states` still holds them.
     pooled: tokens whose placeholders are still to be filled; None once the prompt has been seen.
     folding: per layer, the projections for decoding from features.
@@ -96,13 +99,14 @@ class VisualMemory:
     rows: list[list[Medium]]
     states: torch.Tensor | None = None
     norm: TokenNorm | None = None
+    frame_index: torch.Tensor | None = None
     first_patch: int = 0
     num_patches: int = 0
     pooled: PooledTokens | None = None
     folding: dict[int, Folding] = field(default_factory=dict)
     is_placeholder: bool = False
     _seen_by_all: dict[int, Segments | None] = field(default_factory=dict, repr=False)
-    _copies: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
+    _copies: dict[tuple[str, torch.device], tuple[Any, Any]] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo) -> "VisualMemory":
         """A fork: an index of its own over the same patches."""
@@ -117,10 +121,14 @@ class VisualMemory:
         """Takes over the media of another memory of the same rows, which is empty afterwards."""
         assert new.states is not None
         if self.form == "features" and self.states is not None:
+            if self.frame_index is not None or new.frame_index is not None:
+                num_frames = len(self.states) // self.patches_per_frame
+                self.frame_index = torch.cat([self._frames_shown(), num_frames + new._frames_shown()])
             self.states = torch.cat([self.states, new.states])
             self.norm = None if new.norm is None else self.norm.concat(new.norm)
         else:
             self.first_patch, self.states, self.norm = self.num_patches, new.states, new.norm
+            self.frame_index = new.frame_index
         for known, media in zip(self.rows, new.rows, strict=True):
             for medium in media:
                 start, end = medium.patches
@@ -145,7 +153,7 @@ class VisualMemory:
         if self.pooled is not None and length >= self.pooled.end:
             self.pooled = None
         if self.form == "kv" and self.pooled is None:
-            self.states = self.norm = None
+            self.states = self.norm = self.frame_index = None
             self._copies.clear()
 
     def whole_frames(self, most: int) -> int:
@@ -153,24 +161,47 @@ class VisualMemory:
         return max(1, most // self.patches_per_frame) * self.patches_per_frame
 
     def states_on(self, device: torch.device) -> torch.Tensor | None:
-        """`states` on a device. Layers on other devices share one copy for each, made once and not in every step."""
-        if self.states is None or self.states.device == device:
-            return self.states
-        original, copied = self._copies.get(device, (None, None))
-        if original is not self.states:
-            copied = self.states.to(device)
-            self._copies[device] = self.states, copied
-        return copied
+        """`states` on a device; see `_on`."""
+        return self._on("states", device)
 
-    def tokens(self, states: torch.Tensor, start: int, end: int) -> torch.Tensor:
-        """What K and V of the patches [start, end) are projected from: (end - start, D).
+    def norm_on(self, device: torch.device) -> TokenNorm | None:
+        """`norm` on a device; see `_on`."""
+        return self._on("norm", device)
+
+    def _on(self, name: str, device: torch.device) -> Any:
+        """An attribute on a device. Layers on other devices share one copy for each, not made again in every step."""
+        original = getattr(self, name)
+        if original is None or original.device == device:
+            return original
+        copied_from, copy_there = self._copies.get((name, device), (None, None))
+        if copied_from is not original:
+            copy_there = original.to(device)
+            self._copies[name, device] = original, copy_there
+        return copy_there
+
+    def _frames_shown(self) -> torch.Tensor:
+        if self.frame_index is not None:
+            return self.frame_index
+        return torch.arange(len(self.states) // self.patches_per_frame, device=self.states.device)
+
+    def stored_tokens(self, states: torch.Tensor, start: int, end: int) -> tuple[torch.Tensor, TokenNorm | None]:
+        """The patches [start, end), (end - start, D), and the normalisation still to be applied. Whole frames, where
+        there is one or unchanged frames were left out.
 
         states: those of the memory, on the device where they are wanted.
         """
-        start, end = start - self.first_patch, end - self.first_patch
-        if self.norm is None:
-            return states[start:end]
-        return self.norm.clip_to_tokens(start, end).to(states.device).apply(states[start:end])
+        start, end, norm = start - self.first_patch, end - self.first_patch, self.norm_on(states.device)
+        if self.frame_index is None:
+            return states[start:end], None if norm is None else norm.clip_to_tokens(start, end)
+        frames = slice(start // self.patches_per_frame, end // self.patches_per_frame)
+        shown = self.frame_index[frames].to(states.device)
+        tokens = states.unflatten(0, (-1, self.patches_per_frame))[shown].flatten(0, 1)
+        return tokens, None if norm is None else TokenNorm(norm.scale[shown], norm.codes[frames])
+
+    def tokens(self, states: torch.Tensor, start: int, end: int) -> torch.Tensor:
+        """What K and V of the patches [start, end) are projected from; see `stored_tokens`."""
+        tokens, norm = self.stored_tokens(states, start, end)
+        return tokens if norm is None else norm.apply(tokens)
 
     def select(self, indices: list[int]) -> None:
         """Row i becomes the former row `indices[i]`."""
@@ -186,8 +217,13 @@ class VisualMemory:
         self.num_patches = max((medium.patches[1] for media in self.rows for medium in media), default=0)
         if self.states is not None:
             left = max(self.num_patches - self.first_patch, 0)
-            self.states = self.states[:left]
-            self.norm = None if self.norm is None else self.norm.clip_to_tokens(0, left)
+            frames = num_stored = left // self.patches_per_frame
+            if self.frame_index is not None:
+                self.frame_index = self.frame_index[:frames]
+                num_stored = int(self.frame_index.max()) + 1 if frames else 0
+            self.states = self.states[: num_stored * self.patches_per_frame]
+            if self.norm is not None:
+                self.norm = TokenNorm(self.norm.scale[:num_stored], self.norm.codes[:frames])
         if self.pooled is not None and length <= self.pooled.start:
             self.pooled = None
         self._seen_by_all.clear()
@@ -195,7 +231,7 @@ class VisualMemory:
 
     def clear(self) -> None:
         self.rows = []
-        self.states = self.norm = self.pooled = None
+        self.states = self.norm = self.frame_index = self.pooled = None
         self.first_patch = self.num_patches = 0
         self.folding.clear()
         self._seen_by_all.clear()
@@ -440,7 +476,7 @@ def cached_length(cache: Cache | None, num_new: int) -> int | torch.Tensor:
 def cache_capacity(cache: Cache) -> int:
     """Most tokens that the cache can hold, -1 if it grows."""
     is_sliding = cache.is_sliding
-    return max((layer.get_max_length() for i, layer in enumerate(cache.layers) if not is_sliding[i]), default=-1)
+    return max([-1, *[layer.get_max_length() for i, layer in enumerate(cache.layers) if not is_sliding[i]]])
 
 
 __all__ = ["Medium", "VisualCacheLayer", "VisualMemory", "attach_visual_memory", "memory_in", "visual_layer"]

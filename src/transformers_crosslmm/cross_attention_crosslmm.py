@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache as memoize
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,8 +106,14 @@ class CrossLMMCrossAttentionBranch(nn.Module):
         elif memory.form == "kv":
             attended = packed_attention(self.attention(), self, query, *cache_layer.read_cross(query.device), segments)
         else:
-            norm = None if memory.norm is None else memory.norm.to(query.device)
-            attended = folded_attention(query, states, memory.folding[self.layer_idx], self.scaling, segments, norm)
+            attended = folded_attention(
+                query,
+                partial(memory.stored_tokens, states),
+                memory.folding[self.layer_idx],
+                self.scaling,
+                segments,
+                patches_per_frame=memory.patches_per_frame,
+            )
         return self.gate(self.o_proj(attended.flatten(1)))
 
     def attention(self) -> Callable:
@@ -125,7 +132,7 @@ class CrossLMMCrossAttentionBranch(nn.Module):
         first, last = segments.patch_range()
         width = 2 * self.k_proj.out_features + (0 if memory.norm is None else states.shape[-1])
         at_once = memory.whole_frames(CHUNK_BYTES // (width * states.element_size()))
-        if not torch.is_grad_enabled() and at_once < last - first:
+        if not torch.is_grad_enabled() and (at_once < last - first or segments.is_nested):
             return attention_piece_by_piece(keys_values, query, self.scaling, segments, patches_at_once=at_once)
         ((*_, clipped),) = segments.pieces(last - first)
         return packed_attention(self.attention(), self, query, *keys_values(first, last), clipped)
@@ -147,7 +154,8 @@ class CrossLMMCrossAttentionBranch(nn.Module):
             if self.layer_idx not in memory.folding:
                 memory.folding[self.layer_idx] = Folding.of(self.keys_values, states)
             norm = () if memory.norm is None else (memory.norm.scale, memory.norm.codes)
-            cache_layer.mark_static(states, *memory.folding[self.layer_idx].tensors(), *norm)
+            index = () if memory.frame_index is None else (memory.frame_index,)
+            cache_layer.mark_static(states, *memory.folding[self.layer_idx].tensors(), *norm, *index)
             return
         known, last = cache_layer.num_cross_patches, memory.num_patches
         if known == last:
@@ -222,8 +230,8 @@ class CrossAttentionLayer:
             return super().forward(hidden_states, **kwargs)
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended  # (Eq. 4)
-        states = visual_context.memory.states if visual_states is None else visual_states
-        if states is visual_context.memory.states:
+        states = visual_states  # given where gradients must reach it
+        if states is None:
             states = visual_context.memory.states_on(hidden_states.device)
         cache_layer = visual_layer(kwargs.get(CACHE), self.cross_attention.layer_idx)
         hidden_states = self.cross_attention(hidden_states, states, visual_context, cache_layer)
@@ -308,9 +316,12 @@ def check_head(text_config: PreTrainedConfig) -> None:
     twin = _without_parts(causal_class, {"config": text_config})
     twin.lm_head = nn.Identity()
     setattr(twin, causal_class.base_model_prefix, _Returns(states))
-    found = twin(inputs_embeds=torch.ones(1, 1, 1, device="cpu")).logits.item()
-    if found != 100.0 or getattr(text_config, "lm_head_bias", False):
-        reason = "adds a bias" if found == 100.0 else f"makes {found} of 100"
+    try:
+        found = f"{twin(inputs_embeds=states.last_hidden_state).logits.item():g}"
+    except Exception as error:  # whatever it is, this forward does more
+        found = f"{type(error).__name__}: {error}"
+    if found != "100" or getattr(text_config, "lm_head_bias", False):
+        reason = "adds a bias" if found == "100" else f"makes {found} of 100"
         raise ValueError(
             f"`text_config` must describe a language model whose head is one matrix; that of {causal_class.__name__} "
             f"{reason}. Use a model like Qwen2, Qwen3, Llama or Mistral."
@@ -342,7 +353,7 @@ class _Returns(nn.Module):
 
 def _without_parts(module_class: type, attributes: dict[str, Any]) -> nn.Module:
     """A module of a class with these attributes, and neither parameters nor submodules."""
-    twin = nn.Module.__new__(module_class)
+    twin: nn.Module = nn.Module.__new__(module_class)
     nn.Module.__init__(twin)
     twin.__dict__.update(attributes)
     return twin.eval()

@@ -31,10 +31,10 @@ def warn_of_untested_release() -> None:
     """One warning when this Transformers is older or newer than what the package is tested with."""
     first, last = TESTED
     if not first <= RELEASE <= last:
-        first, last = (".".join(map(str, release)) for release in TESTED)
+        oldest, newest = (".".join(map(str, release)) for release in TESTED)
         warnings.warn(
-            f"transformers_crosslmm is tested with Transformers {first} to {last}, and this is "
-            f'{transformers.__version__}: if something breaks, pip install "transformers=={last}.*".',
+            f"transformers_crosslmm is tested with Transformers {oldest} to {newest}, and this is "
+            f'{transformers.__version__}: if something breaks, pip install "transformers=={newest}.*".',
             stacklevel=3,
         )
 

@@ -28,7 +28,13 @@ PREFILL_TOKENS = 4096
 """Most tokens of a prompt with media that run at once, unless `prefill_chunk_size` says otherwise: activations, of
 the MLP above all, then stop growing with the video."""
 
-MEDIA_ARGUMENTS = ("pixel_values", "pixel_values_videos", "video_num_frames", "mm_encoder_outputs")
+MEDIA_ARGUMENTS = (
+    "pixel_values",
+    "pixel_values_videos",
+    "video_num_frames",
+    "video_frame_index",
+    "mm_encoder_outputs",
+)
 
 
 @contextmanager

@@ -4,29 +4,33 @@ Shapes: B rows, L tokens of this call, F frames, S pixels along a side, N patche
         C language width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput, is_accelerate_available, torch_compilable_check
 
 from .cache_crosslmm import VisualMemory, cache_capacity, memory_in
 from .configuration_crosslmm import CROSS_ATTENTION_CACHES, CrossLMMConfig
-from .media_crosslmm import EncodedMedia, media_index
+from .media_crosslmm import EncodedMedia, frame_index, media_index
 
 
 @dataclass(frozen=True)
 class NewMedia:
     """The media that come with a call, checked.
 
-    pixels: (frames, 3, S, S) by modality. frames: of each medium in `pixels`. encoded: media that came encoded.
+    pixels: (frames, 3, S, S) by modality. frames: of each medium in `pixels`. frame_index: which of a video's pixels
+    each of its frames shows, None for its own. encoded: media that came encoded.
     masks: the placeholders (B, L) that media fill, by modality. form: "kv" or "features", how the cache keeps them.
     """
 
     pixels: dict[str, torch.Tensor] = field(default_factory=dict)
     frames: dict[str, list[int]] = field(default_factory=dict)
+    frame_index: torch.Tensor | None = None
     encoded: EncodedMedia = field(default_factory=dict)
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
     form: str = "kv"
@@ -46,6 +50,7 @@ def check_inputs(
     pixel_values: torch.Tensor | None,
     pixel_values_videos: torch.Tensor | None,
     video_num_frames: torch.Tensor | None,
+    video_frame_index: torch.Tensor | None,
     mm_encoder_outputs: EncodedMedia | None,
     cross_attention_cache: str | None,
     position_ids: torch.Tensor | None = None,
@@ -102,12 +107,12 @@ def check_inputs(
             check_pixels(name, pixels[modality], config.vision_config)
             frames[modality] = [1] * len(pixels[modality])
             if modality == "video":
-                frames[modality] = frames_per_video(pixels[modality], video_num_frames)
+                frames[modality] = frames_per_video(pixels[modality], video_num_frames, video_frame_index)
             lengths = [count * config.tokens_per_frame for count in frames[modality]]
         elif modality in encoded:
             lengths = [len(pooled) for pooled in encoded[modality].pooler_output]
         check_placeholders(modality, name, masks[modality], lengths, tokens_per_frame=config.tokens_per_frame)
-    return NewMedia(pixels, frames, encoded, masks, form)
+    return NewMedia(pixels, frames, video_frame_index, encoded, masks, form)
 
 
 def cache_form(asked: str | None, memory: VisualMemory | None, config: CrossLMMConfig) -> str:
@@ -154,6 +159,20 @@ def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
             f"`input_ids` must lie between 0 and {vocab_size - 1} (`vocab_size` is {vocab_size}); "
             f"got {low if low < 0 else high}. Use the tokenizer of this checkpoint."
         )
+
+
+def check_adapters(modules: Iterable[nn.Module]) -> None:
+    """Raises ValueError where PEFT tells modules which adapter each row has (`adapter_names`), or where in a row it
+    begins (aLoRA), and these see frames, patches or packed tokens instead of rows."""
+    for module in modules:
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, partial) and hook.keywords.keys() & {"adapter_names", "alora_offsets"}:
+                raise ValueError(
+                    "With media, adapters that differ from row to row (`adapter_names`) or begin within a row (aLoRA) "
+                    "must lie in the language model's own layers; got one in a "
+                    f"{type(module).__name__} of the encoder, the projector or the cross-attention. Leave these out "
+                    'of `target_modules`, as r".*language_model.*self_attn.*_proj" does, or run one adapter per call.'
+                )
 
 
 def check_whole_sequences() -> None:
@@ -209,18 +228,31 @@ def check_pixels(name: str, pixels: torch.Tensor, vision_config: PreTrainedConfi
         raise ValueError(f"`{name}` must be finite; got NaN or infinity. Check the frames before the processor.")
 
 
-def frames_per_video(pixels: torch.Tensor, video_num_frames: torch.Tensor | None) -> list[int]:
+def frames_per_video(
+    pixels: torch.Tensor, video_num_frames: torch.Tensor | None, video_frame_index: torch.Tensor | None = None
+) -> list[int]:
     """Frames of each video; all of them one video's when nothing is said.
 
-    Raises ValueError for videos without frames and for counts that do not add up.
+    Raises ValueError for videos without frames, counts that do not add up, and an index that does not name every frame
+    of `pixels` and no other.
     """
-    counts = torch.tensor([len(pixels)]) if video_num_frames is None else torch.as_tensor(video_num_frames)
+    num_frames = len(pixels)
+    if video_frame_index is not None:
+        index = torch.as_tensor(video_frame_index)
+        num_frames = len(index) if index.ndim else 0
+        if index.is_floating_point() or index.ndim != 1 or index.unique().tolist() != list(range(len(pixels))):
+            raise ValueError(
+                f"`video_frame_index` must say for every frame which of the {len(pixels)} of `pixel_values_videos` it "
+                f"shows, and name each of them; got {index.dtype} of shape {tuple(index.shape)}. Pass what the "
+                "processor returns with `skip_unchanged`."
+            )
+    counts = torch.tensor([num_frames]) if video_num_frames is None else torch.as_tensor(video_num_frames)
     frames = counts.tolist()
     is_integer = not counts.is_floating_point() and counts.ndim == 1
-    if not is_integer or min(frames, default=0) < 1 or sum(frames) != len(pixels):
+    if not is_integer or min(frames, default=0) < 1 or sum(frames) != num_frames:
         raise ValueError(
-            f"`video_num_frames` must be (videos,) positive integers that add up to the {len(pixels)} frames of "
-            f"`pixel_values_videos`; got {frames}."
+            f"`video_num_frames` must be (videos,) positive integers that add up to the {num_frames} frames of "
+            f"`{'pixel_values_videos' if video_frame_index is None else 'video_frame_index'}`; got {frames}."
         )
     return frames
 
@@ -239,7 +271,14 @@ def check_encoded(media: EncodedMedia, config: CrossLMMConfig) -> None:
             )
         lengths = [len(pooled) for pooled in output.pooler_output]
         frames = dict(zip(media_index(output), (length // tokens_per_frame for length in lengths), strict=True))
-        wanted = (sum(frames.values()), num_patches, config.vision_config.hidden_size)
+        index = frame_index(output)
+        if index is not None and len(index) != sum(frames.values()):
+            raise ValueError(
+                f"`mm_encoder_outputs[{modality!r}].frame_index` must have an entry for each of the "
+                f"{sum(frames.values())} frames whose pooled tokens `pooler_output` has; got {len(index)}."
+            )
+        num_frames = sum(frames.values()) if index is None else max(index) + 1
+        wanted = (num_frames, num_patches, config.vision_config.hidden_size)
         found = output.get("last_hidden_state")
         if found is None or tuple(found.shape) != wanted or any(n % tokens_per_frame for n in lengths):
             raise ValueError(

@@ -5,7 +5,7 @@ Shapes: B rows, L tokens, F frames of all media, T of one video, S pixels along 
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,9 +25,12 @@ class CrossLMMEncodedMedia(BaseModelOutputWithPooling):
 
     media_index: `pooler_output[j]` belongs to medium `media_index[j]` of `last_hidden_state` (F, N, D); None when each
         has its own. So rows that ask about one video share its patches.
+    frame_index: which frame of `last_hidden_state` each frame of the media shows, where unchanged frames were left
+        out; None when all are there. `pooler_output` has the tokens of all frames in any case.
     """
 
     media_index: tuple[int, ...] | None = None
+    frame_index: tuple[int, ...] | None = None
 
     def __deepcopy__(self, memo) -> "CrossLMMEncodedMedia":
         return replace(self)
@@ -66,9 +69,13 @@ def encode_video(
         del chunk, part  # before the next one is decoded
     if original is None:
         raise ValueError("A video needs at least one frame; got none.")
+    tokens, index = torch.cat(pooled), getattr(pixels, "frame_index", None)
+    if index is not None:
+        tokens = tokens.view(done, -1, tokens.shape[-1])[index].flatten(0, 1)
     return CrossLMMEncodedMedia(
         last_hidden_state=original[:done],  # type: ignore[arg-type]
-        pooler_output=(torch.cat(pooled),),  # type: ignore[arg-type]
+        pooler_output=(tokens,),  # type: ignore[arg-type]
+        frame_index=None if index is None else tuple(index),
     )
 
 
@@ -76,9 +83,17 @@ def join_media(parts: Iterable[BaseModelOutputWithPooling]) -> CrossLMMEncodedMe
     """Media encoded apart as if they had been encoded in one call, in this order."""
     outputs = list(parts)
     original = [output.last_hidden_state for output in outputs]
+    index: list[int] | None = None
+    if any(frame_index(output) is not None for output in outputs):
+        index, before = [], 0
+        for output in outputs:
+            own = frame_index(output)
+            index += [before + frame for frame in (range(len(output.last_hidden_state)) if own is None else own)]
+            before += len(output.last_hidden_state)
     return CrossLMMEncodedMedia(
         last_hidden_state=original[0] if len(original) == 1 else torch.cat(original),
         pooler_output=tuple(pooled for output in outputs for pooled in output.pooler_output),  # type: ignore[arg-type]
+        frame_index=None if index is None else tuple(index),
     )
 
 
@@ -88,15 +103,21 @@ def media_index(output: BaseModelOutputWithPooling) -> tuple[int, ...]:
     return tuple(range(len(output.pooler_output))) if index is None else index
 
 
+def frame_index(output: BaseModelOutputWithPooling) -> tuple[int, ...] | None:
+    """Which frame of `last_hidden_state` each frame of the media shows; None for its own."""
+    return output.frame_index if isinstance(output, CrossLMMEncodedMedia) else None
+
+
 def locate_media(
     media: EncodedMedia, masks: dict[str, torch.Tensor], past_length: int, *, tokens_per_frame: int
-) -> tuple[list[list[Medium]], torch.Tensor, torch.Tensor]:
+) -> tuple[list[list[Medium]], torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Where the media of a call stand.
 
     masks: placeholders (B, L) of each modality, as many as the media fill.
     Returns the media of each row in the order in which they begin, with positions counted from the start of the cache;
     the original tokens (F, N, D) in the order of rows and positions, each medium once, on the device of the masks (or
-    every layer of every step would copy them there); and the number of every frame within its medium (F,).
+    every layer of every step would copy them there); the number of every frame within its medium; and, where unchanged
+    frames were left out, which of the F each frame shows.
     """
     found: list[tuple[int, list[int], str, int]] = []  # row, positions, modality, medium
     for modality, output in media.items():
@@ -109,15 +130,25 @@ def locate_media(
     found.sort(key=lambda item: (item[0], item[1][0]))
 
     num_frames = {(modality, medium): len(p) // tokens_per_frame for _, p, modality, medium in found}
-    frames: dict[tuple[str, int], torch.Tensor] = {}
+    frames: dict[tuple[str, int], Sequence[int]] = {}  # of each medium, in its modality's `last_hidden_state`
     for modality, output in media.items():
-        mine = sorted(key for key in num_frames if key[0] == modality)
-        parts = output.last_hidden_state.split([num_frames[key] for key in mine])
-        frames.update(zip(mine, parts, strict=True))
+        index, end = frame_index(output) or range(len(output.last_hidden_state)), 0
+        for key in sorted(key for key in num_frames if key[0] == modality):
+            frames[key] = index[end : end + num_frames[key]]
+            end += num_frames[key]
     if len(media) == 1 and list(num_frames) == list(frames):
         (original,) = (output.last_hidden_state for output in media.values())  # in order already: no copy
     else:
-        original = torch.cat([frames[key] for key in num_frames])
+        taken_over, end = {}, 0
+        for key in num_frames:
+            first, last = min(frames[key]), max(frames[key]) + 1
+            taken_over[key] = media[key[0]].last_hidden_state[first:last]
+            frames[key] = [end + frame - first for frame in frames[key]]
+            end += last - first
+        original = torch.cat(list(taken_over.values()))
+    shown = None
+    if any(frame_index(output) is not None for output in media.values()):
+        shown = torch.tensor([frame for key in num_frames for frame in frames[key]])
     frame_numbers = torch.cat([torch.arange(count) for count in num_frames.values()])
 
     patches_per_frame = original.shape[1]
@@ -132,7 +163,7 @@ def locate_media(
         rows[row].append(Medium(whole if is_contiguous else tuple(positions), stretches[modality, medium]))
     if not original.is_meta:  # where costs are counted, ids alone are real
         original = original.to(masks[next(iter(media))].device)
-    return rows, original, frame_numbers
+    return rows, original, frame_numbers, shown
 
 
 def number_placeholders(masks: dict[str, torch.Tensor], modalities: Iterable[str]) -> torch.Tensor:
@@ -156,6 +187,8 @@ def save_encoded_media(media: EncodedMedia, path: str | os.PathLike) -> None:
         tensors[f"{modality}.original"] = output.last_hidden_state.contiguous()
         tensors[f"{modality}.pooled"] = torch.cat(list(output.pooler_output)).contiguous()
         metadata[f"{modality}.tokens"] = ",".join(str(len(tokens)) for tokens in output.pooler_output)
+        if (index := frame_index(output)) is not None:
+            tensors[f"{modality}.frames"] = torch.tensor(index)
     save_file(tensors, path, metadata={"format": "pt", **metadata})
 
 
@@ -171,8 +204,11 @@ def load_encoded_media(path: str | os.PathLike, device: str | torch.device = "cp
             modality, dot, kind = name.partition(".")
             if dot and kind == "tokens":
                 pooled = file.get_tensor(f"{modality}.pooled").split([int(length) for length in lengths.split(",")])
+                frames = f"{modality}.frames"
                 media[modality] = CrossLMMEncodedMedia(
-                    last_hidden_state=file.get_tensor(f"{modality}.original"), pooler_output=tuple(pooled)
+                    last_hidden_state=file.get_tensor(f"{modality}.original"),
+                    pooler_output=tuple(pooled),
+                    frame_index=tuple(file.get_tensor(frames).tolist()) if frames in file.keys() else None,  # noqa: SIM118
                 )
     if not media:
         raise ValueError(f"{os.fspath(path)!r} holds no encoded media; write them with `save_encoded_media`.")

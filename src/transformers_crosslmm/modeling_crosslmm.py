@@ -46,12 +46,19 @@ from .cache_crosslmm import (
     check_cache,
     memory_in,
 )
-from .configuration_crosslmm import CrossLMMConfig
+from .configuration_crosslmm import POOLING_MODES, CrossLMMConfig
 from .cross_attention_crosslmm import CrossLMMGate, VisualContext, add_cross_attention, check_head
 from .dialect_crosslmm import cache_argument, cache_of, takes_a_cache
 from .generation_crosslmm import CrossLMMGenerationMixin
-from .inputs_crosslmm import NewMedia, check_inputs, check_pixels, frames_per_video
-from .media_crosslmm import EncodedMedia, locate_media, media_index, number_placeholders
+from .inputs_crosslmm import NewMedia, check_adapters, check_inputs, check_pixels, frames_per_video
+from .media_crosslmm import (
+    CrossLMMEncodedMedia,
+    EncodedMedia,
+    frame_index,
+    locate_media,
+    media_index,
+    number_placeholders,
+)
 from .quantization_crosslmm import leave_vision_unquantized
 from .ranks_crosslmm import is_sharded, look_at_a_black_frame, must_agree, run_encoder_equally_often
 from .vision_crosslmm import (
@@ -148,17 +155,23 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
 
     @can_return_tuple
     def get_video_features(
-        self, pixel_values_videos: torch.Tensor, video_num_frames: torch.Tensor | None = None, **kwargs
+        self,
+        pixel_values_videos: torch.Tensor,
+        video_num_frames: torch.Tensor | None = None,
+        video_frame_index: torch.Tensor | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Encodes videos: `last_hidden_state` is V of Eq. 1, (F, N, D); `pooler_output` a tuple of projected pooled
         tokens, one (frames x s x s, C) per video.
 
         pixel_values_videos: (F, 3, S, S), the frames of all videos one after the other.
         video_num_frames: (videos,), frames of each; None when all belong to one video.
+        video_frame_index: (all frames,), which of the pixels each frame shows, where unchanged frames were left out.
         Raises ValueError for pixels that are not finite frames of the encoder's size, or counts that do not add up.
         """
         check_pixels("pixel_values_videos", pixel_values_videos, self.config.vision_config)
-        return self.encode(pixel_values_videos, frames_per_video(pixel_values_videos, video_num_frames), **kwargs)
+        frames = frames_per_video(pixel_values_videos, video_num_frames, video_frame_index)
+        return self.encode(pixel_values_videos, frames, video_frame_index, **kwargs)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
@@ -166,8 +179,12 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         check_pixels("pixel_values", pixel_values, self.config.vision_config)
         return self.encode(pixel_values, [1] * len(pixel_values), **kwargs)
 
-    def encode(self, pixels: torch.Tensor, frames: list[int], **kwargs) -> BaseModelOutputWithPooling:
+    def encode(
+        self, pixels: torch.Tensor, frames: list[int], frame_index: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
         """Original and projected pooled tokens of checked pixels (F, 3, S, S), `frames` of each medium.
+
+        frame_index: which of the F each frame shows; None for its own. It is encoded, pooled and projected once.
 
         Chunk by chunk, so that neither activations nor the pixels on the encoder's device grow with the video; each is
         projected at once, so that ranks whose media differ use encoder and projector in one order.
@@ -189,18 +206,28 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
             tuple(torch.cat(layer) for layer in zip(*chunks, strict=True)) if chunks[0] is not None else None
             for chunks in zip(*recorded, strict=True)
         )
-        return BaseModelOutputWithPooling(
-            last_hidden_state=original,
-            pooler_output=per_medium(torch.cat(pooled), frames),
-            hidden_states=hidden_states,
-            attentions=attentions,
+        tokens = torch.cat(pooled)
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=original, hidden_states=hidden_states, attentions=attentions
         )
+        if frame_index is not None:
+            output = CrossLMMEncodedMedia(**output, frame_index=tuple(frame_index.tolist()))
+            tokens = tokens[frame_index.to(tokens.device)]
+        output.pooler_output = per_medium(tokens, frames)
+        return output
 
     def encode_media(self, new: NewMedia, *, project_anew: bool = False) -> EncodedMedia:
         """The media of a call, encoded, with pooled tokens of this model. Those of media that came encoded are
         projected again when they have another width, or in any case with `project_anew` (for a draft model, which gets
         what the main model encoded)."""
-        media = {modality: self.encode(pixels, new.frames[modality]) for modality, pixels in new.pixels.items()}
+        blocks = (layer.cross_attention for layer in self.language_model.layers if layer.cross_attention is not None)
+        parts = (self.vision_tower, self.multi_modal_projector, *blocks)
+        check_adapters(module for part in parts for module in part.modules())
+        index = {"video": new.frame_index}
+        media = {
+            modality: self.encode(pixels, new.frames[modality], index.get(modality))
+            for modality, pixels in new.pixels.items()
+        }
         width = self.config.text_config.hidden_size
         for modality, output in new.encoded.items():
             if project_anew or output.pooler_output[0].shape[-1] != width:
@@ -211,7 +238,9 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
                 original = output.last_hidden_state.to(self.device, self.dtype)
                 chunks = original.split(self.config.vision_chunk_size)
                 pooled = (self.multi_modal_projector(self.pool(chunk)) for chunk in chunks)
-                tokens = per_medium(concat_parts(pooled, len(original)), frames)
+                tokens = concat_parts(pooled, len(original))
+                shown = frame_index(output)
+                tokens = per_medium(tokens if shown is None else tokens[list(shown)], frames)
                 output = replace(output, pooler_output=tuple(tokens[order.index(medium)] for medium in index))
             media[modality] = output
         return media
@@ -239,6 +268,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         video_num_frames: torch.Tensor | None = None,
+        video_frame_index: torch.Tensor | None = None,
         mm_encoder_outputs: EncodedMedia | None = None,
         cross_attention_cache: str | None = None,
         use_cache: bool | None = None,
@@ -247,8 +277,8 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
     ) -> CrossLMMModelOutputWithPast:
         """Runs text with the media whose placeholders it holds.
 
-        pixel_values (images, 3, S, S), pixel_values_videos (F, 3, S, S), video_num_frames (videos,): new media, in
-            the order of their placeholders.
+        pixel_values (images, 3, S, S), pixel_values_videos (F, 3, S, S), video_num_frames (videos,),
+            video_frame_index (all frames,): new media, in the order of their placeholders.
         mm_encoder_outputs: the same media already encoded: {"video": get_video_features(...), "image": ...}.
         cross_attention_cache: "kv" or "features"; None for the config's, or for what the cache already holds.
         visual_memory: what `generate` has made of the media; only where there is no cache to hold it.
@@ -281,6 +311,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
                 pixel_values=pixel_values,
                 pixel_values_videos=pixel_values_videos,
                 video_num_frames=video_num_frames,
+                video_frame_index=video_frame_index,
                 mm_encoder_outputs=mm_encoder_outputs,
                 cross_attention_cache=cross_attention_cache,
                 position_ids=position_ids,
@@ -341,11 +372,15 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
     ) -> VisualMemory:
         """A memory of encoded media in the tokens from `past_length` on, to be used alone or after `known`, the one
         that the cache has."""
-        rows, original, frame_numbers = locate_media(
+        rows, original, frame_numbers, shown = locate_media(
             media, new.masks, int(past_length), tokens_per_frame=self.config.tokens_per_frame
         )
         has_form = known is not None and known.states is not None
         is_lazy = known.norm is not None if has_form else not torch.is_grad_enabled()
+        if shown is not None:
+            shown = shown.to(original.device)
+            if not is_lazy and self.config.visual_norm != "none":  # with the codes of all frames
+                original, shown = original[shown], None
         states, norm = self.normalise(original, frame_numbers, is_lazy=is_lazy)
         pooled = [tokens for output in media.values() for tokens in output.pooler_output]
         return VisualMemory(
@@ -355,7 +390,8 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
             rows=rows,
             states=states,
             norm=norm,
-            num_patches=len(states),
+            frame_index=shown,
+            num_patches=len(frame_numbers) * original.shape[1],
             pooled=PooledTokens(
                 tokens=concat_parts(iter(pooled), sum(map(len, pooled))),
                 numbers=number_placeholders(new.masks, media),
@@ -411,10 +447,13 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         return VisualContext(memory, v2v, t2v)
 
 
-POOLINGS = {
-    "bilinear": partial(F.interpolate, mode="bilinear", align_corners=False),
-    "average": F.adaptive_avg_pool2d,
-}
+POOLINGS = dict(
+    zip(
+        POOLING_MODES,
+        (partial(F.interpolate, mode="bilinear", align_corners=False), F.adaptive_avg_pool2d),
+        strict=True,
+    )
+)
 """By `pooling_mode`: maps (F, D, g, g) and s to (F, D, s, s)."""
 
 
@@ -422,14 +461,16 @@ def tokens_of_mask(attention_mask: torch.Tensor | dict | None, start: int, lengt
     """Which positions [start, start + length) hold tokens and not padding, (B, length), on the CPU; None when all do.
 
     In a mask prepared for the layers (B, 1, L, columns), with a static cache for instance, padding is a position that
-    does not attend to itself; a dict has one mask for each kind of layer.
+    does not attend to itself; a dict has one mask for each kind of layer. Where a window slides, the columns begin
+    later than the sequence and end with these positions.
     """
     if isinstance(attention_mask, dict):
-        attention_mask = attention_mask.get("full_attention")
+        attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
     if not isinstance(attention_mask, torch.Tensor):
         return None
     if attention_mask.ndim == 2:
         return attention_mask[:, -length:].bool().cpu()
+    start = min(start, attention_mask.shape[-1] - length)
     own = attention_mask[:, 0].diagonal(start, dim1=1, dim2=2)[:, :length]
     return (own if own.dtype == torch.bool else own >= 0).cpu()
 
@@ -453,8 +494,8 @@ class CrossLMMForConditionalGeneration(CrossLMMPreTrainedModel, CrossLMMGenerati
 
     def __init__(self, config: CrossLMMConfig):
         super().__init__(config)
-        check_head(config.text_config)
         self.model = CrossLMMModel(config)
+        check_head(config.text_config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
         # What the model writes is text; a placeholder among it would stand for nothing.
@@ -472,9 +513,11 @@ class CrossLMMForConditionalGeneration(CrossLMMPreTrainedModel, CrossLMMGenerati
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def get_video_features(self, pixel_values_videos: torch.Tensor, video_num_frames=None, **kwargs):
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor, video_num_frames=None, video_frame_index=None, **kwargs
+    ):
         """See `CrossLMMModel.get_video_features`."""
-        return self.model.get_video_features(pixel_values_videos, video_num_frames, **kwargs)
+        return self.model.get_video_features(pixel_values_videos, video_num_frames, video_frame_index, **kwargs)
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs):
         """See `CrossLMMModel.get_image_features`."""
@@ -492,6 +535,7 @@ class CrossLMMForConditionalGeneration(CrossLMMPreTrainedModel, CrossLMMGenerati
         pixel_values: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         video_num_frames: torch.Tensor | None = None,
+        video_frame_index: torch.Tensor | None = None,
         mm_encoder_outputs: EncodedMedia | None = None,
         cross_attention_cache: str | None = None,
         labels: torch.LongTensor | None = None,
@@ -510,6 +554,7 @@ class CrossLMMForConditionalGeneration(CrossLMMPreTrainedModel, CrossLMMGenerati
             pixel_values=pixel_values,
             pixel_values_videos=pixel_values_videos,
             video_num_frames=video_num_frames,
+            video_frame_index=video_frame_index,
             mm_encoder_outputs=mm_encoder_outputs,
             cross_attention_cache=cross_attention_cache,
             use_cache=use_cache,

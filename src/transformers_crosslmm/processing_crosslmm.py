@@ -47,23 +47,33 @@ character, so no text loses anything."""
 NO_AUDIO = "CrossLMM does not accept audio; leave `audio` out."
 
 CHAT_TEMPLATE = """\
+{%- macro as_text(text) -%}
+    {%- set escaped = namespace(text=text) -%}
+    {%- if not texts_are_escaped -%}
+        {%- for name in ["im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad"] -%}
+            {%- set escaped.text = escaped.text | replace("<|" + name + "|>", "<\ue000|" + name + "|>") -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {{- escaped.text -}}
+{%- endmacro -%}
 {%- macro render(content) -%}
     {%- if content is string -%}
-        {{- content -}}
+        {{- as_text(content) -}}
     {%- elif content -%}
+        {%- set run = namespace(text="") -%}
         {%- for part in content -%}
-            {%- if part.type == "video" -%}
-                {{- "<|vision_start|><|video_pad|><|vision_end|>" -}}
-            {%- elif part.type == "image" -%}
-                {{- "<|vision_start|><|image_pad|><|vision_end|>" -}}
+            {%- if part.type == "video" or part.type == "image" -%}
+                {{- as_text(run.text) + "<|vision_start|><|" + part.type + "_pad|><|vision_end|>" -}}
+                {%- set run.text = "" -%}
             {%- elif part.text -%}
-                {{- part.text -}}
+                {%- set run.text = run.text + part.text -%}
             {%- endif -%}
         {%- endfor -%}
+        {{- as_text(run.text) -}}
     {%- endif -%}
 {%- endmacro -%}
 {%- for message in messages -%}
-    {{- "<|im_start|>" + message.role + "\\n" -}}
+    {{- "<|im_start|>" + as_text(message.role) + "\\n" -}}
     {%- if message.role == "assistant" -%}
         {%- generation -%}
             {{- render(message.content) + "<|im_end|>" -}}
@@ -78,7 +88,7 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 """Qwen2.5's ChatML: a system prompt only if given, media where they stand, and marks for training on assistant turns
-(their words and their `<|im_end|>`)."""
+(their words and their `<|im_end|>`). Rendered by a program other than the processor, it escapes `MARKS` itself."""
 
 PLACEHOLDER = re.compile(f"({re.escape(IMAGE_TOKEN)}|{re.escape(VIDEO_TOKEN)})({re.escape(VISION_END_TOKEN)})?")
 
@@ -159,12 +169,16 @@ class CrossLMMProcessor(ProcessorMixin):
     ) -> "CrossLMMProcessor":
         """The processor of a model with this `CrossLMMConfig`.
 
-        video_defaults: attributes of the video processor, such as `num_frames`. Raises ValueError where the tokenizer
-        and the config disagree on the ids of the placeholders.
+        video_defaults: attributes of the video processor, such as `num_frames`; `image_mean`, `image_std` and
+        `resample` are those of images too. Raises ValueError where the tokenizer and the config disagree on the ids of
+        the placeholders.
         """
         size = {"height": config.vision_config.image_size, "width": config.vision_config.image_size}
+        for_both = {
+            name: video_defaults[name] for name in ("image_mean", "image_std", "resample") & video_defaults.keys()
+        }
         processor = cls(
-            SiglipImageProcessorPil(size=size, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5]),
+            SiglipImageProcessorPil(size=size, **for_both),
             tokenizer,
             CrossLMMVideoProcessor(size=size, **video_defaults),
             chat_template=chat_template,
@@ -259,6 +273,9 @@ class CrossLMMProcessor(ProcessorMixin):
             **kwargs,
         )
         text_options = options["text_kwargs"]
+        begin = self.tokenizer.bos_token
+        if texts is not None and begin is not None and all(text.startswith(begin) for text in texts):
+            text_options.setdefault("add_special_tokens", False)  # a chat template has written it
         return_tensors = text_options.pop("return_tensors", None)
         return_mm_token_type_ids = text_options.pop("return_mm_token_type_ids", False)
         return_offsets = text_options.pop("return_text_replacement_offsets", False)
@@ -338,7 +355,7 @@ class CrossLMMProcessor(ProcessorMixin):
             conversation = [
                 [escape.message(message) for message in getattr(chat, "messages", chat)] for chat in conversation
             ]
-        return super().apply_chat_template(conversation, chat_template, **kwargs)
+        return super().apply_chat_template(conversation, chat_template, texts_are_escaped=True, **kwargs)
 
     def _tokens_to_escape(self, chat_template: str | None, sanitize_control_tokens: bool | None) -> set[str]:
         """See `apply_chat_template`. Asked anew for each chat, so that tokens added later count as after loading."""

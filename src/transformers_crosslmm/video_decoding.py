@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from .video_file import Picture
-from .video_packets import Request, read_video, sample_times
-from .video_source import (
+from .video_packets import Request, read_video, sample_times  # noqa: F401, imported from here
+from .video_source import (  # noqa: F401, imported from here
     DEFAULT_LIMITS,
     RAISE_LIMITS,
     NoVideoStreamError,
@@ -41,21 +41,6 @@ from .video_worker import read_video_in_worker
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = [
-    "DecodedVideo",
-    "NoVideoStreamError",
-    "VideoDecodeError",
-    "VideoDecodeWarning",
-    "VideoError",
-    "VideoLimitError",
-    "VideoLimits",
-    "VideoOpenError",
-    "VideoTimeoutError",
-    "decode_video",
-    "iter_video",
-    "sample_times",
-]
 
 FrameTransform: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
 
@@ -120,17 +105,8 @@ def decode_video(
     Each frame is returned once, so a clip that holds fewer frames than asked for gives fewer.
     Raises a subclass of `VideoError`.
     """
-    chunks = _chunks(
-        source,
-        chunk_size=None,
-        request=Request.check(num_frames, fps, times, max_frames, start_seconds, end_seconds),
-        frame_transform=frame_transform,
-        limits=limits,
-        num_threads=num_threads,
-        strict=strict,
-        isolated=isolated,
-        on_wait=on_wait,
-    )
+    request = Request.check(num_frames, fps, times, max_frames, start_seconds, end_seconds)
+    chunks = _chunks(source, None, request, frame_transform, limits, num_threads, strict, isolated, on_wait)
     with closing(chunks):
         return next(chunks)
 
@@ -155,20 +131,11 @@ def iter_video(
     """`decode_video` in chunks of `chunk_size` frames (the last may be shorter), each decoded when it is asked for."""
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1; got {chunk_size}.")
-    return _chunks(
-        source,
-        chunk_size=chunk_size,
-        request=Request.check(num_frames, fps, times, max_frames, start_seconds, end_seconds),
-        frame_transform=frame_transform,
-        limits=limits,
-        num_threads=num_threads,
-        strict=strict,
-        isolated=isolated,
-        on_wait=on_wait,
-    )
+    request = Request.check(num_frames, fps, times, max_frames, start_seconds, end_seconds)
+    return _chunks(source, chunk_size, request, frame_transform, limits, num_threads, strict, isolated, on_wait)
 
 
-def _chunks(source, *, chunk_size, request, frame_transform, limits, num_threads, strict, isolated, on_wait):
+def _chunks(source, chunk_size, request, frame_transform, limits, num_threads, strict, isolated, on_wait):
     with open_source(source, limits, on_wait) as opened:
         if isolated:
             pictures = read_video_in_worker(opened, request, limits, num_threads, on_wait)

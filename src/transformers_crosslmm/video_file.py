@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import av
 import av.error
-from av.sidedata.sidedata import SideData, SideDataContainer
+from av.sidedata.sidedata import SideDataContainer
 
 from .video_source import (
     RAISE_LIMITS,
@@ -198,7 +198,9 @@ class VideoFile:
         in_table = told is not None and stream.frames and self.format_name in ("mov", "avi")
         entries = getattr(stream, "index_entries", None)  # PyAV < 17 does not show them
         # The last entry is decoded a few pictures before the end.
-        if in_table and (not entries or (told - entries[-1].timestamp) * stream.frames <= 4 * stream.duration):
+        if (in_table and entries and (told - entries[-1].timestamp) * stream.frames <= 4 * stream.duration) or (
+            in_table and entries is None and self.format_name == "mov"
+        ):
             self.announced_end = told
         if self.announced_end or (told is not None and not self.seekable):
             return 0, start, told
@@ -339,19 +341,15 @@ def _is_encrypted(packet) -> bool:
     return hasattr(packet, "has_sidedata") and packet.has_sidedata("encryption_info")  # PyAV < 17 does not tell
 
 
-def _side_data(frame) -> list[SideData]:
-    """What is attached to a frame. PyAV fails at a kind that it has no name for (EXIF), when it has read those before:
-    a matrix, EXIF's own too, is among them."""
+def _display_matrix(frame) -> bytes | None:
+    """PyAV fails at side data that it has no name for, such as EXIF, when it has read what comes before: a matrix,
+    also the one that FFmpeg makes of EXIF, does."""
     found = SideDataContainer.__new__(SideDataContainer)
     with suppress(ValueError):
         found.__init__(frame)
-    return list(found)
-
-
-def _is_matrix(entry: SideData) -> bool:
     with suppress(ValueError):
-        return entry.type.name == "DISPLAYMATRIX"
-    return False
+        return next((bytes(entry) for entry in found if entry.type.name == "DISPLAYMATRIX"), None)
+    return None
 
 
 def _orientation(frame) -> tuple[bool, bool, bool]:
@@ -359,10 +357,10 @@ def _orientation(frame) -> tuple[bool, bool, bool]:
 
     FFmpeg's display matrix (a b u, c d v, x y w) sends the point (p, q) to (a p + c q, b p + d q).
     """
-    matrix = next(filter(_is_matrix, _side_data(frame)), None)
+    matrix = _display_matrix(frame)
     if matrix is None:
         return False, False, False
-    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
+    a, b, _, c, d = struct.unpack("=5i", matrix[:20])
     if a == d == 0 and b and c:
         return True, c < 0, b < 0
     return False, a < 0, d < 0

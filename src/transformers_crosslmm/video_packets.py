@@ -306,7 +306,7 @@ class _LookAhead:
         self.broken_groups = 0
         self.good = False  # whether the strict decoder gave anything right
         self.out = -math.inf  # pts that came out last
-        self.handed_out = -math.inf  # pts of the last picture that was
+        self.handed_out: float = -math.inf  # pts of the last picture that was
         self.owed = False  # the first picture, to moments before it
         self.shown: av.VideoFrame | None = None  # in a complete decode: came out last and was not handed out
         self.patience_seconds = 4.0  # stretches up to this are read through rather than jumped over
@@ -613,7 +613,8 @@ class _LookAhead:
             self.shown = frame
 
     def _picture(self, frame: av.VideoFrame) -> Picture:
-        self.shown, self.handed_out, self.owed = None, frame.pts, False
+        self.shown, self.owed = None, False
+        self.handed_out = frame.pts or 0
         valid = not frame.is_corrupt and frame.pts not in self.doubtful
         self.good |= valid and not self.careful
         return self.file.picture(self.file.seconds(frame.pts), frame, valid=valid)

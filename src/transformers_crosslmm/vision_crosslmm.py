@@ -138,8 +138,12 @@ class TokenNorm:
         variances = (to_float32(some).var(-1, correction=0) for some in original.split(FRAMES_AT_ONCE))
         return cls((concat_parts(variances, len(original)) + NORM_EPS).rsqrt(), codes)
 
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
     def to(self, device: torch.device) -> "TokenNorm":
-        return self if self.codes.device == device else TokenNorm(self.scale.to(device), self.codes.to(device))
+        return TokenNorm(self.scale.to(device), self.codes.to(device))
 
     def concat(self, other: "TokenNorm") -> "TokenNorm":
         """That of these frames followed by others."""

@@ -5,17 +5,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from .convert import (
-    CONFIG_FIELDS,
-    Conversion,
-    NameTable,
-    convert_crosslmm_weights,
-    convert_llava,
-    fields_in_weights,
-    write_checkpoint,
-)
+from .compose import CONFIG_FIELDS
+from .conversion import Conversion, write_checkpoint
 from .folder import check_free, find_folder, stored_tensors
-from .name_tables import LLAVA_NEXT
+from .llava import convert_crosslmm_weights, convert_llava, fields_in_weights
+from .name_tables import LLAVA_NEXT, NameTable
 from .publish import push
 
 
@@ -89,7 +83,7 @@ def write(
         )
     is_new = bool(conversion.initialised)
     yield from report_lines(
-        write_checkpoint(conversion, out, force=force, keep_left_out=not is_new, measure_entropy=is_new), out
+        write_checkpoint(conversion, out, force=force, keep_left_out=not is_new, try_out=is_new), out
     )
     if push_to_hub:
         yield push(out, push_to_hub, private=private, untrained=untrained)
@@ -109,5 +103,8 @@ def report_lines(report: dict[str, Any], out: str | os.PathLike) -> Iterator[str
     for layer, branches in report.get("attention_entropy", {}).items():
         shares = ", ".join(f"{name} {share:.4f}" for name, share in branches.items())
         yield f"  entropy of the attention at layer {layer}, 1 being uniform: {shares}"
+    if "rms" in report:
+        sizes = ", ".join(f"{part} {size:g}" for part, size in report["rms"].items())
+        yield f"  root mean squares: {sizes}; largest activation: {report['largest_activation']:,.0f}"
     for note in report["notes"]:
         yield f"  note: {note}"

@@ -15,8 +15,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_crosslmm import PRESETS, CrossLMMConfig
-from .convert import expected_shapes
 from .name_tables import BACKBONES
+from .network import expected_shapes
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
 PAPER_URL = "https://arxiv.org/abs/2505.17020"
@@ -166,9 +166,9 @@ def model_card(
         eval_results=[_eval_result(name, score) for name, score in scores.items()] or None,
     )
     options = {
-        name: getattr(text, name)
+        name: getattr(config, name)
         for name, default in (("v2v_scope", "video"), ("visual_norm", "none"), ("visual_time", "none"))
-        if getattr(text, name) != default
+        if getattr(config, name) != default
     }
     return ModelCard.from_template(
         data,

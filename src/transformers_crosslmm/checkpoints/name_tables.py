@@ -1,56 +1,54 @@
-"""Names of tensors in other checkpoints, and ours. Data: `convert.py` says what is done with it.
+"""Names of tensors in other checkpoints, and ours.
 
 A table is read from top to bottom and the first row that fits a name wins. `*` stands for any part of a name and is
 carried over. A row that leads to None names what CrossLMM has no place for; it is reported, never lost in silence.
-Read from right to left, the rows of a layout that can be written lead back.
+Parts of a known vision encoder that are not built need no row (`conversion.renamed_tensors` knows them from the
+class). Read from right to left, the rows of a layout that can be written lead back.
 """
 
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..configuration_crosslmm import GIANT_384, SO400M_384
+from .folder import read_json, stored_tensors
 
-SIGLIP: dict[str, str | None] = {
-    # `SiglipModel`, the form in which SigLIP and fixed-resolution SigLIP2 are published
-    "vision_model.embeddings.*": "model.vision_tower.embeddings.*",
-    "vision_model.encoder.*": "model.vision_tower.encoder.*",
-    "vision_model.post_layernorm.*": None,
-    "vision_model.head.*": None,
+NameTable = Mapping[str, str | None]
+
+NEW_IN_LAYER = re.compile(r"(model\.language_model\.layers\.\d+)\.cross_attention\.(.+)")
+"""Our names of what a layer of the language model gains."""
+
+VISION: NameTable = {
+    # a vision encoder, alone or within a CLIP or SigLIP, as the Hub has it
     "text_model.*": None,
+    "text_projection.*": None,
+    "visual_projection.*": None,
     "logit_scale": None,
     "logit_bias": None,
-    # `SiglipVisionModel` alone
-    "embeddings.*": "model.vision_tower.embeddings.*",
-    "encoder.*": "model.vision_tower.encoder.*",
-    "post_layernorm.*": None,
-    "head.*": None,
+    "*.position_ids": None,
+    "vision_model.*": "model.vision_tower.*",
+    "*": "model.vision_tower.*",
 }
 
-QWEN2: dict[str, str | None] = {
-    # `Qwen2ForCausalLM`
-    "lm_head.weight": "lm_head.weight",
+TEXT: NameTable = {
+    # a language model, with its head or without
+    "lm_head.*": "lm_head.*",
     "*.rotary_emb.inv_freq": None,
     "model.*": "model.language_model.*",
-    # `Qwen2Model` alone
-    "embed_tokens.*": "model.language_model.embed_tokens.*",
-    "layers.*": "model.language_model.layers.*",
-    "norm.*": "model.language_model.norm.*",
+    "*": "model.language_model.*",
 }
 
-LLAVA_ONEVISION: dict[str, str | None] = {
+LLAVA_ONEVISION: NameTable = {
     # `LlavaOnevisionForConditionalGeneration` as on the Hub, and as today's Transformers writes it
-    "vision_tower.vision_model.post_layernorm.*": None,
-    "vision_tower.vision_model.head.*": None,
     "vision_tower.vision_model.*": "model.vision_tower.*",
-    "vision_tower.post_layernorm.*": None,
-    "vision_tower.head.*": None,
     "vision_tower.*": "model.vision_tower.*",
     "multi_modal_projector.*": "model.multi_modal_projector.*",
     "image_newline": None,
     "language_model.lm_head.*": "lm_head.*",
     "language_model.model.*": "model.language_model.*",
     # the names inside the class
-    "model.vision_tower.post_layernorm.*": None,
-    "model.vision_tower.head.*": None,
     "model.vision_tower.*": "model.vision_tower.*",
     "model.multi_modal_projector.*": "model.multi_modal_projector.*",
     "model.image_newline": None,
@@ -58,11 +56,9 @@ LLAVA_ONEVISION: dict[str, str | None] = {
     "lm_head.weight": "lm_head.weight",
 }
 
-LLAVA_NEXT: dict[str, str | None] = {
+LLAVA_NEXT: NameTable = {
     # LLaVA-NeXT's own files (lmms-lab's LLaVA-OneVision and LLaVA-Video): SigLIP without its last block and head.
     # The names of the dual cross-attention are the authors' secret; until they are known, `model.*` gives them ours.
-    "model.vision_tower.vision_tower.vision_model.post_layernorm.*": None,
-    "model.vision_tower.vision_tower.vision_model.head.*": None,
     "model.vision_tower.vision_tower.vision_model.*": "model.vision_tower.*",
     "model.mm_projector.0.*": "model.multi_modal_projector.linear_1.*",
     "model.mm_projector.2.*": "model.multi_modal_projector.linear_2.*",
@@ -89,3 +85,50 @@ BACKBONES = {
     "7B": ("google/siglip2-so400m-patch14-384", "Qwen/Qwen2.5-7B-Instruct"),
     "7B-16": ("google/siglip2-giant-opt-patch16-384", "Qwen/Qwen2.5-7B-Instruct"),
 }
+
+
+def rename(name: str, table: NameTable) -> str | None:
+    """Our name of a tensor, None for one that CrossLMM has no place for. Raises KeyError for a name in no row."""
+    for pattern, target in table.items():
+        match = re.fullmatch(re.escape(pattern).replace(r"\*", "(.*)"), name)
+        if match:
+            return target and target.replace("*", "{}").format(*match.groups())
+    raise KeyError(name)
+
+
+def reversed_table(table: NameTable) -> NameTable:
+    """The table that leads from our names back."""
+    reverse: dict[str, str | None] = {}
+    for pattern, target in table.items():
+        if target is not None:
+            reverse.setdefault(target, pattern)
+    return reverse
+
+
+def read_name_table(path: str | os.PathLike) -> NameTable:
+    """Rows that go before those of `LLAVA_NEXT`, from a JSON object {their name: our name or null}.
+
+    Raises ValueError unless every row has as many `*` on the right as on the left.
+    """
+    table = read_json(Path(path))
+    for pattern, target in table.items():
+        if not (target is None or (isinstance(target, str) and target.count("*") == pattern.count("*"))):
+            raise ValueError(
+                f"A row of a name table leads to null or to a name with as many `*` as its own; "
+                f"{path} has {pattern!r}: {target!r}."
+            )
+    return table
+
+
+def transformers_key_mapping(folder: str | os.PathLike, table: NameTable) -> dict[str, str]:
+    """A table as `from_pretrained(folder, config=..., key_mapping=...)` takes it, for the names in this folder.
+
+    Such a model starts with Transformers' initialisation where the folder has no weights, not with the one of a
+    conversion, and `save_pretrained` writes the folder's own names again.
+    """
+    mapping = {}
+    for name in stored_tensors(Path(folder)):
+        target = rename(name, table)
+        if target not in (None, name):
+            mapping[f"^{re.escape(name)}$"] = str(target)
+    return mapping

@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from ..configuration_crosslmm import CrossLMMConfig
-from .convert import REPORT, check_complete
+from .conversion import REPORT, check_complete
 from .export import export_with_code
 from .folder import checkpoint_files, read_json, stored_tensors
 from .model_card import UNTRAINED, is_hub_name, model_card

@@ -51,7 +51,7 @@ def read_questions(folder: Path) -> list[VideoQuestion]:
 @contextmanager
 def closed_gates(model: CrossLMMForConditionalGeneration) -> Iterator[None]:
     """The model with T2V and V2V off: every gate is 0 inside the block."""
-    gates = [parameter for name, parameter in model.named_parameters() if name.endswith("gate.weight")]
+    gates = [parameter for name, parameter in model.named_parameters() if name.endswith("2v.gate.weight")]
     values = [gate.detach().clone() for gate in gates]
     with torch.no_grad():
         for gate in gates:
@@ -104,7 +104,7 @@ def evaluate(
     "chance" is a guess among a kind's evenly drawn answers, "always_the_same" the most frequent answer each time. The
     questions about one video are a batch; they stand next to each other.
     """
-    has_gates = any(name.endswith("gate.weight") for name, _ in model.named_parameters())
+    has_gates = any(name.endswith("2v.gate.weight") for name, _ in model.named_parameters())
     marks: dict[str, dict[str, list[bool]]] = {"as_trained": {}, **({"gates_0": {}} if has_gates else {})}
     truths: dict[str, Counter[str]] = {}
     for question in questions:

@@ -111,7 +111,7 @@ def explained(error: BaseException, settings: ServerSettings) -> RefusedError:
     if isinstance(error, TimeoutError):
         return too_late(settings)
     if isinstance(error, asyncio.CancelledError):
-        return STOPPING
+        return stopping()
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return RefusedError(503, "The server is out of memory. Ask with fewer frames.", code="out_of_memory")
     if isinstance(error, OSError) and error.errno in SHORTAGES:
@@ -133,7 +133,8 @@ def busy(lacking: str) -> RefusedError:
     )
 
 
-STOPPING = RefusedError(503, "The server is stopping. Ask again soon.", code="stopping", retry_after=10)
+def stopping() -> RefusedError:
+    return RefusedError(503, "The server is stopping. Ask again soon.", code="stopping", retry_after=10)
 
 
 def check_host(request: Request, settings: ServerSettings) -> None:
@@ -149,7 +150,7 @@ class Visit:
     """One request, from the moment it has arrived until nothing works for it any more, which may be after its client
     has gone.
 
-    gone: set when nobody waits for the answer.
+    gone: set when nobody waits for the answer. task: what serves it; cancelled when the client or the server leaves.
     """
 
     def __init__(self, places: "Places", request: Request) -> None:
@@ -158,7 +159,7 @@ class Visit:
         self.deadline = self.began + places.settings.request_seconds
         self.gone = threading.Event()
         self.is_running = False
-        self._task: Any = asyncio.current_task()
+        self.task: Any = asyncio.current_task()
         self._watcher = asyncio.ensure_future(self._watch(request))
         self._holders, self._has_left = 1, False
 
@@ -166,7 +167,7 @@ class Visit:
         while (await request.receive())["type"] != "http.disconnect":
             pass
         self.gone.set()
-        self._task.cancel()
+        self.task.cancel()
 
     async def begin(self) -> None:
         """Waits for its turn."""
@@ -195,10 +196,6 @@ class Visit:
             raise GoneError
         if time.monotonic() > self.deadline:
             raise too_late(self.places.settings)
-
-    def stop(self) -> None:
-        """Ends it because the server stops."""
-        self._task.cancel()
 
     def leave_place(self) -> None:
         """The place is held by the work that goes on, and no more by the client."""
@@ -247,7 +244,7 @@ class Places:
     def check_room(self) -> None:
         """Raises RefusedError when all places are taken."""
         if self.is_stopping:
-            raise STOPPING
+            raise stopping()
         if len(self.visits) >= self.room:
             raise RefusedError(
                 429,
@@ -324,15 +321,8 @@ class Places:
     def stop(self) -> None:
         """Lets those at work go on for `STOP_SECONDS`, and nobody else."""
         self.is_stopping = True
-        for visit in list(self.visits):
-            if not visit.is_running:
-                visit.stop()
-
-        def stop_the_rest() -> None:
-            for visit in list(self.visits):
-                visit.stop()
-
-        asyncio.get_running_loop().call_later(STOP_SECONDS, stop_the_rest)
+        for visit in self.visits:
+            asyncio.get_running_loop().call_later(STOP_SECONDS if visit.is_running else 0, visit.task.cancel)
 
 
 __all__ = ["GoneError", "Places", "RefusedError", "ServerSettings", "Visit", "busy", "check_host", "explained"]

@@ -4,8 +4,8 @@ import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -20,16 +20,22 @@ from ..modeling_crosslmm import CrossLMMForConditionalGeneration
 from ..processing_crosslmm import CrossLMMProcessor
 from .admission import RefusedError, Visit
 
-if TYPE_CHECKING:
-    from .strangers_videos import SampledVideo
-
 
 @dataclass(frozen=True)
-class KnownVideo:
-    """An encoded video, whoever sent it."""
+class SampledVideo:
+    """A video as a request asks for it, whoever sent it.
 
-    media: CrossLMMEncodedMedia
+    key: its content and the sampling. pixels: (T, 3, S, S), None where `media` has what was made of them.
+    """
+
+    key: Hashable
     metadata: CrossLMMVideoMetadata
+    pixels: torch.Tensor | None = None
+    media: CrossLMMEncodedMedia | None = None
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.metadata.frames_indices or ())
 
 
 class BoundedCache:
@@ -106,7 +112,7 @@ class Question:
 
     visit: Visit
     token_ids: list[int]
-    videos: "list[SampledVideo]"
+    videos: list[SampledVideo]
     seed: int | None
     penalties: tuple[float, float]
     options: dict[str, Any]
@@ -193,17 +199,17 @@ class RememberingModel:
             self.cache.put(key, known, tensor_bytes(known))
         return copy.deepcopy(known)
 
-    def _encoded(self, video: "SampledVideo", visit: Visit) -> CrossLMMEncodedMedia:
+    def _encoded(self, video: SampledVideo, visit: Visit) -> CrossLMMEncodedMedia:
         known = self.cache.get(video.key)
-        media = video.media if known is None else known.media
+        media = (known or video).media
         self.metrics.lookups.labels("video", "miss" if media is None else "hit").inc()
         if media is None:
             assert video.pixels is not None
             media = encode_video(self.model, video.pixels, on_progress=lambda done, total: visit.check())
             self.metrics.frames.inc(len(video.pixels))
         if known is None:
-            self.cache.put(video.key, KnownVideo(media, video.metadata), tensor_bytes(media))
+            self.cache.put(video.key, replace(video, pixels=None, media=media), tensor_bytes(media))
         return media
 
 
-__all__ = ["BoundedCache", "Question", "RememberingModel"]
+__all__ = ["BoundedCache", "Question", "RememberingModel", "SampledVideo"]

@@ -34,8 +34,8 @@ from ..asking.answer_text import AnswerText
 from ..checkpoints.load import load_model, load_processor
 from .admission import GoneError, Places, RefusedError, ServerSettings, check_host, explained
 from .chat_request import ChatRequest, shortened
-from .remembered_videos import BoundedCache, Question, RememberingModel
-from .strangers_videos import SampledVideo, VideoReader
+from .remembered_videos import BoundedCache, Question, RememberingModel, SampledVideo
+from .strangers_videos import VideoReader
 
 CHAT_PATH, MODELS_PATH = "/v1/chat/completions", "/v1/models"
 
@@ -143,19 +143,18 @@ class ChatService:
         writing.add_done_callback(lambda _: pieces.put_nowait(None))
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.settings.model_name}
 
-        def said(kind: Any, reason: str | None = None, **words: dict[str, str]) -> dict[str, Any]:
-            choice = {"index": 0, "finish_reason": reason} | words
-            given = about | {"object": kind.model_fields["object"].annotation.__args__[0], "choices": [choice]}
-            if reason is not None:
-                asked, written = len(question.token_ids), text.num_tokens
-                usage = {"prompt_tokens": asked, "completion_tokens": written, "total_tokens": asked + written}
-                given["usage"] = usage
-            return kind.model_validate(given).model_dump(mode="json", exclude_unset=True)
+        def said(kind: str, reason: str | None = None, **words: dict[str, str]) -> dict[str, Any]:
+            asked, written = len(question.token_ids), text.num_tokens
+            usage = {"prompt_tokens": asked, "completion_tokens": written, "total_tokens": asked + written}
+            choices = [{"index": 0, "finish_reason": reason} | words]
+            given = about | {"object": kind, "choices": choices} | ({} if reason is None else {"usage": usage})
+            checked = (ChatCompletionChunk if kind.endswith("chunk") else ChatCompletion).model_validate(given)
+            return checked.model_dump(mode="json", exclude_unset=True)
 
         if not chat.stream:
             reason = await asyncio.shield(writing)
             content = "".join(iter(pieces.get_nowait, None))  # type: ignore[arg-type]
-            whole = said(ChatCompletion, reason, message={"role": "assistant", "content": content})
+            whole = said("chat.completion", reason, message={"role": "assistant", "content": content})
             question.visit.leave_place()
             await JSONResponse(whole)(request.scope, request.receive, send)
             return
@@ -166,10 +165,10 @@ class ChatService:
         question.visit.leave_place()  # a client that is slow to read takes nobody's; the model's work still does
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send_event(said(ChatCompletionChunk, delta={"role": "assistant", "content": ""}))
+        await send_event(said("chat.completion.chunk", delta={"role": "assistant", "content": ""}))
         while (piece := await pieces.get()) is not None:
-            await send_event(said(ChatCompletionChunk, delta={"content": piece}))
-        await send_event(said(ChatCompletionChunk, await asyncio.shield(writing), delta={}))
+            await send_event(said("chat.completion.chunk", delta={"content": piece}))
+        await send_event(said("chat.completion.chunk", await asyncio.shield(writing), delta={}))
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
     def _token_ids(self, chat: ChatRequest, videos: list[SampledVideo]) -> list[int]:

@@ -6,37 +6,19 @@ import urllib.parse
 import urllib.request
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 import torch
 
 from ..asking.allowed_files import SHORTAGES, NotAllowedError, open_below
 from ..frames_crosslmm import SAMPLING_KWARGS, CrossLMMVideoMetadata, FrameSampling, frame_chunk
-from ..media_crosslmm import CrossLMMEncodedMedia
 from ..processing_crosslmm import CrossLMMProcessor
 from ..video_decoding import VideoError, VideoLimits, decode_video, open_source
 from ..video_source import OnWait
 from .admission import RefusedError, ServerSettings, Visit, busy
 from .chat_request import shortened
-from .remembered_videos import BoundedCache
-
-
-@dataclass(frozen=True)
-class SampledVideo:
-    """A video as a request asks for it.
-
-    key: its content and the sampling. pixels: (T, 3, S, S), None where `media` has what was made of them.
-    """
-
-    key: Hashable
-    metadata: CrossLMMVideoMetadata
-    pixels: torch.Tensor | None
-    media: CrossLMMEncodedMedia | None
-
-    @property
-    def num_frames(self) -> int:
-        return len(self.metadata.frames_indices or ())
+from .remembered_videos import BoundedCache, SampledVideo
 
 
 class VideoReader:
@@ -87,13 +69,13 @@ class VideoReader:
                 key = digest.hexdigest(), repr(sampling)
                 known = self.cache.get(key)
                 if known is not None:
-                    return SampledVideo(key, known.metadata, None, known.media)
+                    return known
                 pixels, metadata = self._decoded(file, sampling, visit)
                 if _version(file) != version:
                     raise RefusedError(400, "The video changed while it was read. Ask again when it is complete.")
         except ValueError as error:
             raise _refused(error) from error
-        return SampledVideo(key, metadata, pixels, None)
+        return SampledVideo(key, metadata, pixels)
 
     @contextmanager
     def _opened(self, url: str, on_wait: OnWait) -> Iterator[BinaryIO]:
@@ -172,4 +154,4 @@ def _version(file: Any) -> Hashable:
     return about.st_size, about.st_mtime_ns
 
 
-__all__ = ["SampledVideo", "VideoReader"]
+__all__ = ["VideoReader"]

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from itertools import islice
@@ -268,7 +268,7 @@ def parse_recipe(argv: Sequence[str]) -> CrossLMMTrainingArguments:
         raise ValueError(f"{path} must hold options and their values; got {type(recipe).__name__}.")
     if not torch.accelerator.is_available():
         recipe["use_cpu"] = True
-        capabilities: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.11 on
         if not capabilities.get("amx_bf16"):
             recipe.pop("bf16", None)  # other CPUs have no fast products in it
     behind = {word.partition("=")[0].strip("-").replace("-", "_") for word in argv[1:] if word.startswith("--")}

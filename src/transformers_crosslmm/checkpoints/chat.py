@@ -1,0 +1,178 @@
+"""How a language model talks: its tokenizer and its chat template, kept, with media put in."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from jinja2 import TemplateError
+from tokenizers import AddedToken
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TokenizersBackend
+
+from ..processing_crosslmm import CHAT_TEMPLATE, IMAGE_TOKEN, MARKS, VIDEO_TOKEN
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+HOLLOW = "\ue001"
+"""Stands for what an assistant says while its place is looked for; a private-use character."""
+
+PROBES = ("  def f(x):\n\treturn x**2  \n\n\nEND", "I don't know 12345 caf\u0065\u0301 ½ 你好 🙂 <b>", " ")
+"""Texts that tokenizers of different families split differently: runs of blanks, digits, marks that compose."""
+
+MEDIA_TEMPLATE = """\
+{%- macro own(messages) -%}
+{{- "" }}@OWN@{{ "" -}}
+{%- endmacro -%}
+{%- set chat = namespace(plain=[], hollow=[], words=[]) -%}
+{%- for message in messages -%}
+    {%- set content = namespace(text=message.content) -%}
+    {%- if message.content is defined and message.content is not none and message.content is not string -%}
+        {%- set content.text = "" -%}
+        {%- for part in message.content -%}
+            {%- if part.type in ("video", "image") -%}
+                {%- set content.text = content.text ~ "<|vision_start|><|" ~ part.type ~ "_pad|><|vision_end|>" -%}
+            {%- elif part.text -%}
+                {%- set content.text = content.text ~ part.text -%}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {%- set message = dict(message, content=content.text) if content.text is string else message -%}
+    {%- set chat.plain = chat.plain + [message] -%}
+    {%- if message.role == "assistant" and content.text is string -%}
+        {%- set chat.words = chat.words + [content.text@TRIM@] -%}
+        {%- set message = dict(message, content="@HOLLOW@") -%}
+    {%- endif -%}
+    {%- set chat.hollow = chat.hollow + [message] -%}
+{%- endfor -%}
+{%- set whole = own(chat.plain) -%}
+{%- set pieces = own(chat.hollow).split("@HOLLOW@") -%}
+{%- set filled = namespace(text=pieces[0]) -%}
+{%- for word in chat.words -%}
+    {%- set filled.text = filled.text ~ word ~ (pieces[loop.index] or "") -%}
+{%- endfor -%}
+{%- if filled.text == whole and pieces | length == chat.words | length + 1 -%}
+    {{- pieces[0] -}}
+    {%- for word in chat.words -%}
+        {%- set end = @END@ if pieces[loop.index].startswith(@END@) else "" -%}
+        {%- generation -%}{{- word ~ end -}}{%- endgeneration -%}
+        {{- pieces[loop.index][end | length:] -}}
+    {%- endfor -%}
+{%- else -%}
+    {{- whole -}}
+{%- endif -%}
+"""
+"""Around a template of a language model (OWN): it gets messages of text alone, in which marks stand for media. Its
+output is unchanged. Where an assistant's words stand is found by a second run with a sign in their place; they and the
+end of their turn (END) are marked for training."""
+
+
+def find_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The folder's tokenizer, or None if there is none.
+
+    A tokenizer.json is taken as it is: the class that the model's type goes with would put its own splitting and
+    normalisation in place of the file's. Raises ValueError if it tokenizes other than the file says even so.
+    """
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        return None
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return AutoTokenizer.from_pretrained(folder)
+    tokenizer = TokenizersBackend.from_pretrained(folder)
+    as_in_file = tokenizers.Tokenizer.from_file(str(file))
+    for text in PROBES:
+        expected = as_in_file.encode(text, add_special_tokens=False).ids
+        if (found := tokenizer(text, add_special_tokens=False)["input_ids"]) != expected:
+            raise ValueError(
+                f"{folder} must tokenize as its tokenizer.json says; {text!r} becomes {len(found)} tokens instead of "
+                f"{len(expected)}, because of its tokenizer_config.json. Correct or remove that."
+            )
+    return tokenizer
+
+
+def add_marks(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Adds the marks of roles and media that a tokenizer lacks, as special tokens; returns the ids that are new.
+
+    A tokenizer without a padding token pads with its end token from now on. Raises ValueError for one whose ids have
+    gaps, in which the marks would take the ids of words.
+    """
+    known = tokenizer.get_vocab()
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    missing = [AddedToken(mark, special=True, normalized=False) for mark in MARKS if mark not in special]
+    tokenizer.add_tokens(missing, special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or "<|im_end|>"
+    new_ids = {tokenizer.convert_tokens_to_ids(mark): mark for mark in MARKS if mark not in known}
+    if taken := sorted(new_ids.keys() & set(known.values())):
+        raise ValueError(
+            f"A tokenizer must have ids without gaps, so that marks can be added; {new_ids[taken[0]]} would be "
+            f"{taken[0]}, which is another token. Fill the gaps in its tokenizer.json."
+        )
+    return sorted(new_ids)
+
+
+def media_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str | dict[str, str], str | None]:
+    """The tokenizer's chat template with media put in, and None; or plain ChatML, and why."""
+    own = tokenizer.chat_template
+    # What a tokenizer puts before every text stands before a chat too.
+    begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    chatml = "{{- bos_token -}}\n" + CHAT_TEMPLATE if begins else CHAT_TEMPLATE
+    if own is None:
+        return chatml, "the language model has no chat template: chats are written in ChatML"
+    try:
+        if isinstance(own, dict):
+            return {name: _with_media(tokenizer, template) for name, template in own.items()}, None
+        return _with_media(tokenizer, own), None
+    except (TemplateError, TypeError, ValueError) as error:
+        return chatml, f"the language model's chat template cannot take media ({error}): ChatML instead"
+
+
+def _with_media(tokenizer: PreTrainedTokenizerBase, own: str) -> str:
+    """Raises ValueError, TypeError or jinja2's TemplateError for a template that this does not work with."""
+    user = {"role": "user", "content": "Why?"}
+    spaced = _write(tokenizer, own, [user, {"role": "assistant", "content": f" {HOLLOW} "}])
+    if spaced.count(HOLLOW) != 1:
+        raise ValueError("it does not write what an assistant says as it is")
+    is_trimmed = f" {HOLLOW} " not in spaced
+    end = spaced.split(HOLLOW)[1].removeprefix("" if is_trimmed else " ").rstrip()
+    # Marks of its own would be counted where the macro runs, not where its output goes.
+    unmarked = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", own.removesuffix("\n"))
+    unmarked = re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", unmarked)
+    template = MEDIA_TEMPLATE.replace("@TRIM@", " | trim" if is_trimmed else "")
+    template = template.replace("@END@", json.dumps(end)).replace("@HOLLOW@", HOLLOW).replace("@OWN@", unmarked)
+    _check_template(tokenizer, own, template, end)
+    return template
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, own: str, template: str, end: str) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    user = {"role": "user", "content": "Why?"}
+    chats: list[list[dict[str, Any]]] = [
+        [user],
+        [user, {"role": "assistant", "content": "So. "}, user],
+        [system, user],
+    ]
+    for chat in chats:
+        try:
+            expected = [_write(tokenizer, own, chat, add_generation_prompt=prompt) for prompt in (True, False)]
+        except TemplateError:  # no system prompts, say
+            continue
+        if [_write(tokenizer, template, chat, add_generation_prompt=prompt) for prompt in (True, False)] != expected:
+            raise ValueError("it depends on where it stands")
+    for kind, mark in (("video", VIDEO_TOKEN), ("image", IMAGE_TOKEN)):
+        content = [{"type": kind}, {"type": "text", "text": "Why?"}]
+        written = _write(tokenizer, template, [{"role": "user", "content": content}])
+        if f"<|vision_start|>{mark}<|vision_end|>Why?" not in written:
+            raise ValueError("it drops media")
+    encoded = tokenizer.apply_chat_template(
+        [user, {"role": "assistant", "content": "So."}],
+        chat_template=template,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    marked = [token for token, mark in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mark]
+    if tokenizer.decode(marked).strip() != f"So.{end}".strip():
+        raise ValueError("what an assistant says cannot be marked in it")
+
+
+def _write(tokenizer: PreTrainedTokenizerBase, template: str, chat: list[dict[str, Any]], **options: Any) -> str:
+    return tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, **options)

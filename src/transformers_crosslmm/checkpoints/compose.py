@@ -1,0 +1,213 @@
+"""A CrossLMM to train, put together from a vision encoder and a language model."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+
+from ..configuration_crosslmm import FLAVOURS, PRESETS, VISION_TYPES, YARN_131072, CrossLMMConfig
+from ..processing_crosslmm import IMAGE_TOKEN, VIDEO_TOKEN
+from .chat import add_marks, find_tokenizer, media_template
+from .conversion import Conversion, ConversionError, renamed_tensors
+from .folder import StoredTensor, find_folder, read_json, stored_tensors
+from .name_tables import BACKBONES, TEXT, VISION
+from .new_weights import EMBEDDINGS, with_new_rows, with_new_weights
+
+TOP_FIELDS = {f.name for f in fields(CrossLMMConfig)} - {f.name for f in fields(PreTrainedConfig)}
+TOP_FIELDS -= {"vision_config", "text_config", "tie_word_embeddings", "untrained", "weight_layout"}
+CONFIG_FIELDS = sorted(TOP_FIELDS | {"rope_parameters", "max_position_embeddings"})
+"""What a conversion leaves to its user; everything else follows from the weights."""
+
+BICUBIC = 3
+OF_IMAGENET = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD, "resample": BICUBIC}
+IMAGE_STATISTICS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(VISION_TYPES, OF_IMAGENET),
+    "siglip_vision_model": {
+        "image_mean": IMAGENET_STANDARD_MEAN,
+        "image_std": IMAGENET_STANDARD_STD,
+        "resample": BICUBIC,
+    },
+    "clip_vision_model": {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD, "resample": BICUBIC},
+}
+"""What encoders of each kind were trained with, for a folder that does not say."""
+
+HALF_PRECISION = (
+    "float16 ends at 65,504: compare largest_activation, which longer texts and training can exceed; bfloat16 has the "
+    "range of float32"
+)
+
+
+def compose(
+    vision: str | os.PathLike | None = None,
+    text: str | os.PathLike | None = None,
+    *,
+    preset: str | None = None,
+    flavour: str = "paper",
+    long_context: bool = False,
+    tokenizer: str | os.PathLike | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+    **overrides: Any,
+) -> Conversion:
+    """Plans a trainable CrossLMM of a vision encoder and a language model. Its gates are 0: it is the language model.
+
+    vision: SigLIP, SigLIP2 (fixed resolution), CLIP, DINOv2 or DINOv3 ViT. text: a decoder of Transformers that
+    the cross-attention fits into. Both are folders or names on the Hub; with a preset, the paper's unless given. Sizes
+    always come from them. tokenizer: where it lies, if not with the language model. dtype: None for that of the
+    language model. overrides: config fields by name.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"`preset` must be one of {', '.join(map(repr, PRESETS))}; got {preset!r}.")
+    defaults = BACKBONES[preset] if preset is not None else (None, None)
+    vision, text = vision or defaults[0], text or defaults[1]
+    if vision is None or text is None:
+        raise ValueError("A composition needs a vision encoder and a language model. Name both, or a preset.")
+    vision_folder, text_folder = find_folder(vision), find_folder(text)
+    text_config = AutoConfig.from_pretrained(text_folder)
+    if long_context and text_config.model_type != "qwen2":
+        raise ValueError(
+            f"`long_context` is Qwen2.5's own setting; {text_folder} holds a {text_config.model_type!r}. Give "
+            "what its model card says with --rope-parameters and --max-position-embeddings."
+        )
+    top, text_overrides = config_overrides(overrides, preset=preset, flavour=flavour, long_context=long_context)
+    config = CrossLMMConfig(
+        vision_config=encoder_fields(vision_folder), text_config=network_fields(text_config) | text_overrides, **top
+    )
+    vision_tensors, left_out = renamed_tensors(stored_tensors(vision_folder), VISION, config)
+    text_tensors, also_left_out = renamed_tensors(stored_tensors(text_folder), TEXT, config)
+    image_options, notes = image_options_of(vision_folder, config)
+    if preset is not None:
+        notes += _differences_from_preset(config, preset)
+    if dtype == "float16":
+        notes.append(HALF_PRECISION)
+    own_tokenizer = find_tokenizer(text_folder if tokenizer is None else find_folder(tokenizer))
+    generation_config, chat_template = generation_config_of(text_folder, text_config), None
+    if own_tokenizer is not None:
+        chat_template, why = media_template(own_tokenizer)
+        text_tensors |= with_marks(config, own_tokenizer, text_tensors, overrides)
+        own_tokenizer.chat_template = chat_template
+        if why is not None:
+            notes.append(why)
+            end = own_tokenizer.convert_tokens_to_ids("<|im_end|>")
+            ends = generation_config.eos_token_id or []
+            generation_config.eos_token_id = sorted({end, *(ends if isinstance(ends, list) else [ends])})
+    tensors, initialised = with_new_weights(config, {**vision_tensors, **text_tensors}, dtype=dtype, seed=seed)
+    return Conversion(
+        config=config,
+        tensors=tensors,
+        sources={"vision": str(vision), "text": str(text)},
+        initialised=initialised,
+        left_out=left_out | also_left_out,
+        tokenizer=own_tokenizer,
+        chat_template=chat_template,
+        image_options=image_options,
+        generation_config=generation_config,
+        notes=notes,
+    )
+
+
+def with_marks(
+    config: CrossLMMConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    tensors: Mapping[str, StoredTensor],
+    overrides: Mapping[str, Any],
+) -> dict[str, StoredTensor]:
+    """Adds the marks that a tokenizer lacks, writes the placeholders' ids into the config, and returns the tables with
+    rows for the marks. A vocabulary with rows to spare keeps its size, another one grows."""
+    new_ids = add_marks(tokenizer)
+    for name, mark in (("image_token_id", IMAGE_TOKEN), ("video_token_id", VIDEO_TOKEN)):
+        if name not in overrides:
+            setattr(config, name, tokenizer.convert_tokens_to_ids(mark))
+    size = config.text_config.vocab_size
+    config.text_config.vocab_size = max(size, 1 + max(tokenizer.get_vocab().values()))
+    if not new_ids and config.text_config.vocab_size == size:
+        return {}
+    return {
+        name: with_new_rows(tensors[name], config.text_config.vocab_size, new_ids, key=name)
+        for name in (EMBEDDINGS, "lm_head.weight")
+        if name in tensors and tensors[name].shape[0] == size
+    }
+
+
+def config_overrides(
+    overrides: Mapping[str, Any], *, preset: str | None = None, flavour: str = "paper", long_context: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields for `CrossLMMConfig` and for its text config, from a preset and from fields by name, which win."""
+    top: dict[str, Any] = dict(FLAVOURS[flavour])
+    text: dict[str, Any] = {}
+    if preset is not None:
+        top["pooled_grid_size"] = PRESETS[preset]["pooled_grid_size"]
+    if long_context:
+        text |= {"rope_parameters": dict(YARN_131072), "max_position_embeddings": 131_072}
+    for name, value in overrides.items():
+        if name not in CONFIG_FIELDS:
+            raise ValueError(f"A config field that can be set is one of {', '.join(CONFIG_FIELDS)}; got {name!r}.")
+        (top if name in TOP_FIELDS else text)[name] = value
+    return top, text
+
+
+def encoder_fields(folder: Path) -> dict[str, Any]:
+    """The fields of the vision encoder in a folder: of the whole model there, or of its vision part.
+
+    Raises ConversionError for an encoder that CrossLMM does not take.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    config = getattr(config, "vision_config", config)
+    if config.model_type not in VISION_TYPES:
+        raise ConversionError(
+            f"The vision encoder must be one of {', '.join(VISION_TYPES)}, such as google/siglip2-so400m-patch14-384 "
+            f"(not -naflex); {folder} holds a {config.model_type!r}."
+        )
+    return network_fields(config)
+
+
+def network_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a config says of the network, without what it says of its file and of how it is called."""
+    other = {f.name for f in fields(PreTrainedConfig)} | {"transformers_version", "_name_or_path"}
+    return {name: value for name, value in config.to_dict().items() if name not in other} | {
+        "model_type": config.model_type
+    }
+
+
+def image_options_of(folder: Path, config: CrossLMMConfig) -> tuple[dict[str, Any], list[str]]:
+    """How the encoder's own image processor resizes and normalises, and a note where it gives another size than the
+    encoder's, which frames have here. Without such a file, the values that go with the encoder's kind."""
+    file = folder / "preprocessor_config.json"
+    raw = read_json(file) if file.is_file() else {}
+    if off := [name for name in ("do_resize", "do_rescale", "do_normalize") if raw.get(name) is False]:
+        raise ConversionError(f"{file} must leave {', '.join(off)} on: frames are resized and normalised by it.")
+    statistics = IMAGE_STATISTICS[config.vision_config.model_type]
+    options = {name: raw.get(name, default) for name, default in statistics.items()}
+    size, own = config.vision_config.image_size, raw.get("crop_size") or raw.get("size") or {}
+    own = own.get("height") or own.get("shortest_edge") if isinstance(own, dict) else own
+    if own in (None, size):
+        return options, []
+    return options, [f"frames have {size} pixels a side, as the encoder; its own image processor gives {own}"]
+
+
+def generation_config_of(folder: Path, config: PreTrainedConfig) -> GenerationConfig:
+    """How the language model generates, by its own file or else by its config."""
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_model_config(config)
+
+
+def _differences_from_preset(config: CrossLMMConfig, preset: str) -> list[str]:
+    wanted = CrossLMMConfig.from_preset(preset)
+    return [
+        f"preset {preset} has {part}.{name} {theirs}, this backbone {ours}"
+        for part in ("vision_config", "text_config")
+        for name in ("hidden_size", "num_hidden_layers")
+        if (theirs := getattr(getattr(wanted, part), name)) != (ours := getattr(getattr(config, part), name))
+    ]

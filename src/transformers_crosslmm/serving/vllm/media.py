@@ -1,0 +1,139 @@
+"""Videos and images from strangers in vLLM: fetched and decoded by the package, under its limits.
+
+A request may name any of vLLM's decoders, so all names lead to the package's, in a process that serves a CrossLMM.
+"""
+
+import asyncio
+import os
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import ModelConfig
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
+from vllm.multimodal.media.base import MediaIO
+from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
+
+from ...frames_crosslmm import SAMPLING_KWARGS
+from ...video_decoding import VideoError, decode_video
+from ...video_processing_crosslmm import CrossLMMVideoProcessor
+from ...video_source import VideoLimits, open_source
+
+CONNECTOR = "crosslmm"
+SERVED_LIMITS = {"max_bytes": 2**30, "max_decode_seconds": 120.0}
+"""Where a server is stricter than `VideoLimits` is."""
+
+
+def serve_media_safely(model_config: ModelConfig) -> None:
+    """Lets this process fetch and decode media by the package alone.
+
+    The limits stand in vLLM's setting `media_io_kwargs={"video": {"limits": {...}}}`, by the names of `VideoLimits`;
+    they are the server's, and no request can change them.
+    """
+    multimodal = model_config.multimodal_config
+    if multimodal is None:
+        return
+    said = multimodal.media_io_kwargs.setdefault("video", {})
+    processor = CrossLMMVideoProcessor.from_pretrained(model_config.model, revision=model_config.revision)
+    limits = VideoLimits(
+        **SERVED_LIMITS | said.pop("limits", {}) | {"max_frames": most_frames(model_config, processor)}
+    )
+    CrossLMMVideoLoader.processor, CrossLMMVideoLoader.limits = processor, limits
+    CrossLMMConnector.limits = limits
+    said.setdefault("num_frames", -1)  # else vLLM asks for 32
+    for name in [CONNECTOR, *VIDEO_LOADER_REGISTRY.name2class]:
+        VIDEO_LOADER_REGISTRY.register(name)(CrossLMMVideoLoader)
+    os.environ["VLLM_MEDIA_CONNECTOR"] = CONNECTOR
+
+
+def most_frames(model_config: ModelConfig, processor: CrossLMMVideoProcessor) -> int:
+    """The most frames of a video: `limit_mm_per_prompt={"video": {"count": …, "num_frames": …}}`, or what the
+    checkpoint's processor samples at most."""
+    limit = model_config.multimodal_config.limit_per_prompt.get("video")
+    return getattr(limit, "num_frames", None) or processor.num_frames or processor.max_frames
+
+
+class CrossLMMVideoLoader(VideoLoader):
+    """The package's decoder, in a process of its own for each video.
+
+    processor, limits: of the checkpoint that this process serves.
+    """
+
+    processor: CrossLMMVideoProcessor
+    limits: VideoLimits
+
+    @classmethod
+    def load_bytes(cls, data: bytes, *, num_frames: int = -1, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        """Sampled frames (T, H, W, 3) of the size that the encoder sees, and what vLLM passes on of them.
+
+        num_frames: -1 for the checkpoint's own sampling. kwargs: more of `SAMPLING_KWARGS`. Raises ValueError for
+        others, and VideoError for what cannot be read.
+        """
+        if unknown := sorted(kwargs.keys() - set(SAMPLING_KWARGS)):
+            raise ValueError(f"A video takes {', '.join(SAMPLING_KWARGS)}; got {', '.join(unknown)[:80]}.")
+        asked = kwargs | ({"num_frames": num_frames} if num_frames != -1 and "fps" not in kwargs else {})
+        sampling = cls.processor._sampling(**asked)
+        most = cls.limits.max_frames
+        if (count := max(sampling.num_frames or 0, len(sampling.times or ()))) > most:
+            raise ValueError(
+                f"A video may have {most} frames; got {count}. Ask for fewer, or start the server with more "
+                "(`limit_mm_per_prompt`)."
+            )
+        if sampling.max_frames is not None:
+            sampling = replace(sampling, max_frames=min(sampling.max_frames, most))
+        try:
+            video = decode_video(
+                data,
+                frame_transform=cls.resized,
+                limits=cls.limits,
+                strict=True,  # a client sees no warnings
+                isolated=True,
+                **{name: getattr(sampling, name) for name in SAMPLING_KWARGS},
+            )
+        except StopIteration:
+            raise VideoError("It has no frames.") from None
+        metadata = {
+            "total_num_frames": video.total_num_frames,
+            "fps": video.fps,
+            "duration": video.duration_seconds,
+            "frames_indices": list(video.frame_indices),
+            "video_backend": "pyav",
+            "do_sample_frames": False,
+        }
+        return video.frames.permute(0, 2, 3, 1).numpy(), metadata
+
+    @classmethod
+    def resized(cls, frame: torch.Tensor) -> torch.Tensor:
+        """(3, H, W) to (3, S, S), uint8, as the processor does it."""
+        as_it_is = {"do_sample_frames": False, "do_rescale": False, "do_normalize": False}
+        features = cls.processor([frame[None]], input_data_format="channels_first", return_tensors="pt", **as_it_is)
+        return features["pixel_values_videos"][0].to(torch.uint8)
+
+
+@MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)
+class CrossLMMConnector(MediaConnector):
+    """vLLM's own for paths and data URIs; URLs are fetched by the package: no private addresses, at most so many
+    bytes."""
+
+    limits = VideoLimits()
+
+    def load_from_url(self, url: str, media_io: MediaIO, *, fetch_timeout: int | None = None) -> Any:
+        if url[:5].lower() == "data:" and len(url) > 2 * self.limits.max_bytes:
+            raise ValueError(f"A data URI may hold {self.limits.max_bytes} bytes; this one is longer.")
+        if url.partition(":")[0].lower() not in ("http", "https"):
+            return super().load_from_url(url, media_io, fetch_timeout=fetch_timeout)
+        if self.allowed_media_domains:
+            from urllib.parse import urlsplit
+
+            if (host := urlsplit(url).hostname) not in self.allowed_media_domains:
+                raise ValueError(f"URLs must lead to {', '.join(self.allowed_media_domains)}; got {host}.")
+        limits = self.limits if fetch_timeout is None else replace(self.limits, network_timeout_seconds=fetch_timeout)
+        with open_source(url, limits) as file:
+            return media_io.load_bytes(file.read())
+
+    async def load_from_url_async(self, url: str, media_io: MediaIO, *, fetch_timeout: int | None = None) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(
+            None, partial(self.load_from_url, url, media_io, fetch_timeout=fetch_timeout)
+        )

@@ -1,0 +1,106 @@
+"""A request's text and media to what vLLM schedules: tokens with placeholders expanded, and pixels."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import BatchFeature
+from vllm.config.multimodal import MultiModalDummyOptions
+from vllm.inputs import MultiModalDataDict
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.parse import MultiModalDataItems, VideoProcessorItems
+from vllm.multimodal.processing import (
+    BaseDummyInputsBuilder,
+    BaseMultiModalProcessor,
+    BaseProcessingInfo,
+    PromptReplacement,
+    PromptUpdate,
+)
+from vllm.multimodal.processing.processor import HFMultiModalInputs
+
+from ...frames_crosslmm import SAMPLING_KWARGS
+from ...processing_crosslmm import CrossLMMProcessor
+from .media import most_frames
+
+
+class CrossLMMProcessingInfo(BaseProcessingInfo):
+    def get_hf_processor(self, **kwargs: object) -> CrossLMMProcessor:
+        """The checkpoint's. Options of a request go to its calls, not to it."""
+        return self.ctx.get_hf_processor(CrossLMMProcessor)
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return {"image": None, "video": None}
+
+    def most_frames(self, seq_len: int) -> int:
+        processor = self.get_hf_processor()
+        frames = most_frames(self.ctx.model_config, processor.video_processor)
+        return max(1, min(frames, seq_len // processor.tokens_per_frame))
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        per_frame = self.get_hf_processor().tokens_per_frame
+        return {"image": per_frame, "video": per_frame * self.most_frames(seq_len)}
+
+
+class CrossLMMDummyInputs(BaseDummyInputsBuilder[CrossLMMProcessingInfo]):
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        processor = self.info.get_hf_processor()
+        return processor.image_token * mm_counts.get("image", 0) + processor.video_token * mm_counts.get("video", 0)
+
+    def get_dummy_mm_data(
+        self, seq_len: int, mm_counts: Mapping[str, int], mm_options: MultiModalDummyOptions
+    ) -> MultiModalDataDict:
+        size = self.info.get_hf_processor().video_processor.size
+        video = np.zeros((self.info.most_frames(seq_len), size.height, size.width, 3), dtype=np.uint8)
+        return {
+            "image": [Image.new("RGB", (size.width, size.height))] * mm_counts.get("image", 0),
+            "video": [video] * mm_counts.get("video", 0),
+        }
+
+
+class CrossLMMMultiModalProcessor(BaseMultiModalProcessor[CrossLMMProcessingInfo]):
+    def _get_hf_mm_inputs(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> HFMultiModalInputs:
+        """Videos go with what is known of them: of those that were decoded by the server, that they are sampled."""
+        data, options, passed_on = super()._get_hf_mm_inputs(mm_items, hf_kwargs)
+        videos = mm_items.get("video")
+        if isinstance(videos, VideoProcessorItems) and isinstance(videos.metadata, list):
+            pairs = zip(videos.get_all(), videos.metadata, strict=True)
+            data = {**data, "videos": [(video, about) if about else video for video, about in pairs]}
+        return HFMultiModalInputs(data, options, passed_on)
+
+    def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
+        """Pixels of the media. Raises ValueError for options of a request that say anything but what to look at."""
+        options = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
+        if unknown := sorted(options.keys() - set(SAMPLING_KWARGS)):
+            raise ValueError(
+                f"`mm_processor_kwargs` of a CrossLMM are {', '.join(SAMPLING_KWARGS)}; got {', '.join(unknown)[:80]}."
+            )
+        return self.info.get_hf_processor()(**hf_data, return_tensors="pt", videos_kwargs=options)
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        fields = {"pixel_values": MultiModalFieldConfig.batched("image")}
+        if "video_num_frames" in hf_inputs:
+            sizes = hf_inputs["video_num_frames"]
+            fields["pixel_values_videos"] = MultiModalFieldConfig.flat_from_sizes("video", sizes)
+            fields["video_num_frames"] = MultiModalFieldConfig.batched("video", keep_on_cpu=True)
+        return fields
+
+    def _get_prompt_updates(
+        self,
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: MultiModalKwargsItems,
+    ) -> Sequence[PromptUpdate]:
+        processor = self.info.get_hf_processor()
+        image, video, per_frame = processor.image_token_id, processor.video_token_id, processor.tokens_per_frame
+
+        def tokens_of_video(number: int) -> list[int]:
+            frames: Any = out_mm_kwargs["video"][number]["video_num_frames"].data
+            return [video] * (per_frame * int(frames))
+
+        return [
+            PromptReplacement("image", target=[image], replacement=[image] * per_frame),
+            PromptReplacement("video", target=[video], replacement=tokens_of_video),
+        ]
