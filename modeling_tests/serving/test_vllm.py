@@ -11,13 +11,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from factories import mp4_of, random_frames, tiny_config
 from PIL import Image
-from pretend_gpu import pretend_gpus
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from factories import mp4_of, random_frames, tiny_config
+from pretend_gpu import pretend_gpus
 
 pytest.importorskip("vllm", reason="needs vLLM: `make vllm-environment`")
 
+from vllm.forward_context import override_forward_context
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm_cases import (
     CHECKPOINTS,
     IMAGE,
@@ -31,9 +34,6 @@ from vllm_cases import (
     mixed_requests,
     save,
 )
-
-from vllm.forward_context import override_forward_context
-from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
 from transformers_crosslmm import CrossLMMForConditionalGeneration, CrossLMMProcessor
 from transformers_crosslmm.serving.vllm.rules import CrossLMMRules
@@ -310,7 +310,7 @@ class StepsOnGpu:
         self.table = table.to(device)
         self.lengths = torch.zeros(num_requests, dtype=torch.int32)
 
-    def run(self, tokens: list[int], rows=(), is_placeholder=None, *, padding: int = 0, watch=nullcontext()) -> None:
+    def run(self, tokens: list[int], rows=(), is_placeholder=None, *, padding: int = 0, watch=None) -> None:
         """A step with so many new tokens of each request, then padding as CUDA graphs need it."""
         ends = self.lengths + torch.tensor(tokens, dtype=torch.int32)
         starts = [0, *np.cumsum(tokens).tolist()]
@@ -331,7 +331,10 @@ class StepsOnGpu:
         )
         if is_placeholder is not None:
             self.cache.take_media([some.to(self.device) for some in rows], is_placeholder)
-        with override_forward_context(SimpleNamespace(attn_metadata={"visual_cache.5": common})), watch:
+        with (
+            override_forward_context(SimpleNamespace(attn_metadata={"visual_cache.5": common})),
+            watch or nullcontext(),
+        ):
             self.cache.begin_step()
         self.lengths = ends
 
@@ -389,7 +392,10 @@ def test_padding_of_a_step_touches_no_slot():
     before = steps.cache.kv_cache.clone()
     steps.run([1, 1, 1], padding=5)
     changed = (steps.cache.kv_cache != before).any(-1)
-    own = {(1 + number * 8 + (length - 1) // 16, (length - 1) % 16) for number, length in enumerate(steps.lengths.tolist())}
+    own = {
+        (1 + number * 8 + (length - 1) // 16, (length - 1) % 16)
+        for number, length in enumerate(steps.lengths.tolist())
+    }
     assert {(int(block), int(slot)) for block, _, slot in changed.nonzero()} <= own
 
 
