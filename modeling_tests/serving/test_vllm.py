@@ -310,7 +310,7 @@ class StepsOnGpu:
         self.table = table.to(device)
         self.lengths = torch.zeros(num_requests, dtype=torch.int32)
 
-    def run(self, tokens: list[int], rows=(), is_placeholder=None, *, padding: int = 0, watch=nullcontext()) -> None:
+    def run(self, tokens: list[int], rows=(), is_placeholder=None, *, padding: int = 0, watch=None) -> None:
         """A step with so many new tokens of each request, then padding as CUDA graphs need it."""
         ends = self.lengths + torch.tensor(tokens, dtype=torch.int32)
         starts = [0, *np.cumsum(tokens).tolist()]
@@ -331,7 +331,10 @@ class StepsOnGpu:
         )
         if is_placeholder is not None:
             self.cache.take_media([some.to(self.device) for some in rows], is_placeholder)
-        with override_forward_context(SimpleNamespace(attn_metadata={"visual_cache.5": common})), watch:
+        with (
+            override_forward_context(SimpleNamespace(attn_metadata={"visual_cache.5": common})),
+            watch or nullcontext(),
+        ):
             self.cache.begin_step()
         self.lengths = ends
 

@@ -26,8 +26,15 @@ from .media import most_frames
 
 class CrossLMMProcessingInfo(BaseProcessingInfo):
     def get_hf_processor(self, **kwargs: object) -> CrossLMMProcessor:
-        """The checkpoint's. Options of a request go to its calls, not to it."""
-        return self.ctx.get_hf_processor(CrossLMMProcessor)
+        """The checkpoint's. Options of a request go to its calls, not to it. Raises ValueError for one that writes
+        times into prompts, which vLLM would leave out."""
+        processor = self.ctx.get_hf_processor(CrossLMMProcessor)
+        if processor.time_instruction or processor.add_timestamps:
+            raise ValueError(
+                "vLLM writes no times into prompts: `time_instruction` and `add_timestamps` of the processor must be "
+                "off. Serve the checkpoint with `crosslmm serve`, or save its processor without them."
+            )
+        return processor
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": None, "video": None}
@@ -75,7 +82,10 @@ class CrossLMMMultiModalProcessor(BaseMultiModalProcessor[CrossLMMProcessingInfo
             raise ValueError(
                 f"`mm_processor_kwargs` of a CrossLMM are {', '.join(SAMPLING_KWARGS)}; got {', '.join(unknown)[:80]}."
             )
-        return self.info.get_hf_processor()(**hf_data, return_tensors="pt", videos_kwargs=options)
+        features = self.info.get_hf_processor()(**hf_data, return_tensors="pt", videos_kwargs=options)
+        if (shown := features.pop("video_frame_index", None)) is not None:  # unchanged frames: vLLM wants all
+            features["pixel_values_videos"] = features["pixel_values_videos"][shown]
+        return features
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
