@@ -154,7 +154,7 @@ def main() -> None:
             idle_after = _idle_seconds(clients[0])
             log = (folder / "log").read_text()
     results = summary(clients, samples, log) | {"minutes": given.minutes, "seconds_until_idle": idle_after}
-    results = {"about": about(cases) | {"command": "python benchmarks/serving_soak.py"}} | results
+    results = {"about": about(cases) | {"command": " ".join(["python", *sys.argv])}} | results
     results["about"] |= {"requests": SHARES, "at_once": AT_ONCE}
     print(json.dumps({key: value for key, value in results.items() if key != "samples"}, indent=1))
     if given.keep or given.minutes >= 60:
