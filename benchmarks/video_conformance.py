@@ -18,7 +18,6 @@ import hashlib
 import json
 import re
 import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -144,6 +143,27 @@ def sampled(path: Path, everything) -> list[str]:
     return [f"sampled pictures differ by {max(off):.1f} grey levels"] if off and max(off) > 0 else []
 
 
+def keep(rows: list[dict], out: Path, ffmpeg: str) -> dict:
+    """Write what is known so far, and return what it comes to."""
+    here = Path(__file__).resolve().parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here).stdout.strip()
+    version = subprocess.run([ffmpeg, "-version"], capture_output=True, text=True).stdout.split(" Copyright")[0]
+    about = {
+        "command": "python benchmarks/video_conformance.py FOLDER",
+        "commit": commit,
+        "ffmpeg": version,
+        "pyav": av.__version__,
+        "its_ffmpeg": av.ffmpeg_version_info,
+        "files": len(rows),
+        "outcomes": dict(Counter(row["outcome"] for row in rows).most_common()),
+        "differ_without_a_reason": sum(
+            row["outcome"] not in ("agrees", "neither", "only here") and "why" not in row for row in rows
+        ),
+    }
+    out.write_text(json.dumps({"about": about, "files": rows}, indent=1) + "\n")
+    return about
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -162,31 +182,16 @@ def main() -> None:
         began = time.monotonic()
         row = compare(given.ffmpeg, path)
         row = {key: value for key, value in row.items() if value not in ("", [])} | {"sha256": digest}
-        if digest in reasons and row["outcome"] not in ("agrees", "neither"):
+        if digest in reasons and row["outcome"] not in ("agrees", "neither", "only here"):
             row["why"] = reasons[digest]
         rows[digest] = row
         said = row.get("differences") or row.get("error") or ""
         seconds = time.monotonic() - began
         print(f"{number}/{len(paths)} {row['outcome']:12} {seconds:5.1f} s {path.name[-60:]} {said}", flush=True)
-    counts = Counter(row["outcome"] for row in rows.values())
-    unexplained = sum(row["outcome"] in ("differs", "only ffmpeg") and "why" not in row for row in rows.values())
-    here = Path(__file__).resolve().parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here).stdout.strip()
-    version = subprocess.run([given.ffmpeg, "-version"], capture_output=True, text=True).stdout.split(" Copyright")[0]
-    about = {
-        "command": f"python benchmarks/video_conformance.py FOLDER, {len(rows)} different files",
-        "commit": commit,
-        "ffmpeg": version,
-        "pyav": av.__version__,
-        "its_ffmpeg": av.ffmpeg_version_info,
-        "python": sys.version.split()[0],
-        "outcomes": dict(counts),
-        "differ_without_a_reason": unexplained,
-    }
-    given.out.write_text(json.dumps({"about": about, "files": list(rows.values())}, indent=1) + "\n")
-    for outcome, count in counts.most_common():
+        about = keep(list(rows.values()), given.out, given.ffmpeg)
+    for outcome, count in about["outcomes"].items():
         print(f"{outcome:12} {count:6}")
-    print(f"{unexplained} differ without a reason -> {given.out}")
+    print(f"{about['differ_without_a_reason']} differ without a reason -> {given.out}")
 
 
 if __name__ == "__main__":

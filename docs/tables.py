@@ -227,6 +227,23 @@ def video_fuzz() -> str:
     )
 
 
+def video_conformance() -> str:
+    about = kept("video_conformance.json")["about"]
+    words = {
+        "agrees": "the same frames, times and pixels",
+        "differs": "something differs, with the reason in the kept results",
+        "only ffmpeg": "only ffmpeg shows pictures (encrypted ones as noise)",
+        "only here": "only this decoder shows pictures",
+        "neither": "no video for either",
+    }
+    rows = [[words[outcome], f"{number:,}"] for outcome, number in about["outcomes"].items()]
+    return (
+        f"{markdown(['public file', 'files'], rows)}\n{about['files']:,} different files; without a reason: "
+        f"{about['differ_without_a_reason']}. `{about['command']}`, commit {about['commit'][:7]}; {about['ffmpeg']}; "
+        f"PyAV {about['pyav']}, FFmpeg {about['its_ffmpeg']}.\n"
+    )
+
+
 def video_decoding_threads() -> str:
     results = kept("video_decoding_threads.json")
     rows = []
@@ -551,6 +568,7 @@ TABLES: dict[str, Callable[[], str]] = {
         video_decoding,
         video_decoding_threads,
         video_fuzz,
+        video_conformance,
         streaming_memory,
         serving_load,
         conversion_memory,

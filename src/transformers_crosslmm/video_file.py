@@ -197,10 +197,10 @@ class VideoFile:
         told = None if start is None or not stream.duration else start + stream.duration
         in_table = told is not None and stream.frames and self.format_name in ("mov", "avi")
         entries = getattr(stream, "index_entries", None)  # PyAV < 17 does not show them
-        # The last entry is decoded a few pictures before the end.
-        if (in_table and entries and (told - entries[-1].timestamp) * stream.frames <= 4 * stream.duration) or (
-            in_table and entries is None and self.format_name == "mov"
-        ):
+        whole = self.format_name == "mov" if entries is None else len(entries) > 0
+        if in_table and whole and entries:  # the last entry is decoded a few pictures before the end
+            whole = (told - entries[-1].timestamp) * stream.frames <= 4 * stream.duration
+        if in_table and whole:
             self.announced_end = told
         if self.announced_end or (told is not None and not self.seekable):
             return 0, start, told
