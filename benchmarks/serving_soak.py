@@ -7,7 +7,7 @@ The cases are those of `serving_load.py` and what strangers send besides: server
 to parse, numbers at the ends of their ranges, bodies that never arrive. Clients draw among them without end. Every
 good answer is compared with what `generate` writes without the server, every other reply with the status that it must
 get.
-Once a minute the server's memory, open files, threads and children are written down; in the end nothing may be at
+Once a minute the server's memory, open files and threads are written down; in the end nothing may be at
 work.
 """
 
@@ -109,7 +109,6 @@ def look(pid: int) -> dict:
     return {
         "open_files": len(list((process / "fd").iterdir())),
         "threads": len(list((process / "task").iterdir())),
-        "children": len((process / f"task/{pid}/children").read_text().split()),
     }
 
 

@@ -228,7 +228,8 @@ connection.recv(1000)
     client = subprocess.Popen([sys.executable, "-c", script, str(server.port)])
     try:
         wait_until(lambda: server.health()["waiting"] == 1)
-        time.sleep(0.3)
+        assert tracemalloc.get_traced_memory()[0] >= 12_000_000
+        wait_until(lambda: tracemalloc.get_traced_memory()[0] < 14_000_000)  # once it is parsed
         held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
