@@ -24,7 +24,7 @@ from transformers_crosslmm.checkpoints.conversion import write_checkpoint
 from transformers_crosslmm.training.samples import CrossLMMDataCollator
 from transformers_crosslmm.training.trainer import parameter_groups, train_only
 
-BATCH_SIZE, HELD_OUT, SEEDS = 8, 32, (0, 1)
+BATCH_SIZE, HELD_OUT, SEEDS = 4, 12, (0, 1)
 COLOURS = {
     "red": (200, 40, 40),
     "green": (40, 170, 60),
@@ -67,7 +67,7 @@ def train(checkpoint: Path, *, scaled: bool, seed: int, steps: int) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(round(loss.item(), 4))
-        if step % 10 == 0:
+        if step % 5 == 0:
             with torch.no_grad():
                 curve[step] = round(model.eval()(**held_out).loss.item(), 4)
             model.train()
@@ -81,7 +81,7 @@ def train(checkpoint: Path, *, scaled: bool, seed: int, steps: int) -> dict:
     }
 
 
-def main(language_model: str, steps: int = 40) -> None:
+def main(language_model: str, steps: int = 20) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         tiny = CrossLMMForConditionalGeneration.from_pretrained(TINY_CHECKPOINT)
@@ -91,20 +91,18 @@ def main(language_model: str, steps: int = 40) -> None:
         whole.save_pretrained(folder / "vision")
         plan = compose(folder / "vision", language_model, pooled_grid_size=1)
         report = write_checkpoint(plan, folder / "composed", try_out=True)
-        runs = [
-            train(folder / "composed", scaled=scaled, seed=seed, steps=steps)
-            for seed in SEEDS
-            for scaled in (True, False)
-        ]
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
-    result = {
-        "command": f"python benchmarks/projector_scale.py {Path(language_model).name} {steps}",
-        "commit": commit.stdout.strip(),
-        "rms": report["rms"],
-        "runs": runs,
-    }
-    (here / "projector_scale.json").write_text(json.dumps(result, indent=2) + "\n")
+        here = Path(__file__).parent
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+        result = {
+            "command": f"python benchmarks/projector_scale.py {Path(language_model).name} {steps}",
+            "commit": commit.stdout.strip(),
+            "rms": report["rms"],
+            "runs": [],
+        }
+        for seed in SEEDS:
+            for scaled in (True, False):
+                result["runs"].append(train(folder / "composed", scaled=scaled, seed=seed, steps=steps))
+                (here / "projector_scale.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
