@@ -29,7 +29,7 @@ from test_modeling_crosslmm import (
 )
 from transformers_crosslmm import attention_crosslmm, cross_attention_crosslmm, encode_video, generation_crosslmm
 from transformers_crosslmm.attention_crosslmm import Segments
-from transformers_crosslmm.cache_crosslmm import memory_in
+from transformers_crosslmm.cache_crosslmm import VisualMemory, memory_in
 from transformers_crosslmm.dialect_crosslmm import CHECKPOINTING
 
 FORMS = ("kv", "features")
@@ -304,6 +304,25 @@ def test_a_model_on_two_gpus_writes_what_it_writes_on_the_cpu(kind, form):
 
 
 @torch.no_grad()
+def test_pixels_are_cast_pinned_and_uploaded_chunk_by_chunk(monkeypatch):
+    model = random_model(tiny_config()).to(torch.bfloat16)
+    frames = torch.randn(6, 3, 33, 33)
+    expected = model.get_video_features(frames).last_hidden_state
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda chunk: pinned.append(chunk) or chunk)
+    with pretend_gpus():
+        model = model.to("cuda")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        found = model.get_video_features(frames).last_hidden_state
+        monkeypatch.undo()
+        assert_close_to_scale(found.cpu().float(), expected.float(), relative=0.05)
+    assert [(len(chunk), chunk.dtype, str(chunk.device)) for chunk in pinned] == [
+        (4, torch.bfloat16, "cpu"),
+        (2, torch.bfloat16, "cpu"),
+    ]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("form", FORMS)
 def test_each_of_two_gpus_gets_one_copy_of_the_original_tokens(form, monkeypatch):
     """In the prefill, and with "features" for all steps together: not one per layer and step."""
@@ -312,10 +331,8 @@ def test_each_of_two_gpus_gets_one_copy_of_the_original_tokens(form, monkeypatch
     for layer in BLOCKS:
         block = model.model.language_model.layers[layer].cross_attention
         block.register_forward_pre_hook(lambda block, inputs: seen[-1].append(inputs[1]))
-    norms = []
-    folded = cross_attention_crosslmm.folded_attention
-    record = lambda *inputs: norms.append(inputs[-1]) or folded(*inputs)  # noqa: E731
-    monkeypatch.setattr(cross_attention_crosslmm, "folded_attention", record)
+    norms, norm_on = [], VisualMemory.norm_on
+    monkeypatch.setattr(VisualMemory, "norm_on", lambda *args: norms.append(norm_on(*args)) or norms[-1])
     inputs = two_rows(model.config)
     with pretend_gpus():
         spread(model)
@@ -332,7 +349,7 @@ def test_each_of_two_gpus_gets_one_copy_of_the_original_tokens(form, monkeypatch
             assert [str(one.device) for one in states] == ["cuda:0", "cuda:1", "cuda:1"]
         everything = [one for states in seen for one in states if one is not None]
         assert len({id(one) for one in everything}) == 2
-        assert len({id(norm) for norm in norms}) == (2 if form == "features" else 0)
+        assert len({id(norm) for norm in norms if norm is not None}) == 2
 
 
 def test_a_model_on_two_gpus_trains():

@@ -263,11 +263,11 @@ def test_adapters_per_row_where_there_are_no_rows_are_refused_by_name(where, cal
     model.eval()
     inputs = model_inputs(*(make_sample(model.config, *SAMPLE, seed=seed) for seed in (0, 1)))
     run = model if call == "forward" else model.generate
-    with pytest.raises(ValueError, match="`adapter_names`.*Leave these out of `target_modules`"):
+    with pytest.raises(ValueError, match=r"`adapter_names`.*Leave these out of `target_modules`"):
         run(**inputs, adapter_names=["default", "second"])
     options = {"r": 3, "task_type": "CAUSAL_LM", "target_modules": OTHERS[where]}
     model = peft.get_peft_model(load(checkpoint), peft.LoraConfig(alora_invocation_tokens=[5, 6], **options))
-    with pytest.raises(ValueError, match="aLoRA.*Leave these out of `target_modules`"):
+    with pytest.raises(ValueError, match=r"aLoRA.*Leave these out of `target_modules`"):
         (model if call == "forward" else model.generate)(**inputs)
     text = model_inputs(*(make_sample(model.config, 9, seed=seed) for seed in (0, 1)))
     assert model(**text).logits.isfinite().all()
