@@ -304,6 +304,25 @@ def test_a_model_on_two_gpus_writes_what_it_writes_on_the_cpu(kind, form):
 
 
 @torch.no_grad()
+def test_pixels_are_cast_pinned_and_uploaded_chunk_by_chunk(monkeypatch):
+    model = random_model(tiny_config()).to(torch.bfloat16)
+    frames = torch.randn(6, 3, 33, 33)
+    expected = model.get_video_features(frames).last_hidden_state
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda chunk: pinned.append(chunk) or chunk)
+    with pretend_gpus():
+        model = model.to("cuda")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        found = model.get_video_features(frames).last_hidden_state
+        monkeypatch.undo()
+        assert_close_to_scale(found.cpu().float(), expected.float(), relative=0.05)
+    assert [(len(chunk), chunk.dtype, str(chunk.device)) for chunk in pinned] == [
+        (4, torch.bfloat16, "cpu"),
+        (2, torch.bfloat16, "cpu"),
+    ]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("form", FORMS)
 def test_each_of_two_gpus_gets_one_copy_of_the_original_tokens(form, monkeypatch):
     """In the prefill, and with "features" for all steps together: not one per layer and step."""
@@ -312,10 +331,8 @@ def test_each_of_two_gpus_gets_one_copy_of_the_original_tokens(form, monkeypatch
     for layer in BLOCKS:
         block = model.model.language_model.layers[layer].cross_attention
         block.register_forward_pre_hook(lambda block, inputs: seen[-1].append(inputs[1]))
-    norms = []
-    norm_on = VisualMemory.norm_on
-    record = lambda *inputs: norms.append(norm_on(*inputs)) or norms[-1]  # noqa: E731
-    monkeypatch.setattr(VisualMemory, "norm_on", record)
+    norms, norm_on = [], VisualMemory.norm_on
+    monkeypatch.setattr(VisualMemory, "norm_on", lambda *args: norms.append(norm_on(*args)) or norms[-1])
     inputs = two_rows(model.config)
     with pretend_gpus():
         spread(model)

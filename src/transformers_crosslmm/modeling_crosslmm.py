@@ -71,6 +71,7 @@ from .vision_crosslmm import (
     frame_codes,
     normalised_tokens,
     per_medium,
+    upload,
 )
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
             for chunk in pixels.split(self.config.vision_chunk_size):
                 chunk = chunk.to(tower.dtype)  # before the upload, which it halves
                 if tower.device.type != "meta":  # offloaded weights fetch their input themselves
-                    chunk = chunk.to(tower.device)
+                    chunk = upload(chunk, tower.device)
                 output = encode_frames(tower, chunk, **kwargs)
                 recorded.append((output.hidden_states, output.attentions))
                 pooled.append(self.multi_modal_projector(self.pool(output.last_hidden_state)))

@@ -80,6 +80,13 @@ def _contiguous(module: nn.Module, inputs: tuple, embedded: torch.Tensor) -> tor
     return embedded.contiguous()
 
 
+def upload(chunk: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A chunk of pixels on a device. From pinned memory a GPU fetches it while the CPU prepares the next one."""
+    if device.type == "cuda" and chunk.device.type == "cpu" and torch.cuda.is_available():
+        chunk = chunk.pin_memory()
+    return chunk.to(device, non_blocking=True)
+
+
 def encode_frames(tower: PreTrainedModel, pixels: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
     """What a tower gives for a chunk of frames (F, 3, S, S): `last_hidden_state` is V of Eq. 1, (F, N, D), without the
     tokens that stand before the patches.
