@@ -216,7 +216,7 @@ def served(folder: Path, log: Path, *options: str):
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out)
         try:
-            _wait_until(lambda: _is_up(port) or process.poll() is not None, 120)
+            _wait_until(lambda: _is_up(port) or process.poll() is not None, 600)
             assert process.poll() is None, log.read_text()
             yield process, port
         finally:

@@ -5,7 +5,8 @@
 
 The cases are those of `serving_load.py` and what strangers send besides: servers that drip, requests that are costly
 to parse, numbers at the ends of their ranges, bodies that never arrive. Clients draw among them without end. Every
-good answer is compared with what `generate` writes without the server, every other reply with the status it must get.
+good answer is compared with what `generate` writes without the server, every other reply with the status that it must
+get.
 Once a minute the server's memory, open files, threads and children are written down; in the end nothing may be at
 work.
 """
@@ -77,7 +78,11 @@ def strangers_cases(video: str, dripping: str) -> list[Case]:
 
 
 class SoakClient(Client):
-    """A client whose cases may allow several statuses."""
+    """A patient client, whose cases may allow several statuses."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(port)
+        self.openai = self.openai.with_options(timeout=900)
 
     def send(self, case: Case) -> None:
         began = time.monotonic()
@@ -94,7 +99,7 @@ class SoakClient(Client):
 
     def _post(self, case: Case) -> tuple[int, int, float]:
         headers = {"Content-Type": "application/json"}
-        reply = httpx2.post(f"{self.base}/v1/chat/completions", content=case.body, headers=headers, timeout=120)
+        reply = httpx2.post(f"{self.base}/v1/chat/completions", content=case.body, headers=headers, timeout=900)
         assert reply.status_code == 200 or reply.json()["error"]["message"]
         return reply.status_code, reply.status_code, float(reply.headers.get("Retry-After", 0))
 
@@ -125,7 +130,7 @@ def main() -> None:
             "bad": bad_cases(str(paths[0])),
             "hostile": hostile + strangers_cases(str(paths[0]), dripping),
         }
-        with served(folder, folder / "log", "--allow-private-urls", "--timeout", "120") as (process, port):
+        with served(folder, folder / "log", "--allow-private-urls", "--timeout", "900") as (process, port):
             clients = [SoakClient(port) for _ in range(AT_ONCE)]
             began, samples = time.monotonic(), []
             end = began + 60 * given.minutes
@@ -149,7 +154,7 @@ def main() -> None:
             idle_after = _idle_seconds(clients[0])
             log = (folder / "log").read_text()
     results = summary(clients, samples, log) | {"minutes": given.minutes, "seconds_until_idle": idle_after}
-    results = {"about": about(cases) | {"command": "python benchmarks/serving_soak.py"}} | results
+    results = {"about": about(cases) | {"command": " ".join(["python", *sys.argv])}} | results
     results["about"] |= {"requests": SHARES, "at_once": AT_ONCE}
     print(json.dumps({key: value for key, value in results.items() if key != "samples"}, indent=1))
     if given.keep or given.minutes >= 60:

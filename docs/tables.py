@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "docs" / name for name in ("benchmarks.md", "cost.md", "ablation.md", "memory-and-speed.md")] + [
-    ROOT / "src" / "transformers_crosslmm" / "tiny" / "crosslmm-tiny" / "README.md"
-]
+PAGES = [
+    ROOT / "docs" / name
+    for name in ("benchmarks.md", "convert-and-publish.md", "cost.md", "ablation.md", "memory-and-speed.md")
+] + [ROOT / "src" / "transformers_crosslmm" / "tiny" / "crosslmm-tiny" / "README.md"]
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 KINDS = {
@@ -76,6 +77,38 @@ def counted_costs() -> str:
         )
     head = ["", "parameters", "weights, bf16", "tokens per frame", "LLM's own cache", '"features"', '"kv"']
     return markdown(head, rows)
+
+
+def backbones() -> str:
+    results = kept("backbones.json")
+    rows = [
+        [
+            name,
+            f"{figures['parameters'] / 1e9:.2f} G",
+            f"{figures['new_parameters'] / 1e6:.0f} M",
+            f"{figures['weight_bytes'] / 1e9:.1f} GB",
+            f"{figures['context']:,}",
+            f"{figures['frames_in_context']:,}",
+            *(f"{figures[f'{kind}_bytes_per_frame'] / 1e6:.2f} MB" for kind in ("language", "features", "kv")),
+            f"{figures['macs_per_frame'] / 1e9:.0f} G",
+        ]
+        for name, figures in results["backbones"].items()
+    ]
+    head = [
+        "",
+        "parameters",
+        "of them new",
+        "weights, bf16",
+        "context",
+        "frames in it",
+        "LLM",
+        '"features"',
+        '"kv"',
+        "cost",
+    ]
+    return (
+        markdown(head, rows) + f'\nA frame each from "LLM" on. `{results["command"]}`, commit {results["commit"]}.\n'
+    )
 
 
 def paper_measured() -> str:
@@ -509,6 +542,7 @@ TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
         paper_cost,
+        backbones,
         counted_costs,
         paper_measured,
         paper_scores,

@@ -324,26 +324,28 @@ def test_a_medium_that_began_before_the_cut_stays(form):
 
 
 @each_form
-def test_a_video_may_come_where_another_was_cut(form):
+@pytest.mark.parametrize("scope", ["video", "frame", "causal"])
+def test_a_video_may_come_where_another_was_cut(scope, form):
     """11 text and a video up to 29, cut at 20; then text, where pooled tokens stood, and another video. Beside it the
     same with what was cut as padding."""
-    model = tiny_model(form)
+    config = tiny_config(text_config={"cross_attention_cache": form, **NORM_AND_TIME, "v2v_scope": scope})
+    model = random_model(config)
     first, second = make_sample(model.config, 11, ("video", 2)), make_sample(model.config, 12, ("video", 3), 4, seed=1)
     cache = prefilled(model, model_inputs(first))
     cache.crop(20 - 29)
     assert [len(medium.positions) for medium in cache.layers[0].memory.rows[0]] == [9]
-    inputs = model_inputs(second)
+    inputs, ids = model_inputs(second), more(1)
     mask = torch.ones(1, 20 + len(second.token_ids), dtype=torch.long)
     with torch.no_grad():
-        logits = model(**inputs | {"attention_mask": mask}, past_key_values=cache).logits
-    whole = first._replace(token_ids=torch.cat([first.token_ids, second.token_ids]), media=first.media + second.media)
-    mask = torch.ones(1, len(whole.token_ids), dtype=torch.long)
-    mask[:, 20:29] = 0
-    positions = torch.cat([torch.arange(29), torch.arange(20, 20 + len(second.token_ids))])[None]
+        prefill = model(**inputs | {"attention_mask": mask}, past_key_values=cache).logits
+    logits = torch.cat([prefill, cached_logits(model, cache, ids)], dim=1)
+
+    tokens = torch.cat([first.token_ids, second.token_ids, ids[0]])
+    whole = model_inputs(first._replace(token_ids=tokens, media=first.media + second.media))
+    whole["attention_mask"][:, 20:29] = 0
+    positions = torch.cat([torch.arange(29), torch.arange(20, len(tokens) - 9)])[None]
     with torch.no_grad():
-        expected = model(
-            **model_inputs(whole) | {"attention_mask": mask}, position_ids=positions, use_cache=False
-        ).logits[:, 29:]
+        expected = model(**whole, position_ids=positions, use_cache=False).logits[:, 29:]
     assert_close_to_scale(logits, expected, relative=1e-5)
 
 

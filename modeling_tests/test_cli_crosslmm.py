@@ -19,6 +19,7 @@ import crosslmm_cli
 from factories import mp4_of, random_frames, save_checkpoint
 from transformers_crosslmm import CrossLMMConfig, encode_video
 from transformers_crosslmm.asking import conversation
+from transformers_crosslmm.asking.answer_text import AnswerText
 from transformers_crosslmm.asking.conversation import VideoConversation, read_video
 from transformers_crosslmm.asking.pictures import (
     clock_time,
@@ -254,11 +255,12 @@ def test_ask_prints_json_with_the_moments_of_the_frames(run, checkpoint, tmp_pat
 
 def test_an_answer_arrives_word_by_word(processor):
     pieces: list[str] = []
-    listener = conversation._Listener(processor.tokenizer, pieces.append)
+    listener = AnswerText(processor.tokenizer, pieces.append)
     ids = processor.tokenizer("one two three<|im_end|>")["input_ids"]
     for tokens in ([1, 2], *([token_id] for token_id in ids)):  # the prompt first
         listener.put(torch.tensor(tokens))
-    assert pieces == ["one ", "two "]
+    assert "".join(pieces) == "one two three"
+    assert len(pieces) > 3
     listener.end()
     assert "".join(pieces) == "one two three"
 
@@ -420,7 +422,7 @@ def test_an_end_mark_is_written_once_and_is_no_part_of_the_answer(model, process
     tokens = said.token_ids[-5:]
     place = next(i for i in range(1, 5) if tokens[i] not in tokens[:i])
     conversation = VideoConversation(model, processor, video)
-    conversation._ends = {tokens[place]}  # this model ends no turn by itself
+    conversation._ends = [tokens[place]]  # this model ends no turn by itself
     answer = conversation.ask("a", max_new_tokens=5)
     assert answer.text == processor.decode(tokens[:place], skip_special_tokens=True).strip()
     assert len(answer.tokens) == place

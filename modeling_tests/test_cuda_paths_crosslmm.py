@@ -29,7 +29,7 @@ from test_modeling_crosslmm import (
 )
 from transformers_crosslmm import attention_crosslmm, cross_attention_crosslmm, encode_video, generation_crosslmm
 from transformers_crosslmm.attention_crosslmm import Segments
-from transformers_crosslmm.cache_crosslmm import memory_in
+from transformers_crosslmm.cache_crosslmm import VisualMemory, memory_in
 from transformers_crosslmm.dialect_crosslmm import CHECKPOINTING
 
 FORMS = ("kv", "features")
@@ -313,9 +313,9 @@ def test_each_of_two_gpus_gets_one_copy_of_the_original_tokens(form, monkeypatch
         block = model.model.language_model.layers[layer].cross_attention
         block.register_forward_pre_hook(lambda block, inputs: seen[-1].append(inputs[1]))
     norms = []
-    folded = cross_attention_crosslmm.folded_attention
-    record = lambda *inputs: norms.append(inputs[-1]) or folded(*inputs)  # noqa: E731
-    monkeypatch.setattr(cross_attention_crosslmm, "folded_attention", record)
+    norm_on = VisualMemory.norm_on
+    record = lambda *inputs: norms.append(norm_on(*inputs)) or norms[-1]  # noqa: E731
+    monkeypatch.setattr(VisualMemory, "norm_on", record)
     inputs = two_rows(model.config)
     with pretend_gpus():
         spread(model)
@@ -332,7 +332,7 @@ def test_each_of_two_gpus_gets_one_copy_of_the_original_tokens(form, monkeypatch
             assert [str(one.device) for one in states] == ["cuda:0", "cuda:1", "cuda:1"]
         everything = [one for states in seen for one in states if one is not None]
         assert len({id(one) for one in everything}) == 2
-        assert len({id(norm) for norm in norms}) == (2 if form == "features" else 0)
+        assert len({id(norm) for norm in norms if norm is not None}) == 2
 
 
 def test_a_model_on_two_gpus_trains():

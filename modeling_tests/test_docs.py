@@ -190,6 +190,7 @@ def check_script(script: str, arguments: list[str]) -> None:
         patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
         try:
             if script.endswith(".py"):
+                patch.syspath_prepend(str(path.parent))  # as Python does for a script
                 runpy.run_path(str(path), run_name="__main__")
             else:
                 patch.delitem(sys.modules, script, raising=False)  # until the block is read

@@ -20,6 +20,7 @@ USES = {
     "demo": "asking/test_web_page.py",
     "docs": "test_docs.py",
     "trl": "training/test_trl.py",
+    "vllm": "serving/test_vllm.py",
 }
 """By extra, the file that does with the real packages what the extra is for."""
 

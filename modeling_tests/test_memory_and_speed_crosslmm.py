@@ -85,8 +85,13 @@ def test_a_step_reads_features_twice_per_layer(text, dtype, layouts):
         model(input_ids=torch.full((len(layouts), 1), 5), past_key_values=cache, use_cache=True)
     assert list(bytes_read.read.values()) == [2 * len(BLOCKS) * states.nbytes]
     # Scores, of six heads in float32, or what self-attention has cached are largest; a copy of the features is larger.
-    longest = max(sum(part[1] for part in layout if isinstance(part, tuple)) for layout in layouts)
-    assert bytes_read.largest <= max(longest * PATCHES * 6 * 4, cache.layers[0].keys.nbytes) < states.nbytes
+    # On a CPU, a product of halves that is summed in float32 copies the tokens of one piece.
+    longest = max(sum(part[1] for part in layout if isinstance(part, tuple)) for layout in layouts) * PATCHES
+    largest = max(longest * 6 * 4, cache.layers[0].keys.nbytes)
+    if dtype == torch.float32:
+        assert bytes_read.largest <= largest < states.nbytes
+    else:
+        assert bytes_read.largest <= max(largest, longest * WIDTH * 4)
 
 
 @torch.no_grad()
@@ -129,15 +134,15 @@ class Probe:
 @pytest.mark.parametrize("prefill_chunk_size", [None, 8], ids=["whole", "chunks"])
 def test_original_tokens_that_decoding_does_not_read_are_gone_after_prefill(prefill_chunk_size, monkeypatch):
     model = random_model(tiny_config())
-    encode, probe = model.model.encode, Probe()
+    remember, probe = model.model.remember, Probe()
 
-    @functools.wraps(encode)
+    @functools.wraps(remember)
     def watched(*args, **kwargs):
-        output = encode(*args, **kwargs)
-        probe.reference = weakref.ref(output.last_hidden_state)
-        return output
+        memory = remember(*args, **kwargs)
+        probe.reference = weakref.ref(memory.states)
+        return memory
 
-    monkeypatch.setattr(model.model, "encode", watched)
+    monkeypatch.setattr(model.model, "remember", watched)
     inputs = model_inputs(make_sample(model.config, 3, ("video", 3), 4))
     model.generate(
         **inputs,

@@ -132,7 +132,9 @@ class Case:
     def by_features(self, device: str = "cpu") -> Tensor:
         weights, states = self.weights.to(device), self.states.to(device)
         folding = Folding.of(lambda tokens: self.keys_values(tokens, weights), states)
-        return folded_attention(self.query.to(device), states, folding, self.scaling, self.segments).cpu()
+        stored = lambda start, end: (states[start:end], None)  # noqa: E731
+        query = self.query.to(device)
+        return folded_attention(query, stored, folding, self.scaling, self.segments, patches_per_frame=729).cpu()
 
 
 def formulas(case: Case) -> Tensor:

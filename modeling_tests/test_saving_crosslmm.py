@@ -223,3 +223,148 @@ def test_a_resized_vocabulary_reaches_head_config_and_checkpoint(tied, tmp_path)
     inputs["input_ids"][0, 0] = 139
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(load(tmp_path), inputs), logits(model, inputs))
+
+
+# -- one tensor or two ------------------------------------------------------------------------------------------------
+
+
+def untie_at_the_top(folder):
+    return load(folder, tie_word_embeddings=False)
+
+
+def untie_in_the_text_config(folder):
+    return load(folder, text_config={"tie_word_embeddings": False})
+
+
+def untie_by_a_config(folder):
+    config = CrossLMMConfig.from_pretrained(folder)
+    config.tie_word_embeddings = False
+    return load(folder, config=config)
+
+
+def untie_after_loading(folder):
+    model = load(folder)
+    model.config.tie_word_embeddings = False
+    return model
+
+
+def untie_the_text_config_after_loading(folder):
+    model = load(folder)
+    model.config.text_config.tie_word_embeddings = False
+    return model
+
+
+def untie_and_resize(folder):
+    model = untie_after_loading(folder)
+    model.resize_token_embeddings(140, mean_resizing=False)
+    return model
+
+
+def tie_after_loading(folder):
+    model = load(folder)
+    model.config.tie_word_embeddings = True
+    return model
+
+
+def tie_and_resize(folder):
+    model = tie_after_loading(folder)
+    model.resize_token_embeddings(140, mean_resizing=False)
+    return model
+
+
+def give_the_head_a_tensor_of_its_own(folder):
+    """Without a word to the config."""
+    model = load(folder)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 1)
+    return model
+
+
+def with_ends_trained_by_peft(*modules):
+    def change(folder):
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=2, target_modules=r".*self_attn.q_proj", modules_to_save=list(modules))
+        model = peft.get_peft_model(load(folder), config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "modules_to_save" in name:
+                    parameter.add_(torch.randn_like(parameter))
+        expected = logits(model.eval())
+        model = model.merge_and_unload()
+        torch.testing.assert_close(logits(model), expected)
+        return model
+
+    change.__name__ = f"train {' and '.join(modules)} by PEFT"
+    return change
+
+
+CHANGES = [
+    untie_at_the_top,
+    untie_in_the_text_config,
+    untie_by_a_config,
+    untie_after_loading,
+    untie_the_text_config_after_loading,
+    untie_and_resize,
+    tie_after_loading,
+    tie_and_resize,
+    give_the_head_a_tensor_of_its_own,
+    with_ends_trained_by_peft("lm_head"),
+    with_ends_trained_by_peft("embed_tokens"),
+    with_ends_trained_by_peft("embed_tokens", "lm_head"),
+]
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["own", "given"])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_whatever_was_saved_loads_with_its_weights_and_its_config(tied, change, whole, tmp_path):
+    """With the model's own state dict, and with one that is given, as a Trainer does."""
+    random_model(tiny_config(text_config={"tie_word_embeddings": tied})).save_pretrained(tmp_path / "before")
+    model = change(tmp_path / "before").eval()
+    model.save_pretrained(tmp_path / "after", state_dict=None if whole else model.state_dict())
+    again, report = load(tmp_path / "after", output_loading_info=True)
+    assert not any(report.values())
+    assert again.config.tie_word_embeddings == model.config.tie_word_embeddings
+    assert again.config.text_config.to_diff_dict() == model.config.text_config.to_diff_dict()
+    weights = again.state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(weights[name], value), name
+    assert torch.equal(logits(again), logits(model))
+
+
+def without_a_branch(model):
+    model.config.use_v2v = False
+
+
+def another_vocabulary(model):
+    model.config.text_config.vocab_size = 200
+
+
+def larger_embeddings(model):
+    model.set_input_embeddings(torch.nn.Embedding(140, 48))
+
+
+def fewer_layers(model):
+    del model.model.language_model.layers[3:]
+
+
+def unmerged_adapters(model):
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=r".*self_attn.q_proj"))
+
+
+SPOILT = {
+    without_a_branch: "0 differ and 15 are too many: .*v2v",
+    another_vocabulary: r"2 differ .*lm_head.weight: \(131, 48\) instead of \(200, 48\)",
+    larger_embeddings: r"1 differ .*embed_tokens.weight: \(140, 48\) instead of \(131, 48\)",
+    fewer_layers: "None instead of",
+    unmerged_adapters: "merge_and_unload",
+}
+
+
+@pytest.mark.parametrize(("spoil", "text"), SPOILT.items(), ids=lambda item: getattr(item, "__name__", ""))
+def test_a_save_that_could_not_be_loaded_is_refused_before_anything_is_written(spoil, text, tmp_path):
+    model = random_model(tiny_config())
+    spoil(model)
+    with pytest.raises(ValueError, match=text):
+        model.save_pretrained(tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()

@@ -1,6 +1,7 @@
 """The web page, through Gradio's own client over loopback."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,13 +13,10 @@ from gradio import processing_utils  # noqa: E402
 from gradio_client import Client, handle_file  # noqa: E402
 
 from factories import mp4_of, random_frames, save_checkpoint  # noqa: E402
+from transformers_crosslmm import video_worker  # noqa: E402
 from transformers_crosslmm.asking import web_page  # noqa: E402
-from transformers_crosslmm.asking.conversation import (  # noqa: E402
-    VideoConversation,
-    load_model,
-    load_processor,
-    read_video,
-)
+from transformers_crosslmm.asking.conversation import VideoConversation, read_video  # noqa: E402
+from transformers_crosslmm.checkpoints.load import load_model, load_processor  # noqa: E402
 
 LIMIT = 2**20
 
@@ -116,6 +114,16 @@ def test_a_bad_file_is_one_clear_error(visitor, folder):
         visitor().predict(handle_file(str(folder / "notes.mp4")), api_name="/look")
     assert "Traceback" not in str(error.value)
     assert str(folder) not in str(error.value)
+
+
+def test_an_upload_that_is_decoded_without_end_is_given_up_and_the_next_visitor_goes_on(visitor, folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(video_worker, "_START", "import time; time.sleep(60)")
+        patch.setattr(web_page, "LIMITS", replace(web_page.LIMITS, max_decode_seconds=0.5))
+        with pytest.raises(Exception, match="took longer than"):
+            visitor().predict(handle_file(str(folder / "three.mp4")), api_name="/look")
+    assert visitor().predict(handle_file(str(folder / "three.mp4")), api_name="/look")
+    assert web_page.LIMITS.max_decode_seconds <= 120
 
 
 def test_a_file_that_is_too_large_is_refused(address, folder):

@@ -180,7 +180,7 @@ def test_bodies_on_their_way_take_no_place(started, clip):
     assert server.answer(QUESTIONS[0], clip)
     for connection in arriving:
         connection.close()
-    wait_until(lambda: server.number("crosslmm_arriving") == 0, seconds=2)
+    wait_until(lambda: server.number("crosslmm_arriving") == 0, seconds=10)
 
 
 def test_there_is_a_cap_on_bodies_that_are_on_their_way(started, monkeypatch):
@@ -192,7 +192,7 @@ def test_there_is_a_cap_on_bodies_that_are_on_their_way(started, monkeypatch):
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "overloaded")
     assert int(reply.headers["Retry-After"]) > 0
     arriving[0].close()
-    wait_until(lambda: server.number("crosslmm_arriving") == 2, seconds=2)
+    wait_until(lambda: server.number("crosslmm_arriving") == 2, seconds=10)
     assert server.post(GOOD).status_code == 200
 
 
@@ -204,7 +204,7 @@ def test_bodies_on_their_way_have_a_size_together(started):
     assert server.post(GOOD).status_code == 200
     for connection in arriving:
         connection.close()
-    wait_until(lambda: server.handler.places.arriving_bytes == 0, seconds=2)
+    wait_until(lambda: server.handler.places.arriving_bytes == 0, seconds=10)
     assert server.post(b" " * 9_000).status_code == 400
 
 

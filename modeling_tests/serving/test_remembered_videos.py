@@ -127,8 +127,8 @@ def test_what_the_cache_counts_is_what_it_holds(server, clip, forget):
     config = server.handler.model.model.config
     patches, text = SECONDS * 25, config.text_config
     encoded = patches * 20 + SECONDS * 9 * text.hidden_size
-    layers = len(text.cross_attention_layer_indices)
-    visual = 2 * layers * patches * 2 * text.head_dim if hasattr(text, "head_dim") else 2 * layers * patches * 2 * 8
+    layers = len(config.cross_attention_layer_indices)
+    visual = 2 * layers * patches * 2 * config.head_dim
     positions = next(len(key[1]) for key in server.handler.cache._entries if key[0] == "prefix")
     language = 2 * text.num_hidden_layers * positions * 2 * 8
     held = 4 * (encoded + visual + language)

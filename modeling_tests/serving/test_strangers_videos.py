@@ -100,13 +100,13 @@ DRIPS = {
 
 @pytest.mark.parametrize("kind", DRIPS)
 def test_a_url_that_drips_holds_its_place_no_longer_than_a_request_may_take(started, kind):
-    server, dripping = started(allow_private_urls=True, request_seconds=1), DrippingServer(DRIPS[kind])
+    server, dripping = started(allow_private_urls=True, request_seconds=10), DrippingServer(DRIPS[kind])
     began = time.monotonic()
     reply = server.post({"messages": [user("What?", dripping.url)]})
     assert (reply.status_code, reply.json()["error"]["code"]) == (504, "timeout")
-    wait_until(lambda: server.health() == IDLE, seconds=1)
-    assert time.monotonic() - began < 3
-    assert dripping.left.wait(1)
+    wait_until(lambda: server.health() == IDLE, seconds=10)
+    assert time.monotonic() - began < 15
+    assert dripping.left.wait(10)
 
 
 @pytest.mark.parametrize("kind", DRIPS)
@@ -115,8 +115,8 @@ def test_a_url_that_drips_is_left_when_the_client_leaves(started, kind):
     connection = begin_request(server, {"messages": [user("What?", dripping.url)]})
     wait_until(lambda: server.health()["running"] == 1)
     connection.close()
-    wait_until(lambda: server.health() == IDLE, seconds=2)
-    assert dripping.left.wait(1)
+    wait_until(lambda: server.health() == IDLE, seconds=10)
+    assert dripping.left.wait(10)
     assert server.answer("Hello!") is not None
 
 
@@ -136,20 +136,20 @@ def test_a_decoder_ends_when_its_client_leaves(started, clip, monkeypatch):
         connection.close()
     began = time.monotonic()
     assert server.answer("Hello!") is not None
-    assert time.monotonic() - began < 3
-    wait_until(lambda: server.health() == IDLE, seconds=2)
+    assert time.monotonic() - began < 15
+    wait_until(lambda: server.health() == IDLE, seconds=10)
     assert [worker.returncode for worker in workers] == [-signal.SIGKILL] * 2
 
 
 def test_hashing_ends_when_its_client_leaves(started, root):
-    server, path = started(max_running=1), root / "videos/large.mp4"
+    server, path = started(max_running=1, max_video_bytes=2**40), root / "videos/large.mp4"
     with open(path, "wb") as file:
-        file.truncate(3 * 2**30)  # a file of nothing, which takes seconds to hash
+        file.truncate(64 * 2**30)  # a file of nothing, which takes minutes to hash
     try:
         connection = begin_request(server, {"messages": [user("What?", path)]})
         wait_until(lambda: server.health()["running"] == 1)
         connection.close()
-        wait_until(lambda: server.health() == IDLE, seconds=1)
+        wait_until(lambda: server.health() == IDLE, seconds=10)
     finally:
         path.unlink()
 

@@ -109,6 +109,14 @@ VIDEOS = EVERYWHERE | {
 class Suite(vlm.VLMModelTest):
     """What the suites ask beyond their tester, for any of ours."""
 
+    def prepare_config_and_inputs_for_generate(self, batch_size=2):
+        """The suite cuts every tensor to as many rows; of pixels these are frames."""
+        config, inputs = super().prepare_config_and_inputs_for_generate(batch_size)
+        if "pixel_values_videos" in inputs:
+            num_frames = batch_size * self.model_tester.num_frames
+            inputs["pixel_values_videos"] = self.model_tester.frames(config)[:num_frames]
+        return config, inputs
+
     def _image_features_prepare_config_and_inputs(self):
         config, inputs = ImageTester(self).prepare_config_and_inputs_for_common()
         return config, {"pixel_values": inputs["pixel_values"]}

@@ -330,12 +330,15 @@ def _product(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """The matrix product of tensors (…, n, k) and (…, k, m) of one dtype, summed and returned in float32 or better: in
     half precision scores would round, and sums over many patches overflow."""
     precise = torch.promote_types(one.dtype, torch.float32)
-    if one.dtype == precise:
-        return one @ other
-    if not one.is_cuda:
+    if one.dtype == precise or _is_converted(one):
         return one.to(precise) @ other.to(precise)
     product = torch.bmm(one.flatten(0, -3), other.flatten(0, -3), out_dtype=precise)
     return product.view(*one.shape[:-1], other.shape[-1])
+
+
+def _is_converted(tensor: torch.Tensor) -> bool:
+    """Whether `_product` makes a copy in float32: half precision, and no product that sums in float32."""
+    return tensor.dtype.itemsize < 4 and not tensor.is_cuda
 
 
 def _attention_over_tokens(
@@ -466,8 +469,10 @@ def folded_attention(
     outputs, row = [], 0
     for length, span in zip(segments.lengths, segments.spans, strict=True):
         queries = folded[row : row + length].flatten(0, 1)  # (length x H, D)
-        at_once = max(1, CHUNK_BYTES // (4 * len(queries) * patches_per_frame)) * patches_per_frame
-        pieces = [(at, min(at + at_once, end)) for start, end in span for at in range(start, end, at_once)]
+        # On a CPU tokens in half precision become float32, so they count as well as the scores.
+        numbers = max(len(queries), folded.shape[-1] if _is_converted(folded) else 0)
+        at_once = max(1, CHUNK_BYTES // (4 * numbers * patches_per_frame)) * patches_per_frame
+        pieces = _cut(span, at_once)
         parts = (_attention_over_tokens(queries, *stored_tokens(*piece), scaling) for piece in pieces)
         context, _ = reduce(lambda one, other: _merge(*one, *other), parts)
         outputs.append(context.to(query.dtype).unflatten(0, (length, groups, -1)))
@@ -475,3 +480,15 @@ def folded_attention(
     context = torch.cat(outputs) if len(outputs) > 1 else outputs[0]  # (Q, G, H/G, D)
     attended = torch.einsum("qgrd,gde->qgre", context, folding.value)
     return (attended + folding.value_bias[:, None]).flatten(1, 2)
+
+
+def _cut(span: Span, at_once: int) -> list[tuple[int, int]]:
+    """The stretches of a span, cut after every `at_once` patches. Compared, and not counted with `range`: a compiled
+    step then serves videos of other lengths too."""
+    pieces = []
+    for start, end in span:
+        while end - start > at_once:
+            pieces.append((start, start + at_once))
+            start += at_once
+        pieces.append((start, end))
+    return pieces

@@ -273,24 +273,25 @@ class VisualMemory:
             for medium in media:
                 is_text[[p - start for p in medium.positions if start <= p < start + length]] = False
             columns = is_text.nonzero()[:, 0]
-            begins, spans = zip(*self._what_begins(media, scope), strict=True) if media else ((), ())
-            begun = torch.searchsorted(torch.tensor(begins, dtype=torch.long), columns + start)
+            begins = sorted(self._what_begins(media, scope))
+            begun = torch.searchsorted(torch.tensor([position for position, _ in begins]), columns + start)
+            span: Span = ()
+            known = 0
             for count in begun.unique().tolist():
-                if count:
-                    rows = (columns[begun == count] + row * length).tolist()
-                    groups.setdefault(merge_span(list(spans[:count])), []).extend(rows)
+                span, known = merge_span(sorted([*span, *(stretch for _, stretch in begins[known:count])])), count
+                rows = (columns[begun == count] + row * length).tolist()
+                groups.setdefault(span, []).extend(rows)
         return Segments.build(groups, device)
 
     def _what_begins(self, media: list[Medium], scope: str) -> Iterator[tuple[int, tuple[int, int]]]:
-        """What text can come to see, in order: the position that it must follow, and the stretch of patches."""
+        """What text can come to see: the position that it must follow, and the stretch of patches."""
         for medium in media:
             first, last = medium.patches
-            if scope != "causal":
-                yield medium.start, (first, last)
-                continue
-            for frame, position in enumerate(medium.positions[:: self.tokens_per_frame]):
-                patch = first + frame * self.patches_per_frame
-                yield position, (patch, patch + self.patches_per_frame)
+            begins = medium.positions[:: self.tokens_per_frame] if scope == "causal" else [medium.start]
+            for position in begins[:-1]:
+                yield position, (first, first + self.patches_per_frame)
+                first += self.patches_per_frame
+            yield begins[-1], (first, last)  # of a medium that was cut off within, all that is left
 
     def segments_after_media(self, length: int, device: torch.device) -> Segments | None:
         """`length` tokens per row after all media: each attends to all patches of its row."""

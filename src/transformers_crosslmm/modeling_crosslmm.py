@@ -22,6 +22,7 @@ Shapes: B rows, L language tokens (pooled visual + text), F frames of all media,
         H query heads, G key/value heads, E head width.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -114,6 +115,40 @@ class CrossLMMPreTrainedModel(PreTrainedModel):
         return super().from_pretrained(
             *args, quantization_config=leave_vision_unquantized(quantization_config), **kwargs
         )
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **kwargs):
+        """Transformers' own. A head that the config calls untied is written even while it shares its tensor with the
+        embeddings. Raises ValueError, before anything is written, for weights that the config does not describe: they
+        could not be loaded."""
+        if is_main_process:
+            self._check_that_it_will_load(self.state_dict() if state_dict is None else state_dict)
+        head, embeddings = self.get_output_embeddings(), self.get_input_embeddings()
+        is_shared = head is not None and head.weight is embeddings.weight and not head.weight.is_meta
+        if is_shared and not self.config.tie_word_embeddings:
+            state_dict = dict(self.state_dict() if state_dict is None else state_dict)
+            state_dict["lm_head.weight"] = state_dict["lm_head.weight"].clone()
+        return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+
+    def _check_that_it_will_load(self, state_dict: dict[str, torch.Tensor]) -> None:
+        if getattr(self, "_hf_peft_config_loaded", False) or getattr(self, "hf_quantizer", None) or is_sharded(self):
+            return  # adapters alone, packed weights, parts of weights: their own writers know them
+        with torch.device("meta"):
+            wanted = {
+                name: tuple(value.shape) for name, value in type(self)(copy.deepcopy(self.config)).state_dict().items()
+            }
+        if self.config.tie_word_embeddings:
+            wanted.pop("lm_head.weight", None)
+        found = {name: tuple(value.shape) for name, value in state_dict.items()}
+        wrong = sorted(name for name in wanted if found.get(name) != wanted[name])
+        spare = sorted(found.keys() - wanted.keys() - {"lm_head.weight"})
+        if wrong or spare:
+            lines = [f"{name}: {found.get(name)} instead of {wanted[name]}" for name in wrong[:3]]
+            lines += [f"{name}: not in a model of this config" for name in spare[:3]]
+            raise ValueError(
+                f"A checkpoint must hold the weights that its config describes, or it cannot be loaded; {len(wrong)} "
+                f"differ and {len(spare)} are too many: {'; '.join(lines)}. Set the config to what the model is, "
+                "merge adapters (`merge_and_unload`), or resize with `resize_token_embeddings`."
+            )
 
     @torch.no_grad()
     def initialize_weights(self) -> None:

@@ -283,6 +283,9 @@ class CrossLMMProcessor(ProcessorMixin):
             **kwargs,
         )
         text_options = options["text_kwargs"]
+        begin = self.tokenizer.bos_token
+        if texts is not None and begin is not None and all(text.startswith(begin) for text in texts):
+            text_options.setdefault("add_special_tokens", False)  # a chat template has written it
         return_tensors = text_options.pop("return_tensors", None)
         return_mm_token_type_ids = text_options.pop("return_mm_token_type_ids", False)
         return_offsets = text_options.pop("return_text_replacement_offsets", False)

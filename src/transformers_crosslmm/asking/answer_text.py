@@ -28,6 +28,8 @@ class AnswerText(BaseStreamer):
         if self._waits_for_prompt:  # `generate` passes it first
             self._waits_for_prompt = False
             return
+        if self.is_stopped:  # `generate` looks at what stops it before it passes a token on, and writes one more
+            return
         self._token_ids += value.flatten().tolist()
         self.num_tokens = len(self._token_ids)
         if not (piece := self._decoded()).endswith("\ufffd"):  # else a character whose last bytes are still to come

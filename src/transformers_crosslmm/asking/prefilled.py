@@ -26,25 +26,32 @@ VIDEO_FAILURES = (ValueError, MemoryError, torch.OutOfMemoryError)
 
 
 class IsolatedStream(VideoStream):
-    """The stream of `CrossLMMVideoProcessor` of a file from a stranger: decoded in a process of its own, by `LIMITS`.
+    """The stream of `CrossLMMVideoProcessor` of a file from a stranger: decoded in a process of its own, by `limits`.
 
     source: a path, or an open file. sampling: as for `read_video`. Raises ValueError for options that no video could
     meet.
     """
 
-    def __init__(self, processor: CrossLMMProcessor, source: Any, **sampling: Any) -> None:
+    def __init__(
+        self, processor: CrossLMMProcessor, source: Any, *, limits: VideoLimits = LIMITS, **sampling: Any
+    ) -> None:
         video_processor = processor.video_processor
         [checked] = video_processor.stream([source], **sampling)
         super().__init__(source, self._chunks, checked._finish)
         wanted = video_processor._sampling(**dict.fromkeys(SAMPLING_KWARGS) | sampling)
-        self._moments = wanted.moments
+        self._moments, self._limits = wanted.moments, limits
         self._wanted: dict[str, Any] = {name: getattr(wanted, name) for name in SAMPLING_KWARGS}
         self._resize = partial(_resize, size=video_processor.size, resample=video_processor.resample)
         self._chunks()  # checks the options; nothing is opened before the first frame is asked for
 
     def _chunks(self) -> Iterator[FrameChunk]:
         decoded = iter_video(
-            self.source, chunk_size=16, frame_transform=self._resize, limits=LIMITS, isolated=True, **self._wanted
+            self.source,
+            chunk_size=16,
+            frame_transform=self._resize,
+            limits=self._limits,
+            isolated=True,
+            **self._wanted,
         )
         return map(self._chunk, decoded)
 

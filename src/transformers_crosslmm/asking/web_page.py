@@ -18,11 +18,14 @@ from PIL import Image
 from .. import TINY_CHECKPOINT
 from ..checkpoints.load import load_model, load_processor
 from ..tiny.procedural_videos import random_generator, random_video, write_mp4
+from ..video_decoding import VideoLimits
 from .conversation import Answer
 from .pictures import draw_contact_sheet, draw_timeline, frame_labels
 from .prefilled import VIDEO_FAILURES, IsolatedStream, PrefilledVideo
 
 MAX_UPLOAD_BYTES = 64 * 2**20
+LIMITS = VideoLimits(max_bytes=MAX_UPLOAD_BYTES, max_decode_seconds=120.0, max_memory_bytes=2 * 2**30)
+"""What one upload may cost while all other visitors wait."""
 MAX_SESSIONS = 16
 """Visitors whose videos may be in memory at once; the one who has been idle longest is forgotten for the next."""
 IDLE_SECONDS = 1800
@@ -81,7 +84,7 @@ def build_page(model: str | os.PathLike = TINY_CHECKPOINT, *, device: str | None
     def look(path: str, earlier: Visit | None) -> tuple[Visit, Image.Image, list, None]:
         name = os.path.basename(path)
         try:
-            conversation = PrefilledVideo(network, processor, IsolatedStream(processor, path))
+            conversation = PrefilledVideo(network, processor, IsolatedStream(processor, path, limits=LIMITS))
             frames = conversation.pictures()
         except VIDEO_FAILURES as error:
             reason = f"{name}: {str(error).replace(path, name)}"

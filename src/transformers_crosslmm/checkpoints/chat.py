@@ -92,7 +92,8 @@ def find_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 def add_marks(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Adds the marks of roles and media that a tokenizer lacks, as special tokens; returns the ids that are new.
 
-    A tokenizer without a padding token pads with its end token from now on.
+    A tokenizer without a padding token pads with its end token from now on. Raises ValueError for one whose ids have
+    gaps, in which the marks would take the ids of words.
     """
     known = tokenizer.get_vocab()
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -100,20 +101,29 @@ def add_marks(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     tokenizer.add_tokens(missing, special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or "<|im_end|>"
-    return sorted(tokenizer.convert_tokens_to_ids(mark) for mark in MARKS if mark not in known)
+    new_ids = {tokenizer.convert_tokens_to_ids(mark): mark for mark in MARKS if mark not in known}
+    if taken := sorted(new_ids.keys() & set(known.values())):
+        raise ValueError(
+            f"A tokenizer must have ids without gaps, so that marks can be added; {new_ids[taken[0]]} would be "
+            f"{taken[0]}, which is another token. Fill the gaps in its tokenizer.json."
+        )
+    return sorted(new_ids)
 
 
 def media_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str | dict[str, str], str | None]:
     """The tokenizer's chat template with media put in, and None; or plain ChatML, and why."""
     own = tokenizer.chat_template
+    # What a tokenizer puts before every text stands before a chat too.
+    begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    chatml = "{{- bos_token -}}\n" + CHAT_TEMPLATE if begins else CHAT_TEMPLATE
     if own is None:
-        return CHAT_TEMPLATE, "the language model has no chat template: chats are written in ChatML"
+        return chatml, "the language model has no chat template: chats are written in ChatML"
     try:
         if isinstance(own, dict):
             return {name: _with_media(tokenizer, template) for name, template in own.items()}, None
         return _with_media(tokenizer, own), None
     except (TemplateError, TypeError, ValueError) as error:
-        return CHAT_TEMPLATE, f"the language model's chat template cannot take media ({error}): ChatML instead"
+        return chatml, f"the language model's chat template cannot take media ({error}): ChatML instead"
 
 
 def _with_media(tokenizer: PreTrainedTokenizerBase, own: str) -> str:

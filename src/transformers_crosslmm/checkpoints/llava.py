@@ -1,4 +1,4 @@
-"""From LLaVA's checkpoints to CrossLMM's, and back: warm-started from a LLaVA, or trained in LLaVA-NeXT's code."""
+"""LLaVA checkpoints to CrossLMM and back: warm-started from a LLaVA, or trained in the code base of LLaVA-NeXT."""
 
 import json
 import math

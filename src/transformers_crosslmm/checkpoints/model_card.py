@@ -166,9 +166,9 @@ def model_card(
         eval_results=[_eval_result(name, score) for name, score in scores.items()] or None,
     )
     options = {
-        name: getattr(text, name)
+        name: getattr(config, name)
         for name, default in (("v2v_scope", "video"), ("visual_norm", "none"), ("visual_time", "none"))
-        if getattr(text, name) != default
+        if getattr(config, name) != default
     }
     return ModelCard.from_template(
         data,

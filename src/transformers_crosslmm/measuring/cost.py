@@ -110,7 +110,12 @@ def multiply_accumulates(config: CrossLMMConfig, frames: int, *, text_tokens: in
         "keys and values": (v2v + t2v) * 2 * frames * num_patches * vision.hidden_size * key_width,
         "queries and outputs": (v2v * visual + t2v * text_tokens) * 2 * text.hidden_size * query_width,
         "T2V scores": t2v * 2 * text_tokens * frames * num_patches * query_width,
-        "folding": t2v * 2 * vision.hidden_size**2 * key_width * (config.cross_attention_cache == "features"),
+        "folding": t2v
+        * 2
+        * (vision.hidden_size + 1)
+        * vision.hidden_size
+        * key_width
+        * (config.cross_attention_cache == "features"),
         "V2V scores": v2v * 2 * config.tokens_per_frame * frames_seen * num_patches * query_width,
         "head": text.hidden_size * text.vocab_size,
     }
