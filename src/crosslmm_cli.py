@@ -225,7 +225,7 @@ def batch(
     end: End = None,
     max_new_tokens: NewTokens = 256,
     engine: Annotated[
-        str, typer.Option(help="ray, on the cluster of RAY_ADDRESS or here; or local, without Ray.")
+        str, typer.Option(help="ray, on the cluster of RAY_ADDRESS or here; vllm, with vLLM in its workers; or local.")
     ] = "ray",
     workers: Annotated[
         int | None, typer.Option(min=1, help="How many with Ray.", show_default="one per GPU, or else by CPUs")

@@ -295,7 +295,7 @@ def test_a_machine_that_can_start_no_more_processes_ends_the_run_instead_of_fail
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"engine": "slurm"}, ValueError, '"ray" or "local"'),
+        ({"engine": "slurm"}, ValueError, '"ray", "local" or "vllm"'),
         ({"workers": 2}, ValueError, "`workers` are Ray's"),
         ({"engine": "ray", "device": "cuda"}, ValueError, "`device` is the local engine's"),
         ({"engine": "ray", "workers": 0}, ValueError, "`workers` must be at least 1"),

@@ -32,7 +32,7 @@ from ..checkpoints.folder import checkpoint_digest, checksum, find_folder
 from ..checkpoints.load import load_model, load_processor
 from ..video_decoding import VideoDecodeWarning
 
-Engine = Literal["ray", "local"]
+Engine = Literal["ray", "local", "vllm"]
 
 COLUMNS = ("id", "video", "question", "answer", "error", "warning")
 """Of an answers file, all strings: `answer` is null where `error` says why there is none; `warning` names frames that
@@ -402,7 +402,7 @@ def answer_corpus(
 
     questions, root: see `read_corpus`. out: a folder of Parquet files with `COLUMNS`.
     engine: "ray" runs on the cluster that RAY_ADDRESS names, or on this machine; every machine must see videos, `out`
-        and a local `model` under the same names. "local" is this process.
+        and a local `model` under the same names. "vllm" is the same with vLLM in the workers. "local" is this process.
     workers: with Ray, how many; one per GPU of the cluster if it has any, else one per `cpus_per_worker` CPUs.
     cpus_per_worker: with Ray, also the threads of a worker.
     device: with the local engine; Ray's workers take the GPU they are given, or the CPU.
@@ -415,11 +415,11 @@ def answer_corpus(
     Raises ValueError for a bad file of questions, options that no video could meet, or an `out` of another run,
     before the model is loaded; OSError for a checkpoint or a folder that is not there or may not be written.
     """
-    if engine not in ("ray", "local"):
-        raise ValueError(f'`engine` must be "ray" or "local"; got {engine!r}.')
+    if engine not in ("ray", "local", "vllm"):
+        raise ValueError(f'`engine` must be "ray", "local" or "vllm"; got {engine!r}.')
     if engine == "local" and workers is not None:
         raise ValueError(f"`workers` are Ray's; the local engine is this process alone. Leave out workers={workers}.")
-    if engine == "ray" and device is not None:
+    if engine != "local" and device is not None:
         raise ValueError(f"`device` is the local engine's; Ray gives workers their GPUs. Leave out device={device!r}.")
     counts = {"workers": workers, "cpus_per_worker": cpus_per_worker, "max_new_tokens": max_new_tokens}
     for option, number in counts.items():
@@ -438,7 +438,7 @@ def answer_corpus(
     }
     files = AnswerFiles(out, decides)
     try:
-        if engine == "ray":  # its workers died with the driver, whatever they were at
+        if engine != "local":  # its workers died with the driver, whatever they were at
             files.forget_attempts()
         with _terminated_as_interrupted():
             return _run(
@@ -525,7 +525,7 @@ def _run(
         answers = (
             _local(left, answerer)
             if engine == "local"
-            else _ray(left, answerer, workers=workers, cpus_per_worker=cpus_per_worker)
+            else _ray(left, answerer, engine=engine, workers=workers, cpus_per_worker=cpus_per_worker)
         )
         try:
             with closing(answers):
@@ -552,7 +552,7 @@ def _local(groups: list[VideoGroup], answerer: dict[str, Any]) -> Generator[dict
 
 
 def _ray(
-    groups: list[VideoGroup], answerer: dict[str, Any], *, workers: int | None, cpus_per_worker: int
+    groups: list[VideoGroup], answerer: dict[str, Any], *, engine: Engine, workers: int | None, cpus_per_worker: int
 ) -> Generator[dict[str, str | None], None, None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     is_cluster = os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
@@ -594,7 +594,7 @@ def _ray(
             [asdict(group) for group in groups], override_num_blocks=min(len(groups), MAX_TASKS)
         )
         answers = rows.flat_map(
-            VideoAnswerer,
+            _worker_class(engine),
             fn_constructor_kwargs=answerer | {"num_threads": cpus_per_worker, "device": None},
             # One task at a time: a killed worker takes nothing else with it, and no worker hoards the last videos.
             compute=ray.data.ActorPoolStrategy(size=min(size, len(groups)), max_tasks_in_flight_per_actor=1),
@@ -604,6 +604,18 @@ def _ray(
     finally:
         if is_ours:
             ray.shutdown()
+
+
+def _worker_class(engine: Engine) -> type[VideoAnswerer]:
+    if engine == "ray":
+        return VideoAnswerer
+    try:
+        from .vllm.corpus import VllmVideoAnswerer
+    except ImportError as error:
+        raise ImportError(
+            'The engine "vllm" needs vLLM: pip install "transformers_crosslmm[vllm,ray]", in an environment of its own.'
+        ) from error
+    return VllmVideoAnswerer
 
 
 def _pool(available: Mapping[str, float], *, workers: int | None, cpus_per_worker: int) -> tuple[int, dict[str, int]]:
