@@ -13,7 +13,14 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 PAGES = [
     ROOT / "docs" / name
-    for name in ("benchmarks.md", "convert-and-publish.md", "cost.md", "ablation.md", "memory-and-speed.md")
+    for name in (
+        "benchmarks.md",
+        "getting-started.md",
+        "convert-and-publish.md",
+        "cost.md",
+        "ablation.md",
+        "memory-and-speed.md",
+    )
 ] + [ROOT / "src" / "transformers_crosslmm" / "tiny" / "crosslmm-tiny" / "README.md"]
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -55,6 +62,17 @@ def paper_cost() -> str:
         ["frames", "2B, counted", "2B, the paper's", "difference", "7B, counted", "7B, the paper's", "difference"],
         rows,
     )
+
+
+def versions() -> str:
+    rows = []
+    for row in kept("versions.json"):
+        counts = f"{row['passed']:,} passed, {row['failed']} failed, {row['skipped']} skipped"
+        what = "every test" if row["tests"] == "all" else "the fast subset"
+        rows.append([row["transformers"], row["torch"], "answers" if row["demo"] else "fails", what, counts])
+    table = markdown(["Transformers", "torch", "`make demo`", "tests", "result"], rows)
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in kept("versions.json")))
+    return f"{table}\n`make test-versions`, commit {commits}, a 2-core CPU shared with other work.\n"
 
 
 def counted_costs() -> str:
@@ -559,6 +577,7 @@ TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
         paper_cost,
+        versions,
         backbones,
         counted_costs,
         paper_measured,

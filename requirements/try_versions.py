@@ -6,7 +6,7 @@
 
 Each release has an environment of its own in .versions/, kept between runs: it sees what is installed beside this
 interpreter, and has its own Transformers before it. A demo answers first; then pytest runs. The table is kept in
-docs/versions.json, from which docs/tables.py makes the page.
+benchmarks/versions.json, from which docs/tables.py makes the page's.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = ROOT / ".versions"
-RESULTS = ROOT / "docs" / "versions.json"
+RESULTS = ROOT / "benchmarks" / "versions.json"
 RELEASES = ["5.19.0", "5.20.2", "5.22.2", "5.23.0", "5.24.0"]
 SUBSET = [
     "test_configuration_crosslmm.py",
