@@ -74,7 +74,8 @@ def by_ffmpeg(ffmpeg: str, path: Path) -> tuple[list[float], list[torch.Tensor],
     count = min(len(times), len(means))
     if time.monotonic() > until:
         return [], [], "longer than the time limit"
-    error = next((line.strip() for line in lines if re.search("error|invalid|corrupt", line, re.I)), "")
+    messages = (re.sub(r" @ 0x\w+", "", line.strip()) for line in lines if str(path) not in line)
+    error = next((line for line in messages if re.search("error|invalid|corrupt", line, re.I)), "")
     return times[:count], means[:count], error[:200]
 
 
