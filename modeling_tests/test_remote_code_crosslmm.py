@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import venv
 from pathlib import Path
 
@@ -50,9 +49,15 @@ def python_without_the_package(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("environment")
     others = folder / "others"
     others.mkdir()
-    for entry in Path(sysconfig.get_path("purelib")).iterdir():
-        if "crosslmm" not in entry.name and entry.suffix != ".pth":
+    seen: set[str] = set()
+    for packages in map(Path, sys.path):  # several where one environment stands before another
+        if packages.name != "site-packages":
+            continue
+        entries = [entry for entry in packages.iterdir() if "crosslmm" not in entry.name and entry.suffix != ".pth"]
+        new = [entry for entry in entries if entry.name.split("-")[0] not in seen]
+        for entry in new:
             (others / entry.name).symlink_to(entry)
+        seen |= {entry.name.split("-")[0] for entry in new}
     venv.create(folder / "venv", with_pip=False, symlinks=True)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     (folder / "venv" / "lib" / version / "site-packages" / "others.pth").write_text(f"{others}\n")
