@@ -26,6 +26,10 @@ CHECKPOINTING = "activation_checkpointing" if RELEASE >= (5, 23) else "gradient_
 """What Transformers calls recomputing activations in the backward pass: an option of `TrainingArguments`, and with
 `_enable` a method of models. From 5.23 on the older name warns. Can go with 5.22."""
 
+CHUNKS_LATER_TURNS = RELEASE >= (5, 23)
+"""Whether a chunked prefill continues a filled cache. Before 5.23 it runs what the cache holds once more, at wrong
+positions. Can go with 5.22."""
+
 
 def warn_of_untested_release() -> None:
     """One warning when this Transformers is older or newer than what the package is tested with."""

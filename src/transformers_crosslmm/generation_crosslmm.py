@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from .cache_crosslmm import VisualMemory, check_cache, memory_in
-from .dialect_crosslmm import CACHE, cache_argument, takes_a_cache
+from .dialect_crosslmm import CACHE, CHUNKS_LATER_TURNS, cache_argument, takes_a_cache
 from .frame_weights_crosslmm import FrameWeights
 from .inputs_crosslmm import NewMedia, check_inputs, check_length
 from .media_crosslmm import EncodedMedia
@@ -167,7 +167,14 @@ class CrossLMMGenerationMixin(GenerationMixin):
                 'Continuous batching (`cache_implementation="paged"`) has no place for the patches of media. Leave '
                 "it out, or send text only."
             )
-        if new:
+        if past_length and not CHUNKS_LATER_TURNS:
+            if options.get("prefill_chunk_size") is not None:
+                logger.warning_once(
+                    "Transformers chunks the prefill of a turn that continues a `cache` from 5.23 on; this one runs at "
+                    "once, whatever `prefill_chunk_size` says."
+                )
+                changed["prefill_chunk_size"] = None
+        elif new:
             changed |= self._chunk_prefill(options, tokens, is_ids=embeds is None)
         elif options.get("prefill_chunk_size") is not None:
             self._check_chunks(options, is_ids=embeds is None)
