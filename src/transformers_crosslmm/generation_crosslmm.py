@@ -170,8 +170,8 @@ class CrossLMMGenerationMixin(GenerationMixin):
         if past_length and not CHUNKS_LATER_TURNS:
             if options.get("prefill_chunk_size") is not None:
                 logger.warning_once(
-                    "Transformers chunks the prefill of a turn that continues a `cache` from 5.23 on; this one runs at "
-                    "once, whatever `prefill_chunk_size` says."
+                    "Transformers chunks the prefill of a turn that continues a `cache` from 5.23 on; this one runs "
+                    "at once, whatever `prefill_chunk_size` says."
                 )
                 changed["prefill_chunk_size"] = None
         elif new:
