@@ -116,6 +116,8 @@ def media_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str | dict[str, 
     # What a tokenizer puts before every text stands before a chat too.
     begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     chatml = "{{- bos_token -}}\n" + CHAT_TEMPLATE if begins else CHAT_TEMPLATE
+    if own in (CHAT_TEMPLATE, chatml):  # the language model of a CrossLMM
+        return own, None
     if own is None:
         return chatml, "the language model has no chat template: chats are written in ChatML"
     try:
