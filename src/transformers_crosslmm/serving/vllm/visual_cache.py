@@ -230,7 +230,7 @@ class VisualCache(nn.Module, AttentionLayerBase):
         if metadata is None:  # vLLM measures what a forward call without requests takes
             return
         common: CommonAttentionMetadata = metadata[self.name]
-        starts = common.query_start_loc_cpu.tolist()
+        starts = common.query_start_loc_cpu.numpy().tolist()
         pages = self.kv_cache[:, 0]
         self._write(pages, common.slot_mapping[: starts[-1]], rows, places)
 
