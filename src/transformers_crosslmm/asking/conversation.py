@@ -118,7 +118,7 @@ class VideoConversation:
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
                 mm_encoder_outputs=self._media,
-                past_key_values=self.cache,
+                cache=self.cache,
                 max_new_tokens=max_new_tokens,
                 eos_token_id=self._ends,
                 pad_token_id=self.processor.tokenizer.pad_token_id,

@@ -64,7 +64,7 @@ def prefill(model: CrossLMMForConditionalGeneration, token_ids: list[int], media
     """A cache that has seen the tokens and the encoded media in them (as for `mm_encoder_outputs`)."""
     cache = DynamicCache()
     ids = torch.tensor([token_ids], device=model.device)
-    model(input_ids=ids, mm_encoder_outputs=media, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids, mm_encoder_outputs=media, cache=cache, use_cache=True, logits_to_keep=1)
     return cache
 
 

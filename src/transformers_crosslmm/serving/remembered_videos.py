@@ -167,7 +167,7 @@ class RememberingModel:
             written = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=past,
+                cache=past,
                 streamer=text,
                 stopping_criteria=[_Wanted(question.visit, text)],
                 logits_processor=[_Penalties(ids.shape[1], *question.penalties)] if any(question.penalties) else [],
