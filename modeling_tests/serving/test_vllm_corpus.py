@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from factories import mp4_of, random_frames
 
 pytest.importorskip("vllm", reason="needs vLLM: `make vllm-environment`")

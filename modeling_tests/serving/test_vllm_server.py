@@ -1,4 +1,4 @@
-"""vLLM's own server with the plugin, over HTTP on this machine: a load run. An environment of its own, see test_vllm."""
+"""vLLM's own server with the plugin, on this machine: a load run. An environment of its own, see test_vllm."""
 
 import base64
 import json
@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
 from factories import mp4_of, random_frames
 
 pytest.importorskip("vllm", reason="needs vLLM: `make vllm-environment`")

@@ -613,7 +613,7 @@ def _worker_class(engine: Engine) -> type[VideoAnswerer]:
         from .vllm.corpus import VllmVideoAnswerer
     except ImportError as error:
         raise ImportError(
-            'The engine "vllm" needs vLLM: pip install "transformers_crosslmm[vllm,ray]", in an environment of its own.'
+            'The engine "vllm" needs vLLM: pip install "transformers_crosslmm[vllm,ray]" in an environment of its own.'
         ) from error
     return VllmVideoAnswerer
 
