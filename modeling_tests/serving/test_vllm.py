@@ -4,6 +4,7 @@ import base64
 import functools
 import http.server
 import threading
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -373,10 +374,11 @@ def test_a_decode_step_neither_waits_for_the_gpu_nor_looks_at_requests_one_by_on
             steps, patches = steps_with_media(num_requests, "cuda:0")
             query = torch.randn(num_requests, 6, 20).to("cuda:0")
             traffic.clear()
-            with CountedOperations() as counted:
-                steps.run([1] * num_requests, padding=2)
+            counted = CountedOperations()
+            steps.run([1] * num_requests, padding=2, watch=counted)
+            with counted:
                 attended = steps.cache.step.paged.attend(query, 0.3)
-            operations.append(counted.number)
+            operations.append(counted.numbers)
             assert not traffic.waits
             assert steps.cache.step.t2v is None
             rows = steps.cache.step.paged.rows.cpu()[:, 0].tolist()
@@ -410,10 +412,14 @@ def test_cross_attention_stays_out_of_cuda_graphs(folder):
 
 
 class CountedOperations(TorchDispatchMode):
-    number = 0
+    """Operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.number += 1
+        self.numbers[str(func)] += 1
         return func(*args, **(kwargs or {}))
 
 

@@ -1,4 +1,4 @@
-"""vLLM's own server with the plugin, over HTTP on this machine: a load run. Its environment: see test_vllm."""
+"""vLLM's own server with the plugin, on this machine: a load run. An environment of its own, see test_vllm."""
 
 import base64
 import json

@@ -65,10 +65,12 @@ class CrossLMMVideoLoader(VideoLoader):
     limits: VideoLimits
 
     @classmethod
-    def load_bytes(cls, data: bytes, *, num_frames: int = -1, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
+    def load_bytes(
+        cls, data: bytes | str, *, num_frames: int = -1, **kwargs: Any
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         """Sampled frames (T, H, W, 3) of the size that the encoder sees, and what vLLM passes on of them.
 
-        num_frames: -1 for the checkpoint's own sampling. kwargs: more of `SAMPLING_KWARGS`. Raises ValueError for
+        data: the file, or its path. num_frames: -1 for the checkpoint's own sampling. kwargs: more of `SAMPLING_KWARGS`. Raises ValueError for
         others, and VideoError for what cannot be read.
         """
         if unknown := sorted(kwargs.keys() - set(SAMPLING_KWARGS)):

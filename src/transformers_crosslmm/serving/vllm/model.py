@@ -13,6 +13,7 @@ Shapes: T tokens of a step, F frames, C language width, D vision width, R reques
 
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,6 +59,8 @@ class VisionPart(CrossLMMModel):
     def rows(self, pixels: torch.Tensor, frames: list[int], layout: RowLayout) -> list[torch.Tensor]:
         """The rows of each medium, of pixels (F, 3, S, S) with so many frames of each."""
         encoded = self.encode(pixels, frames)
+        assert encoded.pooler_output is not None
+        assert encoded.last_hidden_state is not None
         rows = []
         for pooled, original in zip(encoded.pooler_output, encoded.last_hidden_state.split(frames), strict=True):
             if self.config.visual_norm != "none":
@@ -84,7 +87,7 @@ class ParallelBranch(CrossLMMCrossAttentionBranch):
         own = slice(first, first + self.num_key_value_heads * self.head_dim)
         for name in ("k_proj", "v_proj"):
             projection = nn.Linear(config.vision_config.hidden_size, own.stop - own.start, bias=False)
-            projection.weight.weight_loader = lambda weight, whole: weight.data.copy_(whole[own])
+            projection.weight.weight_loader = lambda weight, whole: weight.data.copy_(whole[own])  # type: ignore[attr-defined]
             setattr(self, name, projection)
 
     def attention(self) -> Callable:
@@ -185,9 +188,10 @@ class CrossLMMForVllm(nn.Module, SupportsMultiModal):
         name = f"visual_cache.{config.text_config.num_hidden_layers}"
         self.visual_cache = VisualCache(config, vllm_config, name)
         for layer_idx in config.cross_attention_layer_indices:
-            layer = self.language_model.model.layers[layer_idx]
-            layer.cross_attention = CrossAttention(config, layer_idx, self.visual_cache, vllm_config)
-            layer.post_attention_layernorm.register_forward_pre_hook(layer.cross_attention.before_norm)
+            layer: Any = self.language_model.model.layers[layer_idx]
+            block = CrossAttention(config, layer_idx, self.visual_cache, vllm_config)
+            layer.cross_attention = block
+            layer.post_attention_layernorm.register_forward_pre_hook(block.before_norm)
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str:
