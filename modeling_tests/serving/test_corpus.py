@@ -591,7 +591,7 @@ def test_a_driver_that_was_killed_goes_on_and_answers_each_question_once(
 
 def test_the_command_answers_and_goes_on(folder, tmp_path, monkeypatch):
     questions = write(tmp_path / "questions.jsonl", about("0.mp4", "notes.mp4"))
-    command = [Path(sys.executable).with_name("crosslmm"), "batch", questions, "--out", "answers", "--engine", "local"]
+    command = [sys.executable, "-m", "crosslmm_cli", "batch", questions, "--out", "answers", "--engine", "local"]
     command += [
         "--root",
         folder,
@@ -609,7 +609,7 @@ def test_the_command_answers_and_goes_on(folder, tmp_path, monkeypatch):
     assert len(rows_of(tmp_path / "answers")) == 4
 
     monkeypatch.chdir(tmp_path)
-    again = CliRunner().invoke(crosslmm_cli.app, [os.fspath(part) for part in command[1:]])
+    again = CliRunner().invoke(crosslmm_cli.app, [os.fspath(part) for part in command[3:]])
     assert again.exit_code == 0
     assert "4 questions about 2 videos, 4 of them answered before; 2 have an error for an answer" in again.stdout
 
