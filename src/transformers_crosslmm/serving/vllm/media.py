@@ -70,8 +70,8 @@ class CrossLMMVideoLoader(VideoLoader):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Sampled frames (T, H, W, 3) of the size that the encoder sees, and what vLLM passes on of them.
 
-        data: the file, or its path. num_frames: -1 for the checkpoint's own sampling. kwargs: more of `SAMPLING_KWARGS`. Raises ValueError for
-        others, and VideoError for what cannot be read.
+        data: the file, or its path. num_frames: -1 for the checkpoint's own sampling. kwargs: more of
+        `SAMPLING_KWARGS`. Raises ValueError for others, and VideoError for what cannot be read.
         """
         if unknown := sorted(kwargs.keys() - set(SAMPLING_KWARGS)):
             raise ValueError(f"A video takes {', '.join(SAMPLING_KWARGS)}; got {', '.join(unknown)[:80]}.")

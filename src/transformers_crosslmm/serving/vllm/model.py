@@ -176,7 +176,7 @@ class CrossLMMForVllm(nn.Module, SupportsMultiModal):
         config: CrossLMMConfig = vllm_config.model_config.hf_config
         self.config = config
         with self._mark_tower_model(vllm_config, {"image", "video"}):
-            self.vision = VisionPart(config).to(vllm_config.model_config.dtype)
+            self.vision: VisionPart = VisionPart(config).to(vllm_config.model_config.dtype)
         with self._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config,
