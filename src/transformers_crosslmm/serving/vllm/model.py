@@ -175,9 +175,9 @@ class CrossLMMForVllm(nn.Module, SupportsMultiModal):
         super().__init__()
         config: CrossLMMConfig = vllm_config.model_config.hf_config
         self.config = config
-        with self._mark_tower_model(vllm_config, {"image", "video"}):
+        with self._mark_tower_model(vllm_config, {"image", "video"}):  # type: ignore[operator]
             self.vision: VisionPart = VisionPart(config).to(vllm_config.model_config.dtype)
-        with self._mark_language_model(vllm_config):
+        with self._mark_language_model(vllm_config):  # type: ignore[operator]
             self.language_model = init_vllm_registered_model(
                 vllm_config,
                 prefix=maybe_prefix(prefix, "language_model"),
