@@ -73,7 +73,7 @@ def versions() -> str:
         rows.append([row["transformers"], row["torch"], demo, what, counts, row["commit"]])
     table = markdown(["Transformers", "torch", "`make demo`", "tests", "result", "commit"], rows)
     return (
-        f"{table}\n`make test-versions`, and with `--torch` for another torch; a 2-core CPU shared with other work.\n"
+        f"{table}\n`make test-versions`, for another torch with `--torch`; a 2-core CPU with other work on it.\n"
     )
 
 
