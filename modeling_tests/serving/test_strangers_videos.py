@@ -113,7 +113,8 @@ def test_a_url_that_drips_holds_its_place_no_longer_than_a_request_may_take(star
 def test_a_url_that_drips_is_left_when_the_client_leaves(started, kind):
     server, dripping = started(allow_private_urls=True, max_running=1), DrippingServer(DRIPS[kind])
     connection = begin_request(server, {"messages": [user("What?", dripping.url)]})
-    wait_until(lambda: server.health()["running"] == 1)
+    assert dripping.reached.wait(10)
+    assert server.health()["running"] == 1
     connection.close()
     wait_until(lambda: server.health() == IDLE, seconds=10)
     assert dripping.left.wait(10)
