@@ -20,8 +20,8 @@ test: $(VENV)/.installed  ## the fast tests
 test-slow: $(VENV)/.installed  ## the tests that take minutes
 	$(PYTEST) -m slow
 
-test-versions: $(VENV)/.installed  ## a fast subset on every supported Transformers; ALL=1 runs every test
-	$(BIN)/python requirements/try_versions.py $(if $(ALL),--all)
+test-versions: $(VENV)/.installed  ## a fast subset on every supported Transformers; ALL=1: every test; TORCH=2.15.0: another torch
+	$(BIN)/python requirements/try_versions.py $(if $(ALL),--all) $(if $(TORCH),--torch $(TORCH))
 
 test-gpu: $(VENV)/.installed  ## the tests that need a GPU; a missing one is a failure
 	CROSSLMM_EXPECT_GPU=1 $(PYTEST) -m gpu
