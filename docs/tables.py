@@ -72,7 +72,9 @@ def versions() -> str:
         demo = "answers" if row["demo"] else "fails"
         rows.append([row["transformers"], row["torch"], demo, what, counts, row["commit"]])
     table = markdown(["Transformers", "torch", "`make demo`", "tests", "result", "commit"], rows)
-    return f"{table}\n`make test-versions`, for another torch with `TORCH=2.15.0`; a 2-core CPU with other work on it.\n"
+    return (
+        f"{table}\n`make test-versions`, for another torch with `TORCH=2.15.0`; a 2-core CPU with other work on it.\n"
+    )
 
 
 def counted_costs() -> str:
