@@ -29,7 +29,7 @@ test-gpu: $(VENV)/.installed  ## the tests that need a GPU; a missing one is a f
 vllm-environment: $(VLLM_VENV)/.installed  ## vLLM's build for CPUs, the package and what its tests need
 
 test-vllm: $(VLLM_VENV)/.installed  ## the tests of the vLLM plugin; with SLOW=1 all 200 requests in every mode
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest modeling_tests/serving/test_vllm.py -m "$(if $(SLOW),vllm,vllm and not slow)"
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest modeling_tests/serving/test_vllm*.py -m "$(if $(SLOW),vllm,vllm and not slow)"
 
 test-transformers: $(VENV)/.installed  ## Transformers' common suites; SUITES=/a/checkout/of/the/installed/release
 	@test -d "$(SUITES)/tests" || { echo "Say where a checkout of Transformers lies: make test-transformers SUITES=..."; exit 1; }
