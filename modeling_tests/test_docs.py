@@ -19,6 +19,7 @@ import importlib.util
 import io
 import json
 import os
+import pkgutil
 import re
 import runpy
 import shlex
@@ -41,7 +42,7 @@ from transformers_crosslmm.checkpoints.commands import config_fields
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 PARSED_ONLY = [ROOT / "conversion" / "README.md"]  # its commands are about gigabytes of other people's weights
 
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<source>.*?)^(?P=indent)```$", re.S | re.M)
@@ -376,6 +377,13 @@ def test_links_lead_somewhere(page):
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
     assert not [link for link in links if not (page.parent / link).exists()]
+
+
+def test_what_the_api_page_names_exists():
+    names = re.findall(r"^::: (\S+)", (DOCS / "api.md").read_text(encoding="utf-8"), re.M)
+    assert names
+    for name in names:
+        pkgutil.resolve_name(name)
 
 
 @pytest.mark.slow
