@@ -21,7 +21,7 @@ PAGES = [
         "ablation.md",
         "memory-and-speed.md",
     )
-] + [ROOT / "src" / "transformers_crosslmm" / "tiny" / "crosslmm-tiny" / "README.md"]
+] + [ROOT / "README.md", ROOT / "src" / "transformers_crosslmm" / "tiny" / "crosslmm-tiny" / "README.md"]
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 KINDS = {
@@ -431,6 +431,44 @@ def cost_closed_form() -> str:
     return markdown(["part", "multiply-accumulates", "7B, 256 frames, in T"], rows)
 
 
+def models_people_use() -> str:
+    counted, measured = kept("cost_counted.json"), kept("full_size_cpu.json")
+    frames = 128
+    counts = {row["model"]: row for row in counted["counted"] if row["frames"] == frames}
+    times = {row["model"]: row["prefill"] for row in measured["rows"]}
+    ours = "CrossLMM-7B video features"
+    names = {
+        "CrossLMM-7B video kv": 'CrossLMM-7B, `cross_attention_cache="kv"` (default)',
+        ours: 'CrossLMM-7B, `cross_attention_cache="features"`',
+        "Qwen2.5-VL-7B": "Qwen2.5-VL-7B",
+        "Qwen3-VL-8B": "Qwen3-VL-8B",
+        "LLaVA-OneVision-7B": "LLaVA-OneVision-7B",
+    }
+    rows = [
+        [
+            name,
+            f"{counts[model]['video_tokens'] / frames:.0f}",
+            f"{counts[model]['cache_bytes'] / frames / 1e6:.1f} MB",
+            f"{counts[model]['macs']['total'] / counts[ours]['macs']['total']:.1f}",
+            f"{times[model] / times[ours]:.1f}" if model in times else "not run",
+        ]
+        for model, name in names.items()
+    ]
+    head = [
+        "",
+        "tokens per frame",
+        "kept per frame, bf16",
+        f"work of a prefill, {frames} frames, counted",
+        f"time of a prefill, {measured['about']['frames']} frames, one CPU core",
+    ]
+    about = measured["about"]
+    return (
+        f"{markdown(head, rows)}\nThe last two columns are ratios to CrossLMM-7B. Work: `{counted['about']['command']}`, "
+        f"commit {counted['about']['commit']}. Time: full size, random weights, bfloat16, one run of all: "
+        f"`{about['command']}`, commit {about['commit']}, {about['machine']}. No GPU has run this yet.\n"
+    )
+
+
 def cost_cpu() -> str:
     results = kept("cost_cpu.json")
     frames = max(row["frames"] for row in results["timed"])
@@ -578,6 +616,7 @@ def origin(results: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
+        models_people_use,
         paper_cost,
         versions,
         backbones,
