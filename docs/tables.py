@@ -463,8 +463,8 @@ def models_people_use() -> str:
     ]
     about = measured["about"]
     return (
-        f"{markdown(head, rows)}\nThe last two columns are ratios to CrossLMM-7B. Work: `{counted['about']['command']}`, "
-        f"commit {counted['about']['commit']}. Time: full size, random weights, bfloat16, one run of all: "
+        f"{markdown(head, rows)}\nThe last two columns are ratios to CrossLMM-7B. Work: "
+        f"`{counted['about']['command']}`, commit {counted['about']['commit']}. Time: full size, random weights, bfloat16, one run of all: "
         f"`{about['command']}`, commit {about['commit']}, {about['machine']}. No GPU has run this yet.\n"
     )
 
