@@ -464,8 +464,8 @@ def models_people_use() -> str:
     about = measured["about"]
     return (
         f"{markdown(head, rows)}\nThe last two columns are ratios to CrossLMM-7B. Work: "
-        f"`{counted['about']['command']}`, commit {counted['about']['commit']}. Time: full size, random weights, bfloat16, one run of all: "
-        f"`{about['command']}`, commit {about['commit']}, {about['machine']}. No GPU has run this yet.\n"
+        f"`{counted['about']['command']}`, commit {counted['about']['commit']}. Time: full size, random weights, "
+        f"bfloat16, one run of all: `{about['command']}`, commit {about['commit']}, {about['machine']}. No GPU has run this yet.\n"
     )
 
 
