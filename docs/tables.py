@@ -465,7 +465,8 @@ def models_people_use() -> str:
     return (
         f"{markdown(head, rows)}\nThe last two columns are ratios to CrossLMM-7B. Work: "
         f"`{counted['about']['command']}`, commit {counted['about']['commit']}. Time: full size, random weights, "
-        f"bfloat16, one run of all: `{about['command']}`, commit {about['commit']}, {about['machine']}. No GPU has run this yet.\n"
+        f"bfloat16, one run of all: `{about['command']}`, commit {about['commit']}, {about['machine']}. "
+        "No GPU has run this yet.\n"
     )
 
 
