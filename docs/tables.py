@@ -18,6 +18,7 @@ PAGES = [
         "getting-started.md",
         "convert-and-publish.md",
         "cost.md",
+        "gpu.md",
         "ablation.md",
         "memory-and-speed.md",
     )
@@ -96,6 +97,25 @@ def counted_costs() -> str:
             ]
         )
     head = ["", "parameters", "weights, bf16", "tokens per frame", "LLM's own cache", '"features"', '"kv"']
+    return markdown(head, rows)
+
+
+def gpu_sizes() -> str:
+    from transformers_crosslmm import CrossLMMConfig
+    from transformers_crosslmm.checkpoints.inspect import count_costs
+
+    rows = []
+    for preset, quantization in (("2B", None), ("7B", "nf4"), ("7B", "int8"), ("7B", None), ("7B-16", None)):
+        costs = count_costs(CrossLMMConfig.from_preset(preset), quantization=quantization)
+        context = costs.frames_in_context(costs.max_positions)
+        cells = []
+        for gibibytes in (16, 24, 48, 80):
+            minutes = [
+                min(context, costs.frames_in_memory(form, gibibytes * 2**30)) // 60 for form in ("kv", "features")
+            ]
+            cells.append("–" if not any(minutes) else f"{minutes[0]} / {minutes[1]} min")
+        rows.append([preset, quantization or "bfloat16", f"{costs.weight_bytes / 1e9:.1f} GB", *cells])
+    head = ["model", "weights in", "weights", *(f"{gibibytes} GiB: kv / features" for gibibytes in (16, 24, 48, 80))]
     return markdown(head, rows)
 
 
@@ -622,6 +642,7 @@ TABLES: dict[str, Callable[[], str]] = {
         versions,
         backbones,
         counted_costs,
+        gpu_sizes,
         paper_measured,
         paper_scores,
         tiny_checkpoint,
