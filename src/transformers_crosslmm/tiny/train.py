@@ -2,7 +2,7 @@
 
     python -m transformers_crosslmm.tiny.train --output_dir runs/tiny
 
-Two phases, both on `procedural_videos`, rendered as they are needed:
+Three phases, all on `procedural_videos`, rendered as they are needed:
 
 1. *Vision*: the SigLIP tower learns, patch by patch, colour and name of the thing that covers it. Things come in the
    palette's colours, where only the colour is learned, or in colours outside it, where only the name is: so nothing is
@@ -10,6 +10,8 @@ Two phases, both on `procedural_videos`, rendered as they are needed:
 2. *Language*: with the tower frozen, projector, Qwen2 and cross-attention learn to answer. A sample is a chat of
    several questions about one video, at the first level a still with two things. From level to level more kinds of
    question, more things in a still, and clips that show more of them.
+3. *Times*: the same parts go on, now with the time before every frame, `<1.2 seconds>`, and with timed videos, of which
+   is asked when a thing appears. The digits are there to be copied, once the frame is found; that is the second phase.
 
 Everything is seeded; on the same machine and versions the run repeats itself.
 """
@@ -47,6 +49,7 @@ from .procedural_videos import (
     MAX_SECONDS,
     NAMES,
     PLACES,
+    TIMED_KINDS,
     WORDINGS,
     ProceduralVideo,
     Question,
@@ -54,6 +57,8 @@ from .procedural_videos import (
     Thing,
     ask,
     random_generator,
+    random_moments,
+    random_timed_video,
     random_video,
     render_frame,
 )
@@ -70,11 +75,15 @@ class TinyArguments:
     vision_batch_size: int = field(default=128, metadata={"help": "Frames per step of the first phase."})
     vision_tower: str | None = field(default=None, metadata={"help": "A saved tower instead of the first phase."})
     steps: int = field(default=6500, metadata={"help": "Steps of the second phase."})
-    learning_rate: float = field(default=6e-4, metadata={"help": "Peak learning rate of the second phase."})
-    batch_size: int = field(default=24, metadata={"help": "Videos per step of the second phase."})
+    learning_rate: float = field(default=6e-4, metadata={"help": "Peak learning rate of the later phases."})
+    batch_size: int = field(default=24, metadata={"help": "Videos per step of the later phases."})
     questions_per_video: int = field(default=4, metadata={"help": "Turns of the chat about each video."})
     times_per_video: int = field(default=4, metadata={"help": "How often a video comes back, with new questions."})
-    save_steps: int = field(default=1000, metadata={"help": "Steps between checkpoints of the second phase."})
+    times_steps: int = field(default=4000, metadata={"help": "Steps of the third phase."})
+    frames_checkpoint: str | None = field(
+        default=None, metadata={"help": "What the second phase has saved in `frames`, instead of the first two."}
+    )
+    save_steps: int = field(default=1000, metadata={"help": "Steps between checkpoints of the later phases."})
     evaluation_steps: int = field(default=50, metadata={"help": "Steps between looks at held-out questions."})
     cross_attention: bool = field(default=True, metadata={"help": "False: the baseline without V2V and T2V."})
     pooling_mode: str = field(default="bilinear", metadata={"help": "bilinear or average."})
@@ -232,7 +241,7 @@ class PatchLabelFrames(IterableDataset):
                 index += 1
                 plain = random_video(rng, things_per_scene=len(PLACES))
                 painted = repaint(rng, plain)
-                for k in range(plain.num_seconds):
+                for k in range(plain.num_scenes):
                     share = rng.random()
                     frame = degrade(rng, render_frame(painted, k + share, size=self.size)[None])[0]
                     samples.append((frame, *self._labels(plain, painted, k, share)))
@@ -271,25 +280,35 @@ def degrade(rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
     return ((frames - 128.0) * contrast + 128 + shift + noise * rng.uniform(0, 1)).clip(0, 255).astype(np.uint8)
 
 
-# --- phase 2: language ----------------------------------------------------------------------------------------------
+# --- phases 2 and 3: language, times --------------------------------------------------------------------------------
 
 
 # In the order in which they are taught: who counts finds a thing's frames, who orders finds those of two.
 STILL_KINDS = ("colour", "shape", "place", "exists")
 CLIP_KINDS = (*STILL_KINDS, "which_frame", "count", "order")
+LAST_LEVEL = 12
+"""Of the third phase: all kinds, and most scenes show something."""
 
 
 class VideoChats(IterableDataset):
     """Chats about procedural videos: `input_ids`, `labels`, `frames`.
 
     What is shown and asked follows `level`, how often each kind is asked follows `mistakes`; `Curriculum` sets both.
+    with_times: the third phase, where the level stays as it is.
     """
 
-    def __init__(self, *, arguments: TinyArguments, tokenizer: PreTrainedTokenizerFast, config: CrossLMMConfig):
-        self.arguments, self.tokenizer, self.config = arguments, tokenizer, config
-        self.level = 1
+    def __init__(
+        self,
+        *,
+        arguments: TinyArguments,
+        tokenizer: PreTrainedTokenizerFast,
+        config: CrossLMMConfig,
+        with_times: bool = False,
+    ):
+        self.arguments, self.tokenizer, self.config, self.with_times = arguments, tokenizer, config, with_times
+        self.level = LAST_LEVEL if with_times else 1
         self.mistakes = dict.fromkeys(KINDS, 1.0)
-        self.turns: dict[tuple[Question, int], dict[str, list[int]]] = {}
+        self.turns: dict[tuple[Question, bool], dict[str, list[int]]] = {}
 
     def __iter__(self) -> Iterator[dict]:
         arguments = self.arguments
@@ -301,47 +320,74 @@ class VideoChats(IterableDataset):
                 rng = random_generator(seed=arguments.seed, split="train", index=index)
                 index += 1
                 video = self.video(rng)
-                videos.append((video, self.render(rng, video)))
+                moments = random_moments(rng, video)
+                frames = self.render(rng, video, moments)
+                videos.append((video, moments if self.says_times(rng, video) else None, frames))
             rng = np.random.default_rng([arguments.seed, index])
             for _ in range(arguments.times_per_video):
+                samples = []
                 for i in rng.permutation(len(videos)):
-                    video, frames = videos[i]
-                    yield self.sample(self.questions(rng, video), frames)
+                    video, moments, frames = videos[i]
+                    samples.append(self.sample(self.questions(rng, video, moments), frames, moments))
+                yield from self.paired(rng, samples) if self.with_times else samples
 
-    def questions(self, rng: np.random.Generator, video: ProceduralVideo) -> list[Question]:
-        """The turns of a chat, kinds drawn in proportion to `mistakes`, each at most once.
+    def paired(self, rng: np.random.Generator, samples: list[dict]) -> Iterator[dict]:
+        """Half a batch of short samples, then half a batch of long ones: padded apart, a third is saved."""
+        half = self.arguments.batch_size // 2
+        samples = sorted(samples, key=lambda sample: len(sample["input_ids"]))
+        halves = [samples[start : start + half] for start in range(0, len(samples), half)]
+        for i in rng.permutation(len(halves) // 2):
+            yield from halves[i] + halves[-1 - i]
+
+    def questions(
+        self, rng: np.random.Generator, video: ProceduralVideo, moments: Sequence[float] | None = None
+    ) -> list[Question]:
+        """The turns of a chat, kinds drawn in proportion to `mistakes`, each but "when" at most once.
 
         No thing comes up in two of them: where the text before answers a question, nothing is learned about looking.
         Were a kind allowed twice, four in ten questions were "exists": absent things are always left to ask about.
         """
-        kinds = self.kinds_of(video)
+        kinds = self.kinds_of(video, with_times=moments is not None)
         share = np.array([self.mistakes[kind] for kind in kinds]) + 0.05
         asked: list[Question] = []
         said: set[Thing] = set()
         for i in rng.choice(len(kinds), size=100, p=share / share.sum()):
-            question = ask(rng, video, kind=kinds[i])
+            question = ask(rng, video, kind=kinds[i], moments=moments)
             if question is None:
                 continue
-            if said.isdisjoint(question.things) and question.kind not in {other.kind for other in asked}:
+            is_new = question.kind == "when" or question.kind not in {other.kind for other in asked}
+            if said.isdisjoint(question.things) and is_new:
                 asked.append(question)
                 said.update(question.things)
             if len(asked) == self.arguments.questions_per_video:
                 break
         return asked
 
-    def render(self, rng: np.random.Generator, video: ProceduralVideo) -> np.ndarray:
-        """One frame per second, all at the same moment of their seconds: (T, S, S, 3) uint8."""
-        moments = np.arange(video.num_seconds) + rng.uniform(0.02, 0.98)
+    def render(self, rng: np.random.Generator, video: ProceduralVideo, moments: Sequence[float]) -> np.ndarray:
+        """The frames at `moments`: (T, S, S, 3) uint8."""
         size = self.config.vision_config.image_size
         return degrade(rng, np.stack([render_frame(video, moment, size=size) for moment in moments]))
 
-    def kinds_of(self, video: ProceduralVideo) -> tuple[str, ...]:
+    def says_times(self, rng: np.random.Generator, video: ProceduralVideo) -> bool:
+        """In the third phase; some videos stay without, for frames whose times nobody knows."""
+        return self.with_times and (video.is_timed or rng.random() < 0.8)
+
+    def kinds_of(self, video: ProceduralVideo, *, with_times: bool = False) -> tuple[str, ...]:
         """What may be asked about `video` at the present level."""
-        return STILL_KINDS if video.num_seconds == 1 else CLIP_KINDS[: len(STILL_KINDS) + self.level - 1]
+        if video.is_timed:
+            return TIMED_KINDS
+        if video.num_scenes == 1:
+            return STILL_KINDS
+        kinds = CLIP_KINDS[: len(STILL_KINDS) + self.level - 1]
+        return (*kinds, "when") if with_times else kinds
 
     def video(self, rng: np.random.Generator) -> ProceduralVideo:
-        """Stills at the first level, later two clips for every still."""
-        return self.still(rng) if self.level == 1 or rng.random() < 1 / 3 else self.clip(rng)
+        """Stills at the first level, later two clips for every still, of which a half is timed in the third phase."""
+        if self.level == 1 or rng.random() < 1 / 3:
+            return self.still(rng)
+        if self.with_times and rng.random() < 0.5:
+            return random_timed_video(rng, filled=rng.uniform(0.2, FILLED))
+        return self.clip(rng)
 
     def clip(self, rng: np.random.Generator) -> ProceduralVideo:
         """A video, mostly of eight seconds, with things in up to `level` + 1 of its scenes (or one stay more).
@@ -357,22 +403,40 @@ class VideoChats(IterableDataset):
         most = 2 if self.level == 1 else len(PLACES)
         return random_video(rng, num_seconds=1, things_per_scene=int(rng.integers(2, most + 1)))
 
-    def sample(self, questions: Sequence[Question], frames: np.ndarray) -> dict:
-        """A chat of all `questions` about the video with these frames, which stands before the first."""
-        turns = [self.turn(question, len(frames) if i == 0 else 0) for i, question in enumerate(questions)]
+    def sample(
+        self, questions: Sequence[Question], frames: np.ndarray, moments: Sequence[float] | None = None
+    ) -> dict:
+        """A chat of all `questions` about the video with these frames, which stands before the first.
+
+        moments: when each frame is shown, to be said before it; None: nothing is said.
+        """
+        turns = [self.turn(question, has_video=i == 0) for i, question in enumerate(questions)]
+        ids = [token for turn in turns for token in turn["input_ids"]]
+        labels = [token for turn in turns for token in turn["labels"]]
+        place = ids.index(self.config.video_token_id)
+        video = self.video_tokens(len(frames), moments)
         return {
-            **{name: [token for turn in turns for token in turn[name]] for name in ("input_ids", "labels")},
+            "input_ids": [*ids[:place], *video, *ids[place + 1 :]],
+            "labels": [*labels[:place], *[IGNORED] * len(video), *labels[place + 1 :]],
             "frames": frames,
         }
 
-    def turn(self, question: Question, num_frames: int) -> dict[str, list[int]]:
-        """One question, behind a video of `num_frames` if any, and its answer.
+    def video_tokens(self, num_frames: int, moments: Sequence[float] | None) -> list[int]:
+        """What the processor writes for a video."""
+        frame = [self.config.video_token_id] * self.config.tokens_per_frame
+        stamps: Sequence[list[int]] = [[]] * num_frames
+        if moments is not None:
+            stamps = self.tokenizer([f"<{seconds:.1f} seconds>" for seconds in moments])["input_ids"]
+        return [token for stamp in stamps for token in (*stamp, *frame)]
+
+    def turn(self, question: Question, *, has_video: bool) -> dict[str, list[int]]:
+        """One question, behind the one placeholder of a video if any, and its answer.
 
         Turns are kept: the template joins them without a trace, and making one costs as much as rendering a frame.
         """
-        if (question, num_frames) not in self.turns:
-            media = [{"type": "video"}] if num_frames else []
-            self.turns[question, num_frames] = chat_sample(
+        if (question, has_video) not in self.turns:
+            media = [{"type": "video"}] if has_video else []
+            self.turns[question, has_video] = chat_sample(
                 self.tokenizer,
                 [
                     {"role": "user", "content": [*media, {"type": "text", "text": question.text}]},
@@ -380,9 +444,9 @@ class VideoChats(IterableDataset):
                 ],
                 chat_template=CHAT_TEMPLATE,
                 placeholder_id=self.config.video_token_id,
-                placeholders=[num_frames * self.config.tokens_per_frame],
+                placeholders=[1],
             )
-        return self.turns[question, num_frames]
+        return self.turns[question, has_video]
 
 
 class Curriculum(TrainerCallback):
@@ -402,12 +466,23 @@ class Curriculum(TrainerCallback):
         samples = []
         for index in range(self.num_videos):
             rng = random_generator(seed=self.chats.arguments.seed + 1, split=split, index=step * 1000 + index)
-            video = self.chats.video(rng) if split == "train" else random_video(rng, split=split)
-            frames = self.chats.render(rng, video)
-            for kind in self.chats.kinds_of(video) if split == "train" else KINDS:
-                if (question := ask(rng, video, kind=kind, split=split)) is not None:
-                    samples.append((kind, self.chats.sample([question], frames)))
+            video = self.chats.video(rng) if split == "train" else self.heldout(rng, index)
+            moments = random_moments(rng, video)
+            frames = self.chats.render(rng, video, moments)
+            said = moments if self.chats.with_times else None
+            for kind in self.kinds(video, split):
+                if (question := ask(rng, video, kind=kind, split=split, moments=moments)) is not None:
+                    samples.append((kind, self.chats.sample([question], frames, said)))
         return samples
+
+    def heldout(self, rng: np.random.Generator, index: int) -> ProceduralVideo:
+        make = random_timed_video if self.chats.with_times and index % 2 else random_video
+        return make(rng, split="heldout")
+
+    def kinds(self, video: ProceduralVideo, split: Split) -> Sequence[str]:
+        if split == "train" or video.is_timed:
+            return self.chats.kinds_of(video, with_times=self.chats.with_times)
+        return KINDS if self.chats.with_times else CLIP_KINDS
 
     @torch.no_grad()
     def accuracy(self, model, samples: list[tuple[str, dict]]) -> dict[str, float]:
@@ -433,6 +508,8 @@ class Curriculum(TrainerCallback):
                 continue
             for kind, share in shares.items():
                 self.chats.mistakes[kind] = (self.chats.mistakes[kind] + 1 - share) / 2
+            if self.chats.with_times:
+                continue
             is_learned = sum(shares.values()) > 0.85 * len(shares)
             if is_learned or state.global_step - self.level_began >= self.chats.arguments.steps / 15:
                 self.chats.level += 1
@@ -479,25 +556,32 @@ def train_vision(arguments: TinyArguments, model: CrossLMMForConditionalGenerati
 
 
 def train_language(
-    arguments: TinyArguments, model: CrossLMMForConditionalGeneration, tokenizer: PreTrainedTokenizerFast
+    arguments: TinyArguments,
+    model: CrossLMMForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    with_times: bool,
 ) -> None:
-    """Phase 2: all of `model` but its tower, in place."""
+    """Phase 2 or, with times, 3: all of `model` but its tower, in place."""
     model.model.vision_tower.requires_grad_(False)
+    steps = arguments.times_steps if with_times else arguments.steps
+    halves = 2 if with_times else 1  # see `VideoChats.paired`
     options = training_arguments(
         arguments,
-        "language",
+        "times" if with_times else "language",
         # The levels go up while the rate is high; it falls in the last third.
         lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": arguments.steps // 3},
-        max_steps=arguments.steps,
+        lr_scheduler_kwargs={"num_decay_steps": steps // 3},
+        max_steps=steps,
         learning_rate=arguments.learning_rate,
         # Words as loud as this noise: without it some pairs that are never asked for, "red triangle", find nothing.
         neftune_noise_alpha=5.0,
-        per_device_train_batch_size=arguments.batch_size,
+        per_device_train_batch_size=arguments.batch_size // halves,
+        gradient_accumulation_steps=halves,
         save_steps=arguments.save_steps,
         save_only_model=True,
     )
-    chats = VideoChats(arguments=arguments, tokenizer=tokenizer, config=model.config)
+    chats = VideoChats(arguments=arguments, tokenizer=tokenizer, config=model.config, with_times=with_times)
     collator = VideoChatCollator(pad_token_id=tokenizer.pad_token_id)
     accuracy = Curriculum(chats, collator, every=arguments.evaluation_steps)
     Trainer(model=model, args=options, train_dataset=chats, data_collator=collator, callbacks=[accuracy]).train()
@@ -509,20 +593,27 @@ def main() -> None:
     set_seed(arguments.seed)
     tokenizer = build_tokenizer()
     config = tiny_config(tokenizer, cross_attention=arguments.cross_attention, pooling_mode=arguments.pooling_mode)
-    # At these sizes plain matrix products train faster than fused attention.
-    model = CrossLMMForConditionalGeneration._from_config(config, attn_implementation="eager")
-    processor = CrossLMMProcessor.from_config(config, tokenizer)
-    if arguments.vision_tower is None:
-        train_vision(arguments, model)
-    else:
-        model.model.vision_tower.load_state_dict(torch.load(arguments.vision_tower))
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(model.model.vision_tower.state_dict(), folder / "vision_tower.pt")
-    train_language(arguments, model, tokenizer)
+    # At these sizes plain matrix products train faster than fused attention.
+    kernel = "eager"
+    if arguments.frames_checkpoint is None:
+        model = CrossLMMForConditionalGeneration._from_config(config, attn_implementation=kernel)
+        if arguments.vision_tower is None:
+            train_vision(arguments, model)
+        else:
+            model.model.vision_tower.load_state_dict(torch.load(arguments.vision_tower))
+        torch.save(model.model.vision_tower.state_dict(), folder / "vision_tower.pt")
+        train_language(arguments, model, tokenizer, with_times=False)
+        model.save_pretrained(folder / "frames")
+    else:
+        model = CrossLMMForConditionalGeneration.from_pretrained(
+            arguments.frames_checkpoint, attn_implementation=kernel, dtype=torch.float32
+        )
+    train_language(arguments, model, tokenizer, with_times=True)
     model.config.use_cache = True  # the Trainer turns it off, and it would be saved so
     model.to(torch.bfloat16).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    CrossLMMProcessor.from_config(config, tokenizer, add_timestamps=True).save_pretrained(folder)
 
 
 if __name__ == "__main__":
