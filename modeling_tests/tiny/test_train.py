@@ -12,15 +12,19 @@ from transformers_crosslmm import CrossLMMProcessor
 from transformers_crosslmm.processing_crosslmm import CHAT_TEMPLATE
 from transformers_crosslmm.tiny.procedural_videos import (
     COLOURS,
-    KINDS,
     NAMES,
     PLACES,
+    TIMED_KINDS,
     Question,
     random_generator,
+    random_moments,
+    random_timed_video,
     random_video,
     render_frame,
 )
 from transformers_crosslmm.tiny.train import (
+    CLIP_KINDS,
+    STILL_KINDS,
     Curriculum,
     PatchLabelFrames,
     TinyArguments,
@@ -55,18 +59,21 @@ def test_any_text_survives_the_tokenizer(tokenizer, text):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_a_training_sample_is_what_the_processor_makes_of_the_same_chat(chats, tokenizer):
+@pytest.mark.parametrize("add_timestamps", [False, True], ids=["no times", "times"])
+def test_a_training_sample_is_what_the_processor_makes_of_the_same_chat(chats, tokenizer, add_timestamps):
     video = random_video(random_generator(seed=1, split="train", index=0), num_seconds=5)
     size = chats.config.vision_config.image_size
+    # At 0.4 frames per second: the last number has a digit more.
     frames = np.stack([render_frame(video, k + 0.5, size=size) for k in range(5)])
+    moments = [2.5 * k for k in range(5)]
     questions = [
         Question("colour", "What colour is the seven in frame 2?", "red", ()),
         Question("order", "Which comes first, the red star or the blue two?", "blue two", ()),
     ]
-    sample = chats.sample(questions, frames)
+    sample = chats.sample(questions, frames, moments if add_timestamps else None)
     batch = VideoChatCollator(tokenizer.pad_token_id)([sample])
 
-    processor = CrossLMMProcessor.from_config(chats.config, tokenizer)
+    processor = CrossLMMProcessor.from_config(chats.config, tokenizer, add_timestamps=add_timestamps)
     chat = [
         {"role": "user", "content": [{"type": "video", "video": frames}, {"type": "text", "text": questions[0].text}]},
         {"role": "assistant", "content": [{"type": "text", "text": questions[0].answer}]},
@@ -77,7 +84,7 @@ def test_a_training_sample_is_what_the_processor_makes_of_the_same_chat(chats, t
         chat,
         tokenize=True,
         return_dict=True,
-        processor_kwargs={"do_sample_frames": False, "return_tensors": "pt"},
+        processor_kwargs={"do_sample_frames": False, "fps": 0.4, "return_tensors": "pt"},
     )
     assert torch.equal(batch["input_ids"], inputs["input_ids"])
     assert torch.equal(batch["video_num_frames"], inputs["video_num_frames"])
@@ -161,7 +168,7 @@ def test_questions_about_time_come_one_level_after_the_other(chats):
     assert [sorted(after - before) for before, after in pairwise(kinds)] == [
         ["which_frame"], ["count"], ["order"], []
     ]  # fmt: skip
-    assert kinds[-1] == set(KINDS)
+    assert kinds[-1] == set(CLIP_KINDS)
 
 
 def test_stills_hold_several_things_and_are_not_asked_about_time(chats):
@@ -210,10 +217,10 @@ def test_kinds_that_are_mistaken_are_asked_more(chats):
     rng = np.random.default_rng(5)
     videos = [random_video(rng) for _ in range(60)]
     chats.level = 9
-    chats.mistakes = dict.fromkeys(KINDS, 0.1) | {"place": 0.9}
+    chats.mistakes = dict.fromkeys(CLIP_KINDS, 0.1) | {"place": 0.9}
     kinds = Counter(question.kind for video in videos for question in chats.questions(rng, video))
     assert kinds["place"] == max(kinds.values())
-    assert set(kinds) == set(KINDS)
+    assert set(kinds) == set(CLIP_KINDS)
 
 
 def test_no_thing_and_no_kind_comes_up_in_two_questions_of_a_chat(chats):
@@ -258,3 +265,56 @@ def test_degraded_frames_stay_recognisable():
         assert changed.dtype == np.uint8
         # Contrast within 10 %, brightness and tint within 15 levels, noise within 8.
         assert np.abs(changed.astype(float) - frames).max() <= 0.1 * 68 + 15 + 8 + 1
+
+
+# --- times ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def timed_chats(tokenizer):
+    arguments = TinyArguments(output_dir="", batch_size=8, questions_per_video=4)
+    return VideoChats(arguments=arguments, tokenizer=tokenizer, config=tiny_config(tokenizer), with_times=True)
+
+
+def test_every_digit_of_a_time_is_a_token_before_a_frame_and_in_an_answer(tokenizer):
+    assert tokenizer.tokenize("<12.3 seconds>") == ["<", "1", "2", ".", "3", "Ġseconds", ">"]
+    assert tokenizer.tokenize("12.3 seconds") == ["1", "2", ".", "3", "Ġseconds"]
+
+
+def test_when_is_answered_by_the_time_before_the_first_frame_that_shows_the_thing(timed_chats):
+    rng = np.random.default_rng(8)
+    asked = 0
+    while asked < 30:
+        video = random_timed_video(rng)
+        moments = random_moments(rng, video)
+        stamps = [f"{seconds:.1f} seconds" for seconds in moments]
+        for question in timed_chats.questions(rng, video, moments):
+            if question.kind == "when":
+                first = next(k for k, scene in enumerate(video.scenes) if {a.thing for a in scene} & {*question.things})
+                assert question.answer == stamps[first]
+                asked += 1
+    sample = timed_chats.sample([question], np.zeros((len(stamps), 4, 4, 3), np.uint8), moments)
+    text = timed_chats.tokenizer.decode(sample["input_ids"])
+    assert "".join(f"<{stamp}><|video_pad|>" for stamp in stamps) in text
+
+
+def test_with_times_a_third_are_stills_a_third_clips_and_a_third_timed(timed_chats):
+    rng = np.random.default_rng(4)
+    videos = [timed_chats.video(rng) for _ in range(300)]
+    sorts = Counter("timed" if video.is_timed else "still" if video.num_scenes == 1 else "clip" for video in videos)
+    assert min(sorts.values()) > 67  # 100, give or take four standard deviations
+    kinds = {video.is_timed: timed_chats.kinds_of(video, with_times=True) for video in videos if video.num_scenes > 1}
+    assert kinds == {True: TIMED_KINDS, False: (*CLIP_KINDS, "when")}
+    assert {timed_chats.kinds_of(video, with_times=True) for video in videos if video.num_scenes == 1} == {STILL_KINDS}
+    said = Counter(timed_chats.says_times(rng, video) for video in videos if not video.is_timed)
+    assert said[True] > said[False] > 0
+
+
+def test_half_of_a_batch_is_short_and_half_is_long_and_nothing_is_lost(timed_chats):
+    samples = [{"input_ids": [0] * length} for length in np.random.default_rng(0).permutation(32)]
+    lengths = [len(s["input_ids"]) for s in timed_chats.paired(np.random.default_rng(1), samples)]
+    assert sorted(lengths) == list(range(32))
+    for start in range(0, 32, 8):
+        short, long = lengths[start : start + 4], lengths[start + 4 : start + 8]
+        assert max(short) - min(short) == max(long) - min(long) == 3
+        assert max(short) < min(long)

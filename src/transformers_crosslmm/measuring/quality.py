@@ -5,8 +5,9 @@ r"""How many questions about video files a checkpoint answers rightly, by kind, 
     python -m transformers_crosslmm.measuring.quality --videos runs/heldout \
         --output_file benchmarks/tiny_checkpoint.json
 
-Every question is a chat of its own: the file is decoded by the package, `num_frames` frames are sampled, and
-`generate` writes the answer greedily. An answer is right when it is the true one to the letter.
+Every question is a chat of its own: the file is decoded by the package, `num_frames` frames are sampled, or those at
+the record's `times`, and `generate` writes the answer greedily. An answer is right when it is the true one to the
+letter.
 """
 
 import argparse
@@ -40,6 +41,7 @@ class VideoQuestion:
     kind: str
     question: str
     answer: str
+    times: list[float] | None = None
 
 
 def read_questions(folder: Path) -> list[VideoQuestion]:
@@ -62,6 +64,26 @@ def closed_gates(model: CrossLMMForConditionalGeneration) -> Iterator[None]:
         with torch.no_grad():
             for gate, value in zip(gates, values, strict=True):
                 gate.copy_(value)
+
+
+def move_timestamps(inputs: Mapping[str, Any], processor: CrossLMMProcessor) -> dict[str, Any]:
+    """The inputs of one video a row, with the time before each frame that of the one half the frames further on."""
+    input_ids = inputs["input_ids"].clone()
+    bracket = processor.tokenizer.convert_tokens_to_ids("<")
+    for row in input_ids:
+        is_frame = row == processor.video_token_id
+        end = int(is_frame.nonzero()[-1]) + 1
+        begin = int((row[: int(is_frame.nonzero()[0])] == bracket).nonzero()[-1])
+        stamps: list[list[int]] = [[]]
+        frames: list[list[int]] = [[]]
+        for token, is_placeholder in zip(row[begin:end].tolist(), is_frame[begin:end].tolist(), strict=True):
+            if not is_placeholder and frames[-1]:
+                stamps, frames = [*stamps, []], [*frames, []]
+            (frames if is_placeholder else stamps)[-1].append(token)
+        half = len(stamps) // 2
+        moved = [*stamps[half:], *stamps[:half]]
+        row[begin:end] = torch.tensor([t for pair in zip(moved, frames, strict=True) for part in pair for t in part])
+    return {**inputs, "input_ids": input_ids}
 
 
 @torch.no_grad()
@@ -99,13 +121,14 @@ def evaluate(
     *,
     num_frames: int = 8,
 ) -> dict[str, Any]:
-    """Scores by kind of the model as it is ("as_trained") and, if it has gates, with them at 0 ("gates_0").
+    """Scores by kind of the model as it is ("as_trained"), if it has gates, with them at 0 ("gates_0"), and if the
+    processor writes the frames' times, with these moved by half of the frames ("timestamps_moved").
 
     "chance" is a guess among a kind's evenly drawn answers, "always_the_same" the most frequent answer each time. The
     questions about one video are a batch; they stand next to each other.
     """
     has_gates = any(name.endswith("2v.gate.weight") for name, _ in model.named_parameters())
-    marks: dict[str, dict[str, list[bool]]] = {"as_trained": {}, **({"gates_0": {}} if has_gates else {})}
+    marks: dict[str, dict[str, list[bool]]] = {}
     truths: dict[str, Counter[str]] = {}
     for question in questions:
         truths.setdefault(question.kind, Counter())[question.answer] += 1
@@ -126,7 +149,7 @@ def evaluate(
             tokenize=True,
             return_dict=True,
             processor_kwargs={
-                "num_frames": num_frames,
+                **({"num_frames": num_frames} if asked[0].times is None else {"times": asked[0].times}),
                 "padding": True,
                 "padding_side": "left",
                 "return_tensors": "pt",
@@ -136,9 +159,12 @@ def evaluate(
         if has_gates:
             with closed_gates(model):
                 answers["gates_0"] = answer_questions(model, inputs, processor)
+        if processor.add_timestamps:
+            moved = move_timestamps(inputs, processor)
+            answers["timestamps_moved"] = answer_questions(model, moved, processor)
         for state, given in answers.items():
             for question, text in zip(asked, given, strict=True):
-                marks[state].setdefault(question.kind, []).append(text == question.answer)
+                marks.setdefault(state, {}).setdefault(question.kind, []).append(text == question.answer)
     scores: dict[str, Any] = {}
     for state, by_kind in marks.items():
         scores[state] = {

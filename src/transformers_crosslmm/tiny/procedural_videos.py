@@ -15,14 +15,15 @@ split "heldout" every question is about one of them, beside and against things o
 
     python -m transformers_crosslmm.tiny.procedural_videos --output_dir runs/videos --num_videos 20
 
-writes `00000.mp4`, … (H.264) with scenes of a second, `00000-timed.mp4`, …, `questions.jsonl` and `contact_sheet.png`.
+writes `00000.mp4`, … (H.264), `questions.jsonl` and `contact_sheet.png`; with `--timed` the videos are timed, and
+every record says with `times` at which seconds to look.
 """
 
 import argparse
 import bisect
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -509,7 +510,10 @@ def ask(
         if not subjects:
             return None
         thing = _choose(rng, subjects)
-        seconds = (video.middles if moments is None else moments)[video.scenes_of(thing)[0] - 1]
+        k = video.scenes_of(thing)[0]
+        if k == 1 and rng.random() < 0.35:  # where stays of every length can begin
+            return None
+        seconds = (video.middles if moments is None else moments)[k - 1]
         return Question(kind, wording.format(thing=thing), f"{seconds:.1f} seconds", (thing,))
     assert kind == "count"
     counts = {t: len(video.scenes_of(t)) for t in subjects}
@@ -529,20 +533,54 @@ def write_videos(
     folder: Path, *, num_videos: int, seed: int, split: Split, size: int, fps: int, num_seconds: int = MAX_SECONDS
 ) -> None:
     """Videos, `questions.jsonl` (at most one question of each kind per video) and a contact sheet of the first."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "questions.jsonl", "w", encoding="utf-8") as lines:
+
+    def videos() -> Iterator[tuple[np.random.Generator, ProceduralVideo, None]]:
         for index in range(num_videos):
             rng = random_generator(seed=seed, split=split, index=index)
-            video = random_video(rng, num_seconds=num_seconds, split=split)
+            yield rng, random_video(rng, num_seconds=num_seconds, split=split), None
+
+    _write(folder, videos(), kinds=KINDS, split=split, size=size, fps=fps)
+
+
+def write_timed_videos(folder: Path, *, num_videos: int, seed: int, split: Split, size: int, fps: int) -> None:
+    """As `write_videos`, of timed videos; `times` in `questions.jsonl` are of frames that the files have.
+
+    Raises ValueError unless a frame begins with every tick.
+    """
+    if fps * TICK % 1:
+        raise ValueError(f"`fps` must be a multiple of {1 / TICK:.0f}, so that scenes begin with a frame; got {fps}.")
+
+    def videos() -> Iterator[tuple[np.random.Generator, ProceduralVideo, list[float]]]:
+        for index in range(num_videos):
+            rng = random_generator(seed=seed, split=split, index=index)
+            video = random_timed_video(rng, split=split)
+            yield rng, video, [math.floor(moment * fps) / fps for moment in random_moments(rng, video)]
+
+    _write(folder, videos(), kinds=TIMED_KINDS, split=split, size=size, fps=fps)
+
+
+def _write(
+    folder: Path,
+    videos: Iterable[tuple[np.random.Generator, ProceduralVideo, list[float] | None]],
+    *,
+    kinds: Sequence[str],
+    split: Split,
+    size: int,
+    fps: int,
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "questions.jsonl", "w", encoding="utf-8") as lines:
+        for index, (rng, video, moments) in enumerate(videos):
             name = f"{index:05d}.mp4"
             write_mp4(video, folder / name, size=size, fps=fps)
             if index == 0:
                 draw_contact_sheet(video, size=size).save(folder / "contact_sheet.png")
-            for kind in KINDS:
-                question = ask(rng, video, kind=kind, split=split)
+            for kind in kinds:
+                question = ask(rng, video, kind=kind, split=split, moments=moments)
                 if question is not None:
                     record = {"video": name, "kind": kind, "question": question.text, "answer": question.answer}
-                    lines.write(json.dumps(record) + "\n")
+                    times = {} if moments is None else {"times": moments}
+                    lines.write(json.dumps(record | times) + "\n")
 
 
 def main() -> None:
@@ -553,8 +591,10 @@ def main() -> None:
     parser.add_argument("--split", choices=("train", "heldout"), default="train")
     parser.add_argument("--size", type=int, default=240, help="pixels along each side, even")
     parser.add_argument("--fps", type=int, default=8)
+    parser.add_argument("--timed", action="store_true", help="scenes of any length, 4 to 40 seconds together")
     arguments = parser.parse_args()
-    write_videos(
+    write = write_timed_videos if arguments.timed else write_videos
+    write(
         arguments.output_dir,
         num_videos=arguments.num_videos,
         seed=arguments.seed,

@@ -79,7 +79,7 @@ class TinyArguments:
     batch_size: int = field(default=24, metadata={"help": "Videos per step of the later phases."})
     questions_per_video: int = field(default=4, metadata={"help": "Turns of the chat about each video."})
     times_per_video: int = field(default=4, metadata={"help": "How often a video comes back, with new questions."})
-    times_steps: int = field(default=4000, metadata={"help": "Steps of the third phase."})
+    times_steps: int = field(default=2500, metadata={"help": "Steps of the third phase."})
     frames_checkpoint: str | None = field(
         default=None, metadata={"help": "What the second phase has saved in `frames`, instead of the first two."}
     )
