@@ -1,6 +1,7 @@
 """Records: files and mixtures, and the chat that a record of any form is."""
 
 import json
+import math
 import re
 
 import pytest
@@ -210,6 +211,45 @@ def test_moss_vl_is_read_as_it_is_and_each_segment_is_a_video(media):
     for odd in ([], [[1]], [["a", "b"]], "0-2", 3):
         with pytest.raises(UnusableSample, match="pairs of seconds"):
             chat_of(written | {"videos": [{"video_path": "five.mp4", "segments": odd}]})
+
+
+SEGMENTS = [[0, 1.25, "A cat sleeps."], {"start": 3.0, "end": 4.5, "text": " It wakes. "}]
+
+
+def test_segments_become_questions_about_when_and_answers_in_seconds(media):
+    record = {"video": "five.mp4", "segments": SEGMENTS}
+    said = [(m["role"], [part.get("text") for part in m["content"]]) for m in chat_of(record)]
+    assert said == [
+        ("user", [None, 'When does this happen: "A cat sleeps."']),
+        ("assistant", ["0.0 to 1.2 seconds"]),
+        ("user", ['When does this happen: "It wakes."']),
+        ("assistant", ["3.0 to 4.5 seconds"]),
+    ]
+    frames, pictures, words = seen(record, media)
+    assert (frames, pictures) == ([5], 0)
+    assert words.count("When does this happen") == 2
+
+
+def test_where_a_record_has_turns_of_its_own_its_segments_are_not_asked_about(media):
+    record = {"video": "five.mp4", "segments": SEGMENTS, "question": "What?", "answer": "A cat."}
+    assert len(chat_of(record)) == 2
+
+
+@pytest.mark.parametrize(
+    "segment",
+    [[1, 2], [2, 1, "x"], [-1, 2, "x"], [0, math.inf, "x"], [math.nan, 1, "x"], [0, 1, " "], [0, 1, 2], ["0", 1, "x"], 3,
+     {"start": 0, "text": "x"}],
+    ids=str,
+)  # fmt: skip
+def test_a_segment_that_is_none_is_refused(segment):
+    with pytest.raises(UnusableSample, match=r"a segment is \[start, end, text\]"):
+        chat_of({"video": "five.mp4", "segments": [[0, 1, "x"], segment]})
+
+
+@pytest.mark.parametrize("more", [{"segments": []}, {"segments": "x"}, {"image": "picture.png"}, {"video": None}])
+def test_segments_of_no_video_or_of_several_media_are_refused(more):
+    with pytest.raises(UnusableSample, match="about one `video` and no image"):
+        chat_of({"video": "five.mp4", "segments": SEGMENTS} | more)
 
 
 def test_qwens_messages_are_read_with_the_options_of_each_part(media):

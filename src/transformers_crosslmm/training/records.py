@@ -239,7 +239,9 @@ def chat_of(record: Any) -> list[dict[str, Any]]:
     """The chat of a record: messages whose content is a list of parts, media with their sources.
 
     record: LLaVA's `conversations` (`from` human or gpt, `value`), a chat's `messages` (`role`, `content`), a `prompt`
-        and its `response`, or a `question` and its `answer`. Media stand in the parts themselves, with options of
+        and its `response`, or a `question` and its `answer`. Without any of these, `segments` of the one `video`:
+        [start, end, text] each, or an object of these, in seconds from its beginning. Each becomes a turn, 'When does
+        this happen: "A door opens."' and "3.4 to 7.0 seconds", numbers as `add_timestamps` writes them. Media stand in the parts themselves, with options of
         their own (`VIDEO_OPTIONS`), or in `image`, `images`, `video` and `videos`, one or a list: these go in order to
         parts without a source, or else to the marks `<image>` and `<video>` in the user's words, or before a prompt.
         (LLaVA writes `<image>` for videos too. The line break beside a mark is dropped: our templates have none
@@ -251,6 +253,7 @@ def chat_of(record: Any) -> list[dict[str, Any]]:
     waiting = {kind: _listed(record, kind) for kind in ("image", "video")}
     given = {kind: len(media) for kind, media in waiting.items()}
     turns = record.get("conversations") or record.get("messages") or _prompt_and_response(record, given)
+    turns = turns or _about_segments(record, given)
     if not isinstance(turns, list | tuple) or not turns:
         raise UnusableSample("a record needs `conversations` or `messages`, a list of at least one turn.")
     chat = [_message(turn) for turn in turns]
@@ -319,6 +322,32 @@ def _prompt_and_response(record: Mapping, num_media: Mapping[str, int]) -> list[
         {"role": "assistant", "content": response},
     ]
     return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+def _about_segments(record: Mapping, num_media: Mapping[str, int]) -> list[dict[str, Any]] | None:
+    segments = record.get("segments")
+    if segments is None:
+        return None
+    if num_media != {"image": 0, "video": 1} or not isinstance(segments, list | tuple) or not segments:
+        raise UnusableSample("`segments` is a list, at least one long, about one `video` and no image.")
+    turns: list[dict[str, Any]] = []
+    for segment in segments:
+        values = [segment.get(name) for name in ("start", "end", "text")] if isinstance(segment, Mapping) else segment
+        try:
+            start, end, text = values
+            if not 0 <= start <= end < math.inf or not text.strip():
+                raise ValueError
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UnusableSample(
+                "a segment is [start, end, text], such as [3.4, 7.0, \"A door opens.\"], seconds in order and words; "
+                f"got {repr(segment)[:200]}."
+            ) from error
+        question = {"type": "text", "text": f'When does this happen: "{text.strip()}"'}
+        turns += [
+            {"role": "user", "content": [question] if turns else [{"type": "video"}, question]},
+            {"role": "assistant", "content": f"{start:.1f} to {end:.1f} seconds"},
+        ]
+    return turns
 
 
 def _message(turn: Any) -> dict[str, Any]:
