@@ -222,15 +222,26 @@ def random_video(
 
 
 def random_timed_video(
-    rng: np.random.Generator, *, split: Split = "train", filled: float = FILLED
+    rng: np.random.Generator,
+    *,
+    num_scenes: tuple[int, int] = TIMED_SCENES,
+    split: Split = "train",
+    filled: float = FILLED,
 ) -> ProceduralVideo:
-    """A video of `TIMED_SECONDS` with `TIMED_SCENES`, each as long as chance has it; the rest as in `random_video`."""
-    num_scenes = int(rng.integers(TIMED_SCENES[0], TIMED_SCENES[1] + 1))
+    """A video of `TIMED_SECONDS` with so many scenes, each as long as chance has it; the rest as in `random_video`.
+
+    num_scenes: at least and at most.
+    """
+    return _random_scenes(rng, _random_ends(rng, *num_scenes), split=split, things_per_scene=1, filled=filled)
+
+
+def _random_ends(rng: np.random.Generator, fewest: int, most: int) -> tuple[float, ...]:
+    num_scenes = int(rng.integers(fewest, most + 1))
     num_ticks = int(rng.uniform(*TIMED_SECONDS) / TICK)
     # Distances of points thrown at random into what is left when every scene has had its two ticks.
     cuts = np.sort(rng.integers(0, num_ticks - 2 * num_scenes + 1, size=num_scenes - 1))
     ticks = np.append(cuts + 2 * np.arange(1, num_scenes), num_ticks)
-    return _random_scenes(rng, tuple((ticks * TICK).tolist()), split=split, things_per_scene=1, filled=filled)
+    return tuple((ticks * TICK).tolist())
 
 
 def random_moments(rng: np.random.Generator, video: ProceduralVideo) -> list[float]:

@@ -50,6 +50,7 @@ from .procedural_videos import (
     NAMES,
     PLACES,
     TIMED_KINDS,
+    TIMED_SCENES,
     WORDINGS,
     ProceduralVideo,
     Question,
@@ -79,7 +80,7 @@ class TinyArguments:
     batch_size: int = field(default=24, metadata={"help": "Videos per step of the later phases."})
     questions_per_video: int = field(default=4, metadata={"help": "Turns of the chat about each video."})
     times_per_video: int = field(default=4, metadata={"help": "How often a video comes back, with new questions."})
-    times_steps: int = field(default=2500, metadata={"help": "Steps of the third phase."})
+    times_steps: int = field(default=2200, metadata={"help": "Steps of the third phase."})
     frames_checkpoint: str | None = field(
         default=None, metadata={"help": "What the second phase has saved in `frames`, instead of the first two."}
     )
@@ -287,14 +288,16 @@ def degrade(rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
 STILL_KINDS = ("colour", "shape", "place", "exists")
 CLIP_KINDS = (*STILL_KINDS, "which_frame", "count", "order")
 LAST_LEVEL = 12
-"""Of the third phase: all kinds, and most scenes show something."""
+"""Of the second phase, in the third: all kinds, and most scenes show something."""
+TIMED_LEVELS = ((1, 2), (1, 4), (2, 8), TIMED_SCENES)
+"""Scenes of timed videos. A time is copied from one frame first, then from the right one of more and more."""
 
 
 class VideoChats(IterableDataset):
     """Chats about procedural videos: `input_ids`, `labels`, `frames`.
 
     What is shown and asked follows `level`, how often each kind is asked follows `mistakes`; `Curriculum` sets both.
-    with_times: the third phase, where the level stays as it is.
+    with_times: the third phase, with a level of its own, `time_level`.
     """
 
     def __init__(
@@ -307,6 +310,7 @@ class VideoChats(IterableDataset):
     ):
         self.arguments, self.tokenizer, self.config, self.with_times = arguments, tokenizer, config, with_times
         self.level = LAST_LEVEL if with_times else 1
+        self.time_level = 0
         self.mistakes = dict.fromkeys(KINDS, 1.0)
         self.turns: dict[tuple[Question, bool], dict[str, list[int]]] = {}
 
@@ -379,15 +383,14 @@ class VideoChats(IterableDataset):
         if video.num_scenes == 1:
             return STILL_KINDS
         kinds = CLIP_KINDS[: len(STILL_KINDS) + self.level - 1]
-        return (*kinds, "when") if with_times else kinds
+        # Where a frame comes every second its number tells its time, and nothing is learned about copying.
+        return (*kinds, "when") if with_times and self.time_level == len(TIMED_LEVELS) - 1 else kinds
 
     def video(self, rng: np.random.Generator) -> ProceduralVideo:
-        """Stills at the first level, later two clips for every still, of which a half is timed in the third phase."""
-        if self.level == 1 or rng.random() < 1 / 3:
-            return self.still(rng)
+        """Stills at the first level, later two clips for every still; in the third phase every second one is timed."""
         if self.with_times and rng.random() < 0.5:
-            return random_timed_video(rng, filled=rng.uniform(0.2, FILLED))
-        return self.clip(rng)
+            return random_timed_video(rng, num_scenes=TIMED_LEVELS[self.time_level], filled=rng.uniform(0.4, FILLED))
+        return self.still(rng) if self.level == 1 or rng.random() < 1 / 3 else self.clip(rng)
 
     def clip(self, rng: np.random.Generator) -> ProceduralVideo:
         """A video, mostly of eight seconds, with things in up to `level` + 1 of its scenes (or one stay more).
@@ -457,8 +460,11 @@ class Curriculum(TrainerCallback):
     not learned ends after a fifteenth of all steps. `measuring.quality` asks on real files, by `generate`.
     """
 
-    def __init__(self, chats: VideoChats, collator: VideoChatCollator, *, every: int, num_videos: int = 40):
-        self.chats, self.collator, self.every, self.num_videos = chats, collator, every, num_videos
+    def __init__(
+        self, chats: VideoChats, collator: VideoChatCollator, *, steps: int, every: int, num_videos: int = 40
+    ):
+        self.chats, self.collator, self.steps = chats, collator, steps
+        self.every, self.num_videos = every, num_videos
         self.level_began = 0
 
     def samples(self, split: Split, step: int) -> list[tuple[str, dict]]:
@@ -503,15 +509,18 @@ class Curriculum(TrainerCallback):
         for split in ("train", "heldout") if state.global_step % (5 * self.every) == 0 else ("train",):
             shares = self.accuracy(model, self.samples(split, state.global_step))
             text = "  ".join(f"{kind} {100 * share:.0f}" for kind, share in shares.items())
-            print(f"step {state.global_step}, level {self.chats.level}, {split}: {text}", flush=True)
+            level = self.chats.time_level if self.chats.with_times else self.chats.level
+            print(f"step {state.global_step}, level {level}, {split}: {text}", flush=True)
             if split == "heldout":
                 continue
             for kind, share in shares.items():
                 self.chats.mistakes[kind] = (self.chats.mistakes[kind] + 1 - share) / 2
+            is_long = state.global_step - self.level_began >= self.steps / (8 if self.chats.with_times else 15)
             if self.chats.with_times:
-                continue
-            is_learned = sum(shares.values()) > 0.85 * len(shares)
-            if is_learned or state.global_step - self.level_began >= self.chats.arguments.steps / 15:
+                if (shares.get("when", 0) > 0.85 or is_long) and self.chats.time_level < len(TIMED_LEVELS) - 1:
+                    self.chats.time_level += 1
+                    self.level_began = state.global_step
+            elif sum(shares.values()) > 0.85 * len(shares) or is_long:
                 self.chats.level += 1
                 self.level_began = state.global_step
         model.train()
@@ -583,7 +592,7 @@ def train_language(
     )
     chats = VideoChats(arguments=arguments, tokenizer=tokenizer, config=model.config, with_times=with_times)
     collator = VideoChatCollator(pad_token_id=tokenizer.pad_token_id)
-    accuracy = Curriculum(chats, collator, every=arguments.evaluation_steps)
+    accuracy = Curriculum(chats, collator, steps=steps, every=arguments.evaluation_steps)
     Trainer(model=model, args=options, train_dataset=chats, data_collator=collator, callbacks=[accuracy]).train()
 
 
