@@ -25,6 +25,7 @@ from transformers_crosslmm.tiny.procedural_videos import (
 from transformers_crosslmm.tiny.train import (
     CLIP_KINDS,
     STILL_KINDS,
+    TIMED_LEVELS,
     Curriculum,
     PatchLabelFrames,
     TinyArguments,
@@ -194,12 +195,12 @@ class Parrot(torch.nn.Module):
         return SimpleNamespace(logits=torch.nn.functional.one_hot(said, self.vocab_size).float())
 
 
-def steps_at_each_level(chats, tokenizer, *, is_right: bool, steps: int) -> Counter:
-    curriculum = Curriculum(chats, VideoChatCollator(tokenizer.pad_token_id), every=5, num_videos=6)
+def steps_at_each_level(chats, tokenizer, *, is_right: bool, steps: int, of: int = 150) -> Counter:
+    curriculum = Curriculum(chats, VideoChatCollator(tokenizer.pad_token_id), steps=of, every=5, num_videos=6)
     model = Parrot(len(tokenizer), is_right=is_right)
     levels = Counter()
     for step in range(1, steps + 1):
-        levels[chats.level] += 1
+        levels[chats.time_level if chats.with_times else chats.level] += 1
         curriculum.on_step_end(None, SimpleNamespace(global_step=step), None, model=model)
     return levels
 
@@ -209,7 +210,6 @@ def test_the_level_goes_up_when_the_answers_are_right(chats, tokenizer):
 
 
 def test_the_level_goes_up_after_a_fifteenth_of_the_steps_where_they_are_wrong(chats, tokenizer):
-    chats.arguments.steps = 150
     assert steps_at_each_level(chats, tokenizer, is_right=False, steps=30) == {1: 10, 2: 10, 3: 10}
 
 
@@ -298,11 +298,26 @@ def test_when_is_answered_by_the_time_before_the_first_frame_that_shows_the_thin
     assert "".join(f"<{stamp}><|video_pad|>" for stamp in stamps) in text
 
 
-def test_with_times_a_third_are_stills_a_third_clips_and_a_third_timed(timed_chats):
+def test_with_times_the_number_of_frames_grows_when_when_is_answered(timed_chats, tokenizer):
     rng = np.random.default_rng(4)
+    scenes = []
+    for timed_chats.time_level in range(len(TIMED_LEVELS)):
+        scenes.append({v.num_scenes for v in (timed_chats.video(rng) for _ in range(150)) if v.is_timed})
+    assert scenes == [{1, 2}, {1, 2, 3, 4}, set(range(2, 9)), set(range(8, 17))]
+    timed_chats.time_level = 0
+    assert steps_at_each_level(timed_chats, tokenizer, is_right=True, steps=20) == {0: 5, 1: 5, 2: 5, 3: 5}
+    timed_chats.time_level = 0
+    assert steps_at_each_level(timed_chats, tokenizer, is_right=False, steps=40, of=80) == {0: 10, 1: 10, 2: 10, 3: 10}
+
+
+def test_with_times_a_half_is_timed_and_the_rest_is_as_before(timed_chats):
+    rng = np.random.default_rng(4)
+    timed_chats.time_level = len(TIMED_LEVELS) - 1
     videos = [timed_chats.video(rng) for _ in range(300)]
     sorts = Counter("timed" if video.is_timed else "still" if video.num_scenes == 1 else "clip" for video in videos)
-    assert min(sorts.values()) > 67  # 100, give or take four standard deviations
+    # 150, 50 and 100, give or take four standard deviations.
+    assert 115 < sorts["timed"] < 185
+    assert 24 < sorts["still"] < 76
     kinds = {video.is_timed: timed_chats.kinds_of(video, with_times=True) for video in videos if video.num_scenes > 1}
     assert kinds == {True: TIMED_KINDS, False: (*CLIP_KINDS, "when")}
     assert {timed_chats.kinds_of(video, with_times=True) for video in videos if video.num_scenes == 1} == {STILL_KINDS}

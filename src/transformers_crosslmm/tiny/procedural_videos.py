@@ -49,9 +49,9 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 DIGITS = ("zero", "one", "two", "four", "five", "seven")
 NAMES = SHAPES + DIGITS
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
-KINDS = ("colour", "shape", "place", "which_frame", "exists", "order", "count", "when")
-TIMED_KINDS = ("exists", "order", "when")
-"""What is asked where frames and seconds are not the same: nothing that names a frame."""
+KINDS = ("colour", "shape", "place", "which_frame", "exists", "order", "count", "frame_time", "when")
+TIMED_KINDS = ("exists", "order", "frame_time", "when")
+"""What is asked where frames and seconds are not the same."""
 MAX_SECONDS = 8
 FILLED = 0.8
 """Share of the scenes that show a thing, at least."""
@@ -98,6 +98,10 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "In how many frames is there a {thing}?",
         "For how many seconds is the {thing} on screen?",
     ),
+    "frame_time": (
+        "At which second is frame {k} shown?",
+        "When is frame {k} on screen?",
+    ),
     "when": (
         "At which second does the {thing} appear?",
         "When does the {thing} first appear?",
@@ -112,10 +116,11 @@ CHANCE: dict[str, float] = {
     "exists": 1 / 2,
     "order": 1 / 2,
     "count": 1 / MAX_COUNT,
+    "frame_time": 1 / TIMED_SCENES[0],
     "when": 1 / TIMED_SCENES[0],
 }
-"""What answers without the video reach: every kind's answers are drawn evenly (8-second videos; "when": the time of one
-of the frames, of which there are 8 at least)."""
+"""What answers without the video reach: every kind's answers are drawn evenly (8-second videos; the last two: the time of
+one of the frames, of which there are 8 at least)."""
 
 
 @dataclass(frozen=True)
@@ -464,8 +469,8 @@ def ask(
 ) -> Question | None:
     """A question of `kind` with its true answer, or None when the video gives no well-posed one.
 
-    moments: the second of each scene that is seen (None: its middle). The answer to "when" is the first of them that
-    shows the thing, as the processor writes it: "3.4 seconds".
+    moments: the second of each scene that is seen (None: its middle). The answer to "frame_time" is one of them as the
+    processor writes it, "3.4 seconds", that to "when" the first that shows the thing.
 
     Answers are drawn first and evenly, then something that fits them, so that the question alone tells nothing.
     In the split "heldout" the thing asked about (for "order": one of the two) is of `HELD_OUT_THINGS`.
@@ -517,6 +522,10 @@ def ask(
         if k in (1, video.num_scenes) and rng.random() < 0.35:
             return None
         return Question(kind, wording.format(thing=thing), str(k), (thing,))
+    seen_at = video.middles if moments is None else moments
+    if kind == "frame_time":
+        k = int(rng.integers(1, len(seen_at) + 1))
+        return Question(kind, wording.format(k=k), f"{seen_at[k - 1]:.1f} seconds", ())
     if kind == "when":
         if not subjects:
             return None
@@ -524,8 +533,7 @@ def ask(
         k = video.scenes_of(thing)[0]
         if k == 1 and rng.random() < 0.35:  # where stays of every length can begin
             return None
-        seconds = (video.middles if moments is None else moments)[k - 1]
-        return Question(kind, wording.format(thing=thing), f"{seconds:.1f} seconds", (thing,))
+        return Question(kind, wording.format(thing=thing), f"{seen_at[k - 1]:.1f} seconds", (thing,))
     assert kind == "count"
     counts = {t: len(video.scenes_of(t)) for t in subjects}
     wanted = int(rng.integers(1, MAX_COUNT + 1))

@@ -80,7 +80,7 @@ class TinyArguments:
     batch_size: int = field(default=24, metadata={"help": "Videos per step of the later phases."})
     questions_per_video: int = field(default=4, metadata={"help": "Turns of the chat about each video."})
     times_per_video: int = field(default=4, metadata={"help": "How often a video comes back, with new questions."})
-    times_steps: int = field(default=2200, metadata={"help": "Steps of the third phase."})
+    times_steps: int = field(default=2000, metadata={"help": "Steps of the third phase."})
     frames_checkpoint: str | None = field(
         default=None, metadata={"help": "What the second phase has saved in `frames`, instead of the first two."}
     )
@@ -97,6 +97,8 @@ class TinyArguments:
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE in which every word of the questions and answers is one token; all other text is bytes.
 
+    So is every number below 100: `<12.3 seconds>` is "<", "12", ".", "3", " seconds", ">", and the answer "12.3 seconds"
+    is copied from places that are always as far before the frame.
     "top-left" is one word, so one token: an answer of two tokens whose first is shared by two places trains badly.
     """
     texts = [
@@ -105,11 +107,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         for wording in wordings
         for word in wording.format(name="", colour="", thing="", first="", second="", k="1").split(" ")
     ]
-    answers = [*COLOURS, *NAMES, *PLACES, "yes", "no", *map(str, range(10)), "user", "assistant", "system"]
+    answers = [*COLOURS, *NAMES, *PLACES, "yes", "no", *map(str, range(100)), "user", "assistant", "system"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r" ?[A-Za-z]+(-[A-Za-z]+)*| ?[0-9]| ?[^\sA-Za-z0-9]+|\s"), "isolated"),
+            pre_tokenizers.Split(Regex(r" ?[A-Za-z]+(-[A-Za-z]+)*| ?[0-9]{1,2}| ?[^\sA-Za-z0-9]+|\s"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -289,8 +291,10 @@ STILL_KINDS = ("colour", "shape", "place", "exists")
 CLIP_KINDS = (*STILL_KINDS, "which_frame", "count", "order")
 LAST_LEVEL = 12
 """Of the second phase, in the third: all kinds, and most scenes show something."""
-TIMED_LEVELS = ((1, 2), (1, 4), (2, 8), TIMED_SCENES)
-"""Scenes of timed videos. A time is copied from one frame first, then from the right one of more and more."""
+TIMED_LEVELS = ((2, 4), (2, 8), TIMED_SCENES)
+"""Scenes of timed videos. A time is copied from the right one of few frames first, then of more and more."""
+MANY_QUESTIONS = 8
+"""Turns of a chat about a timed video while that is learned: of copies alone there are too few otherwise."""
 
 
 class VideoChats(IterableDataset):
@@ -346,12 +350,14 @@ class VideoChats(IterableDataset):
     def questions(
         self, rng: np.random.Generator, video: ProceduralVideo, moments: Sequence[float] | None = None
     ) -> list[Question]:
-        """The turns of a chat, kinds drawn in proportion to `mistakes`, each but "when" at most once.
+        """The turns of a chat, kinds drawn in proportion to `mistakes`, each but those of times at most once.
 
         No thing comes up in two of them: where the text before answers a question, nothing is learned about looking.
         Were a kind allowed twice, four in ten questions were "exists": absent things are always left to ask about.
         """
         kinds = self.kinds_of(video, with_times=moments is not None)
+        is_copying = video.is_timed and self.time_level < len(TIMED_LEVELS) - 1
+        most = MANY_QUESTIONS if is_copying else self.arguments.questions_per_video
         share = np.array([self.mistakes[kind] for kind in kinds]) + 0.05
         asked: list[Question] = []
         said: set[Thing] = set()
@@ -359,11 +365,12 @@ class VideoChats(IterableDataset):
             question = ask(rng, video, kind=kinds[i], moments=moments)
             if question is None:
                 continue
-            is_new = question.kind == "when" or question.kind not in {other.kind for other in asked}
+            key = "answer" if question.kind in ("frame_time", "when") else "kind"
+            is_new = getattr(question, key) not in {getattr(other, key) for other in asked}
             if said.isdisjoint(question.things) and is_new:
                 asked.append(question)
                 said.update(question.things)
-            if len(asked) == self.arguments.questions_per_video:
+            if len(asked) == most:
                 break
         return asked
 
@@ -383,8 +390,7 @@ class VideoChats(IterableDataset):
         if video.num_scenes == 1:
             return STILL_KINDS
         kinds = CLIP_KINDS[: len(STILL_KINDS) + self.level - 1]
-        # Where a frame comes every second its number tells its time, and nothing is learned about copying.
-        return (*kinds, "when") if with_times and self.time_level == len(TIMED_LEVELS) - 1 else kinds
+        return (*kinds, "when") if with_times else kinds
 
     def video(self, rng: np.random.Generator) -> ProceduralVideo:
         """Stills at the first level, later two clips for every still; in the third phase every second one is timed."""
@@ -488,7 +494,7 @@ class Curriculum(TrainerCallback):
     def kinds(self, video: ProceduralVideo, split: Split) -> Sequence[str]:
         if split == "train" or video.is_timed:
             return self.chats.kinds_of(video, with_times=self.chats.with_times)
-        return KINDS if self.chats.with_times else CLIP_KINDS
+        return (*CLIP_KINDS, "when") if self.chats.with_times else CLIP_KINDS
 
     @torch.no_grad()
     def accuracy(self, model, samples: list[tuple[str, dict]]) -> dict[str, float]:
@@ -515,7 +521,7 @@ class Curriculum(TrainerCallback):
                 continue
             for kind, share in shares.items():
                 self.chats.mistakes[kind] = (self.chats.mistakes[kind] + 1 - share) / 2
-            is_long = state.global_step - self.level_began >= self.steps / (8 if self.chats.with_times else 15)
+            is_long = state.global_step - self.level_began >= self.steps / (6 if self.chats.with_times else 15)
             if self.chats.with_times:
                 if (shares.get("when", 0) > 0.85 or is_long) and self.chats.time_level < len(TIMED_LEVELS) - 1:
                     self.chats.time_level += 1
