@@ -97,8 +97,7 @@ class TinyArguments:
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE in which every word of the questions and answers is one token; all other text is bytes.
 
-    So is every number below 100: `<12.3 seconds>` is "<", "12", ".", "3", " seconds", ">", and the answer "12.3 seconds"
-    is copied from places that are always as far before the frame.
+    Digits are tokens of their own, so that ten rows say every time: "<", "1", "2", ".", "3", " seconds", ">".
     "top-left" is one word, so one token: an answer of two tokens whose first is shared by two places trains badly.
     """
     texts = [
@@ -107,11 +106,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         for wording in wordings
         for word in wording.format(name="", colour="", thing="", first="", second="", k="1").split(" ")
     ]
-    answers = [*COLOURS, *NAMES, *PLACES, "yes", "no", *map(str, range(100)), "user", "assistant", "system"]
+    answers = [*COLOURS, *NAMES, *PLACES, "yes", "no", *map(str, range(10)), "user", "assistant", "system"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r" ?[A-Za-z]+(-[A-Za-z]+)*| ?[0-9]{1,2}| ?[^\sA-Za-z0-9]+|\s"), "isolated"),
+            pre_tokenizers.Split(Regex(r" ?[A-Za-z]+(-[A-Za-z]+)*| ?[0-9]| ?[^\sA-Za-z0-9]+|\s"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -458,6 +457,23 @@ class VideoChats(IterableDataset):
         return self.turns[question, has_video]
 
 
+@torch.no_grad()
+def soften_pooled_tokens(model: CrossLMMForConditionalGeneration, chats: VideoChats) -> None:
+    """Make pooled tokens as long as words, measured on a few videos, and let the projector learn no more.
+
+    In the second phase, where nothing depends on them, they grow to two hundred times that. What attention adds to so
+    long a token does not count: it could neither carry the time that stands before it nor say what its frame shows.
+    """
+    videos = [sample["frames"] for sample, _ in zip(chats, range(8), strict=False)]
+    pixels = torch.from_numpy(np.concatenate(videos)).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
+    pooled = model.get_video_features(pixels, torch.tensor([len(frames) for frames in videos])).pooler_output
+    words = model.get_input_embeddings().weight
+    projector = model.model.multi_modal_projector
+    for parameter in projector.linear_2.parameters():
+        parameter.mul_(words.norm(dim=-1).mean() / torch.cat(tuple(pooled)).norm(dim=-1).mean())
+    projector.requires_grad_(False)
+
+
 class Curriculum(TrainerCallback):
     """Looks now and then how many answers are right in every token, by kind, and raises the level of `chats`.
 
@@ -597,6 +613,8 @@ def train_language(
         save_only_model=True,
     )
     chats = VideoChats(arguments=arguments, tokenizer=tokenizer, config=model.config, with_times=with_times)
+    if with_times:
+        soften_pooled_tokens(model, chats)
     collator = VideoChatCollator(pad_token_id=tokenizer.pad_token_id)
     accuracy = Curriculum(chats, collator, steps=steps, every=arguments.evaluation_steps)
     Trainer(model=model, args=options, train_dataset=chats, data_collator=collator, callbacks=[accuracy]).train()
