@@ -109,6 +109,8 @@ def answer_from(seen: list[dict[tuple[str, str], str]], kind: str, text: str, mo
         if kind == "shape":
             return next(name for colour, name in scene if colour == colours[0])
         return next(place for (colour, name), place in scene.items() if name == names[0] and {colour} >= set(colours))
+    if kind == "frame_time":
+        return f"{moments[int(re.search(r'[0-9]+', text).group()) - 1]:.1f} seconds"
     if kind == "when":
         first = next(second for second, scene in zip(moments, seen, strict=True) if (colours[0], names[0]) in scene)
         return f"{first:.1f} seconds"
@@ -222,7 +224,7 @@ def test_every_held_out_question_is_about_a_held_out_combination():
                     a for a in scene if a.thing.name in words or (a.thing.colour in words and question.kind == "shape")
                 ]
                 assert asked.thing in HELD_OUT_THINGS
-            else:
+            elif question.kind != "frame_time":
                 assert any(str(thing) in question.text for thing in HELD_OUT_THINGS)
 
 

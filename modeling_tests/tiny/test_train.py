@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from transformers_crosslmm import CrossLMMProcessor
+from transformers_crosslmm import CrossLMMForConditionalGeneration, CrossLMMProcessor
 from transformers_crosslmm.processing_crosslmm import CHAT_TEMPLATE
 from transformers_crosslmm.tiny.procedural_videos import (
     COLOURS,
@@ -33,6 +33,7 @@ from transformers_crosslmm.tiny.train import (
     build_tokenizer,
     degrade,
     repaint,
+    soften_pooled_tokens,
     tiny_config,
 )
 from transformers_crosslmm.training.samples import IGNORED, VideoChatCollator, chat_sample
@@ -196,7 +197,7 @@ class Parrot(torch.nn.Module):
 
 
 def steps_at_each_level(chats, tokenizer, *, is_right: bool, steps: int, of: int = 150) -> Counter:
-    curriculum = Curriculum(chats, VideoChatCollator(tokenizer.pad_token_id), steps=of, every=5, num_videos=6)
+    curriculum = Curriculum(chats, VideoChatCollator(tokenizer.pad_token_id), steps=of, every=5, num_videos=12)
     model = Parrot(len(tokenizer), is_right=is_right)
     levels = Counter()
     for step in range(1, steps + 1):
@@ -303,11 +304,35 @@ def test_with_times_the_number_of_frames_grows_when_when_is_answered(timed_chats
     scenes = []
     for timed_chats.time_level in range(len(TIMED_LEVELS)):
         scenes.append({v.num_scenes for v in (timed_chats.video(rng) for _ in range(150)) if v.is_timed})
-    assert scenes == [{1, 2}, {1, 2, 3, 4}, set(range(2, 9)), set(range(8, 17))]
+    assert scenes == [{2, 3, 4}, set(range(2, 9)), set(range(8, 17))]
     timed_chats.time_level = 0
-    assert steps_at_each_level(timed_chats, tokenizer, is_right=True, steps=20) == {0: 5, 1: 5, 2: 5, 3: 5}
+    assert steps_at_each_level(timed_chats, tokenizer, is_right=True, steps=20) == {0: 5, 1: 5, 2: 10}
     timed_chats.time_level = 0
-    assert steps_at_each_level(timed_chats, tokenizer, is_right=False, steps=40, of=80) == {0: 10, 1: 10, 2: 10, 3: 10}
+    assert steps_at_each_level(timed_chats, tokenizer, is_right=False, steps=35, of=60) == {0: 10, 1: 10, 2: 15}
+
+
+def test_times_are_asked_for_often_until_they_are_known_and_none_twice_in_a_chat(timed_chats):
+    rng = np.random.default_rng(7)
+    most = []
+    for timed_chats.time_level in range(len(TIMED_LEVELS)):
+        chats = [timed_chats.questions(rng, v, random_moments(rng, v)) for v in map(random_timed_video, [rng] * 30)]
+        most.append(max(map(len, chats)))
+        for questions in chats:
+            times = [question.answer for question in questions if question.kind in ("frame_time", "when")]
+            assert len(times) == len(set(times))
+    assert most == [8, 8, 4]
+
+
+def test_pooled_tokens_are_made_as_long_as_words_and_stay_so(timed_chats):
+    torch.manual_seed(0)
+    model = CrossLMMForConditionalGeneration(timed_chats.config)
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_2.weight.mul_(200)
+    soften_pooled_tokens(model, timed_chats)
+    frames = torch.from_numpy(next(iter(timed_chats))["frames"]).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
+    [pooled] = model.get_video_features(frames).pooler_output
+    assert pooled.norm(dim=-1).mean() / model.get_input_embeddings().weight.norm(dim=-1).mean() == pytest.approx(1, abs=0.3)
+    assert not [p for p in model.model.multi_modal_projector.parameters() if p.requires_grad]
 
 
 def test_with_times_a_half_is_timed_and_the_rest_is_as_before(timed_chats):

@@ -30,9 +30,14 @@ from .. import TINY_CHECKPOINT
 from .._version import __version__
 from ..modeling_crosslmm import CrossLMMForConditionalGeneration
 from ..processing_crosslmm import CrossLMMProcessor
-from ..tiny.procedural_videos import CHANCE, KINDS
+from ..tiny.procedural_videos import CHANCE
 
-FINE_DETAIL_KINDS = ("colour", "shape", "place", "which_frame", "exists")
+SUMMARIES = {
+    "fine_detail": ("colour", "shape", "place", "which_frame", "exists"),
+    "order_and_count": ("order", "count"),
+    "times": ("frame_time", "when"),
+}
+"""Kinds that are scored together, too."""
 
 
 @dataclass(frozen=True)
@@ -170,10 +175,10 @@ def evaluate(
         scores[state] = {
             kind: score(by_kind[kind])
             | {"chance": CHANCE[kind], "always_the_same": max(truths[kind].values()) / len(by_kind[kind])}
-            for kind in KINDS
+            for kind in CHANCE
             if kind in by_kind
         }
-        for name, kinds in (("fine_detail", FINE_DETAIL_KINDS), ("order_and_count", ("order", "count"))):
+        for name, kinds in SUMMARIES.items():
             scores[state][name] = score([mark for kind in kinds for mark in by_kind.get(kind, [])])
     return scores
 

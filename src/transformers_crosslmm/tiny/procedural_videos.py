@@ -49,7 +49,8 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 DIGITS = ("zero", "one", "two", "four", "five", "seven")
 NAMES = SHAPES + DIGITS
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
-KINDS = ("colour", "shape", "place", "which_frame", "exists", "order", "count", "frame_time", "when")
+KINDS = ("colour", "shape", "place", "which_frame", "exists", "order", "count", "when")
+"""What is asked where a scene lasts a second."""
 TIMED_KINDS = ("exists", "order", "frame_time", "when")
 """What is asked where frames and seconds are not the same."""
 MAX_SECONDS = 8
@@ -475,8 +476,8 @@ def ask(
     Answers are drawn first and evenly, then something that fits them, so that the question alone tells nothing.
     In the split "heldout" the thing asked about (for "order": one of the two) is of `HELD_OUT_THINGS`.
     """
-    if kind not in KINDS:
-        raise ValueError(f"`kind` must be one of {', '.join(KINDS)}; got {kind!r}.")
+    if kind not in WORDINGS:
+        raise ValueError(f"`kind` must be one of {', '.join(WORDINGS)}; got {kind!r}.")
     wording = _choose(rng, WORDINGS[kind])
     subjects = [t for t in video.things if split == "train" or t in HELD_OUT_THINGS]
     if kind in ("colour", "shape", "place"):
