@@ -179,7 +179,8 @@ def evaluate(
             if kind in by_kind
         }
         for name, kinds in SUMMARIES.items():
-            scores[state][name] = score([mark for kind in kinds for mark in by_kind.get(kind, [])])
+            if not by_kind.keys().isdisjoint(kinds):
+                scores[state][name] = score([mark for kind in kinds for mark in by_kind.get(kind, [])])
     return scores
 
 

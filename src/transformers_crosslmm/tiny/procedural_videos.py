@@ -49,7 +49,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 DIGITS = ("zero", "one", "two", "four", "five", "seven")
 NAMES = SHAPES + DIGITS
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
-KINDS = ("colour", "shape", "place", "which_frame", "exists", "order", "count", "when")
+KINDS = ("colour", "shape", "place", "which_frame", "exists", "order", "count")
 """What is asked where a scene lasts a second."""
 TIMED_KINDS = ("exists", "order", "frame_time", "when")
 """What is asked where frames and seconds are not the same."""

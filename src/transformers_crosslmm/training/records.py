@@ -339,7 +339,7 @@ def _about_segments(record: Mapping, num_media: Mapping[str, int]) -> list[dict[
                 raise ValueError
         except (TypeError, ValueError, AttributeError) as error:
             raise UnusableSample(
-                "a segment is [start, end, text], such as [3.4, 7.0, \"A door opens.\"], seconds in order and words; "
+                'a segment is [start, end, text], such as [3.4, 7.0, "A door opens."], seconds in order and words; '
                 f"got {repr(segment)[:200]}."
             ) from error
         question = {"type": "text", "text": f'When does this happen: "{text.strip()}"'}
