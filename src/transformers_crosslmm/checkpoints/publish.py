@@ -144,7 +144,7 @@ def push(
             lambda: api.create_commit(
                 repo,
                 # An operation serves one commit only, so every try has its own.
-                [CommitOperationAdd(file.path, _content(file)) for file in files],
+                [CommitOperationAdd(file.path, file.content) for file in files],
                 commit_message="A CrossLMM checkpoint",
                 revision=revision,
             )
@@ -159,10 +159,6 @@ def push(
             raise PublishingError(f"{_reason(error)} Nothing was published; {remains}") from error
         raise
     return commit.commit_url
-
-
-def _content(file: PublishedFile) -> str | bytes:
-    return file.content if isinstance(file.content, bytes) else str(file.content)
 
 
 def _create(api: HfApi, repo: str, *, private: bool, revision: str | None) -> Callable[[], None]:
