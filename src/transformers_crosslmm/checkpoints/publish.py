@@ -62,7 +62,8 @@ def files_to_publish(
         )
     config_json["untrained"] = config.untrained
     files = {path.name: PublishedFile(path.name, path) for path in checkpoint_files(folder)}
-    files["config.json"] = PublishedFile("config.json", _as_json(config_json))
+    written = json.dumps(config_json, indent=2, sort_keys=True) + "\n"
+    files["config.json"] = PublishedFile("config.json", written.encode())
     if with_code:
         files |= {file.path: file for file in _code(files)}
     card = _card(folder, config, repo, with_code=with_code)
@@ -104,10 +105,6 @@ def _card(folder: Path, config: CrossLMMConfig, repo: str, *, with_code: bool) -
     sources = read_json(folder / REPORT)["sources"] if (folder / REPORT).is_file() else {}
     sources = {part: name if is_hub_name(name) else "a local checkpoint" for part, name in sources.items()}
     return str(model_card(config, title=repo.split("/")[-1], repo=repo, sources=sources, with_code=with_code))
-
-
-def _as_json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 def push(
