@@ -89,6 +89,21 @@ def test_help_takes_less_than_a_second_and_imports_nothing_heavy():
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
+@pytest.mark.parametrize(
+    "arguments", [["ask", "nothing.mp4", "Why?"], ["chat", "nothing.mp4"], ["look", "nothing.mp4"]]
+)
+def test_a_missing_file_is_named_before_anything_heavy_is_imported(arguments):
+    code = (
+        "import sys, crosslmm_cli\n"
+        "try: crosslmm_cli.app(sys.argv[1:])\n"
+        "finally: assert not {'torch', 'transformers', 'av', 'transformers_crosslmm'} & set(sys.modules)"
+    )
+    finished = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("error: No such file or directory: 'nothing.mp4'. Check the path;")
+    assert finished.stderr.count("\n") == 1  # no assertion failed
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_shows_an_example(run, command):
     result = run(command, "--help")
@@ -181,7 +196,11 @@ def test_ctrl_c_ends_cleanly(folder):
     (stand_in / "checkpoints" / "load.py").write_text("load_processor = None")
     path = os.pathsep.join([str(stand_in.parent), str(Path(crosslmm_cli.__file__).parent)])
     finished = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": path},
     )
     assert finished.returncode == 130
     assert finished.stderr.strip() == "Interrupted."

@@ -292,6 +292,8 @@ def look(
     Example: crosslmm look clip.mp4 --frames 16 --out frames.png
     """
     _check_picture(out)
+    _check_video(video)
+    wanted = _sampling(frames=frames, fps=fps, start=start, end=end)
     with Steps() as steps:
         _import_package(steps)
         from transformers_crosslmm.asking.conversation import read_video
@@ -300,7 +302,7 @@ def look(
 
         processor = load_processor(_checkpoint(model))
         steps.begin(f"Reading {video}")
-        seen = read_video(processor, video, **_sampling(frames=frames, fps=fps, start=start, end=end))
+        seen = read_video(processor, video, **wanted)
         pictures = [picture for chunk in seen for picture in frame_pictures(chunk, processor.video_processor)]
     labels = frame_labels(len(pictures), seen.times)
     draw_contact_sheet(pictures, labels).save(out)
@@ -758,14 +760,18 @@ def _import_package(steps: Steps, *, with_bars: bool = False) -> None:
 
     with_bars: leave the libraries their progress bars, on a terminal; the command then draws none itself.
     """
+    import gc
     import warnings
 
     steps.begin("Importing")
+    gc.disable()  # a third of the time would go into looking for garbage, of which imports leave next to none
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     import transformers_crosslmm  # noqa: F401
 
+    gc.freeze()
+    gc.enable()
     if not (with_bars and steps.progress.console.is_terminal):  # not stderr itself, which a live progress replaces
         logging.disable_progress_bar()
     hub_logging.set_verbosity_error()  # it counts its retries aloud
@@ -794,6 +800,12 @@ def _check_picture(path: Path) -> None:
         )
 
 
+def _check_video(video: str) -> None:
+    """Raises OSError for a path that leads nowhere, before the import that would take seconds to say so."""
+    if ":" not in video:  # no URL
+        os.stat(video)
+
+
 def _sampling(
     *, frames: int | None, fps: float | None, start: float | None, end: float | None
 ) -> dict[str, int | float]:
@@ -807,6 +819,7 @@ def _sampling(
 def _conversation(steps: Steps, video: str, model: str | None, device: str | None, **sampling: Any) -> Any:
     """A `VideoConversation` about the video, which is checked and read before the model is loaded."""
     wanted = _sampling(**sampling)
+    _check_video(video)
     _import_package(steps)
     from transformers_crosslmm.asking.conversation import VideoConversation, read_video
     from transformers_crosslmm.checkpoints.load import load_model, load_processor

@@ -20,7 +20,7 @@ PIPELINE = "pipeline_crosslmm.VideoTextToTextPipeline"
 
 
 def export_with_code(folder: str | os.PathLike, out: str | os.PathLike) -> Path:
-    """Copies the files of a saved CrossLMM `folder` (`CHECKPOINT_FILES`; all else stays behind) to `out`, with the
+    """Copies the files of a saved CrossLMM `folder` (`checkpoint_files`; all else stays behind) to `out`, with the
     modules that define it, and names them in the configs.
 
     Returns `out`. Raises FileNotFoundError when `folder` has no config, ValueError when it is another model's or has

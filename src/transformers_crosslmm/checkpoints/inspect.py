@@ -12,8 +12,8 @@ from transformers import AutoConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..configuration_crosslmm import CROSS_ATTENTION_CACHES, CrossLMMConfig
-from ..modeling_crosslmm import CrossLMMForConditionalGeneration
 from ..quantization_crosslmm import NOT_QUANTIZED
+from .network import network_of
 
 QUANTIZATIONS = {"nf4": (0.5 + 4 / 64, 0), "int8": (1.0, 4), "fp8": (1.0, 4)}
 """Bytes of a weight, and of each row of a matrix on top: a scale in float32, of each row, or in nf4 of 64 weights."""
@@ -87,8 +87,7 @@ def count_costs(config: CrossLMMConfig, *, quantization: str | None = None) -> C
     """
     text = config.text_config
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    with torch.device("meta"):
-        model = CrossLMMForConditionalGeneration(config)
+    model = network_of(config)
     parts = dict.fromkeys(
         ("vision tower", "projector", "language model", "V2V cross-attention", "T2V cross-attention", "head"), 0
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import AutoConfig, Qwen2Config, SiglipVisionConfig
 
-from ..configuration_crosslmm import CrossLMMConfig
+from ..configuration_crosslmm import POOLING_MODES, CrossLMMConfig
 from ..processing_crosslmm import CHAT_TEMPLATE
 from .chat import find_tokenizer
 from .compose import (
@@ -37,7 +37,6 @@ from .folder import (
 )
 from .name_tables import (
     LLAVA_NEXT,
-    LLAVA_NEXT_POOLING_MODES,
     LLAVA_ONEVISION,
     NEW_IN_LAYER,
     VISION_TOWERS,
@@ -98,15 +97,15 @@ def llava_next_config(
         raise ConversionError(f"`mm_projector_type` must be 'mlp2x_gelu'; {folder} has {raw['mm_projector_type']!r}.")
     # LLaVA-NeXT's own defaults where an older config.json is silent.
     mode, stride = raw.get("mm_spatial_pool_mode") or "bilinear", raw.get("mm_spatial_pool_stride") or 2
-    if mode not in LLAVA_NEXT_POOLING_MODES and "pooling_mode" not in overrides:
+    if mode not in POOLING_MODES and "pooling_mode" not in overrides:
         raise ConversionError(
-            f"`mm_spatial_pool_mode` must be one of {', '.join(map(repr, LLAVA_NEXT_POOLING_MODES))}; {folder} has "
+            f"`mm_spatial_pool_mode` must be one of {', '.join(map(repr, POOLING_MODES))}; {folder} has "
             f"{mode!r}. Choose one with --pooling-mode, and expect to train."
         )
     grid = encoder["image_size"] // encoder["patch_size"]
     top = {
         "vision_feature_layer": raw["mm_vision_select_layer"],
-        "pooling_mode": LLAVA_NEXT_POOLING_MODES.get(mode),
+        "pooling_mode": mode,
         "pooled_grid_size": grid // stride if mode == "average" else math.ceil(grid / stride),
     }
     known = {f.name for f in fields(Qwen2Config)} | {"rope_theta", "rope_scaling"}

@@ -76,9 +76,6 @@ VISION_TOWERS: dict[str, dict[str, Any]] = {
     "siglip2-giant-opt-patch16-384": GIANT_384,
 }
 
-LLAVA_NEXT_POOLING_MODES = {"bilinear": "bilinear", "average": "average"}
-"""`mm_spatial_pool_mode` as our `pooling_mode`; there is no counterpart of "max"."""
-
 BACKBONES = {
     # The paper's, by preset: vision encoder and language model
     "2B": ("google/siglip2-so400m-patch14-384", "Qwen/Qwen2.5-1.5B-Instruct"),

@@ -62,7 +62,8 @@ def files_to_publish(
         )
     config_json["untrained"] = config.untrained
     files = {path.name: PublishedFile(path.name, path) for path in checkpoint_files(folder)}
-    files["config.json"] = PublishedFile("config.json", _as_json(config_json))
+    written = json.dumps(config_json, indent=2, sort_keys=True) + "\n"
+    files["config.json"] = PublishedFile("config.json", written.encode())
     if with_code:
         files |= {file.path: file for file in _code(files)}
     card = _card(folder, config, repo, with_code=with_code)
@@ -106,10 +107,6 @@ def _card(folder: Path, config: CrossLMMConfig, repo: str, *, with_code: bool) -
     return str(model_card(config, title=repo.split("/")[-1], repo=repo, sources=sources, with_code=with_code))
 
 
-def _as_json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
-
-
 def push(
     folder: str | os.PathLike,
     repo: str,
@@ -144,7 +141,7 @@ def push(
             lambda: api.create_commit(
                 repo,
                 # An operation serves one commit only, so every try has its own.
-                [CommitOperationAdd(file.path, _content(file)) for file in files],
+                [CommitOperationAdd(file.path, file.content) for file in files],
                 commit_message="A CrossLMM checkpoint",
                 revision=revision,
             )
@@ -159,10 +156,6 @@ def push(
             raise PublishingError(f"{_reason(error)} Nothing was published; {remains}") from error
         raise
     return commit.commit_url
-
-
-def _content(file: PublishedFile) -> str | bytes:
-    return file.content if isinstance(file.content, bytes) else str(file.content)
 
 
 def _create(api: HfApi, repo: str, *, private: bool, revision: str | None) -> Callable[[], None]:

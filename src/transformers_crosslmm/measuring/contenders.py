@@ -176,7 +176,7 @@ class QwenVL(Contender):
 
 def contenders() -> list[Contender]:
     """CrossLMM in its variants, each of which changes one thing, and the models that it is compared with."""
-    qwen2_7b = PRESETS["7B"]["text_config"] | {"num_hidden_layers": 28}
+    qwen2_7b = PRESETS["7B"]["text_config"]
     qwen2_half = {
         "vocab_size": 152_000,
         "hidden_size": 896,

@@ -5,8 +5,7 @@ lmms_eval --model crosslmm --model_args pretrained=YOU/NAME,num_frames=128 --tas
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from itertools import islice
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -115,7 +114,8 @@ class CrossLMM(lmms):
         answers: dict[int, GenerationResult] = {}
         with tqdm(total=len(requests), desc="CrossLMM answers", disable=self.rank != 0) as progress:
             for indices in by_options.values():
-                for batch in _batches(indices, self.batch_size):
+                for start in range(0, len(indices), self.batch_size):
+                    batch = indices[start : start + self.batch_size]
                     asked = [requests[index] for index in batch]
                     for index, request, answer in zip(batch, asked, self._answer(asked), strict=True):
                         answers[index] = answer
@@ -259,9 +259,3 @@ def _generation_options(task_options: Mapping[str, Any]) -> tuple[dict[str, Any]
     if not options["do_sample"]:
         options |= {"temperature": None, "top_p": None, "top_k": None}
     return options, until
-
-
-def _batches(items: list[int], size: int) -> Iterator[list[int]]:
-    rest = iter(items)
-    while batch := list(islice(rest, size)):
-        yield batch

@@ -64,6 +64,25 @@ def closed_gates(model: CrossLMMForConditionalGeneration) -> Iterator[None]:
                 gate.copy_(value)
 
 
+def batches_of(
+    processor: CrossLMMProcessor, questions: Sequence[VideoQuestion], *, num_frames: int
+) -> Iterator[tuple[list[VideoQuestion], Any]]:
+    """The questions about one video, which stand next to each other, and `generate`'s inputs for them."""
+    for video, group in groupby(questions, key=lambda question: question.video):
+        asked = list(group)
+        media = {"type": "video", "path": str(video)}
+        chats = [
+            [{"role": "user", "content": [media, {"type": "text", "text": question.question}]}] for question in asked
+        ]
+        options = {"num_frames": num_frames, "padding": True, "padding_side": "left", "return_tensors": "pt"}
+        yield (
+            asked,
+            processor.apply_chat_template(
+                chats, add_generation_prompt=True, tokenize=True, return_dict=True, processor_kwargs=options
+            ),
+        )
+
+
 @torch.no_grad()
 def answer_questions(model: Any, inputs: Mapping[str, torch.Tensor], processor: CrossLMMProcessor) -> list[str]:
     """What `generate` writes for each row of `inputs`, greedily, stripped."""
@@ -109,29 +128,7 @@ def evaluate(
     truths: dict[str, Counter[str]] = {}
     for question in questions:
         truths.setdefault(question.kind, Counter())[question.answer] += 1
-    for video, group in groupby(questions, key=lambda question: question.video):
-        asked = list(group)
-        chats = [
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "video", "path": str(video)}, {"type": "text", "text": question.question}],
-                }
-            ]
-            for question in asked
-        ]
-        inputs = processor.apply_chat_template(
-            chats,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            processor_kwargs={
-                "num_frames": num_frames,
-                "padding": True,
-                "padding_side": "left",
-                "return_tensors": "pt",
-            },
-        )
+    for asked, inputs in batches_of(processor, questions, num_frames=num_frames):
         answers = {"as_trained": answer_questions(model, inputs, processor)}
         if has_gates:
             with closed_gates(model):

@@ -39,7 +39,7 @@ from transformers import (
 from ..configuration_crosslmm import CrossLMMConfig
 from ..modeling_crosslmm import CrossLMMForConditionalGeneration
 from ..processing_crosslmm import CHAT_TEMPLATE, MARKS, CrossLMMProcessor
-from ..training.samples import IGNORED, VideoChatCollator, chat_sample
+from ..training.samples import IGNORED, CrossLMMDataCollator, chat_sample
 from .procedural_videos import (
     COLOURS,
     FILLED,
@@ -240,7 +240,7 @@ class PatchLabelFrames(IterableDataset):
             for _ in range(self.times):
                 for i in order.permutation(len(samples)):
                     frame, colours, names, places = samples[i]
-                    pixels = torch.from_numpy(frame).permute(2, 0, 1).float().div(127.5).sub(1.0)
+                    pixels = pixels_of(frame[None])[0]
                     yield {"pixel_values": pixels, "colours": colours, "names": names, "places": places}
 
     def _labels(self, plain, painted, k: int, share: float) -> tuple[np.ndarray, ...]:
@@ -271,6 +271,11 @@ def degrade(rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
     return ((frames - 128.0) * contrast + 128 + shift + noise * rng.uniform(0, 1)).clip(0, 255).astype(np.uint8)
 
 
+def pixels_of(frames: np.ndarray) -> torch.Tensor:
+    """(T, S, S, 3) uint8 as SigLIP's processor makes it pixels: (T, 3, S, S), -1 … 1."""
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
+
+
 # --- phase 2: language ----------------------------------------------------------------------------------------------
 
 
@@ -280,7 +285,7 @@ CLIP_KINDS = (*STILL_KINDS, "which_frame", "count", "order")
 
 
 class VideoChats(IterableDataset):
-    """Chats about procedural videos: `input_ids`, `labels`, `frames`.
+    """Chats about procedural videos, samples for `CrossLMMDataCollator`.
 
     What is shown and asked follows `level`, how often each kind is asked follows `mistakes`; `Curriculum` sets both.
     """
@@ -362,7 +367,8 @@ class VideoChats(IterableDataset):
         turns = [self.turn(question, len(frames) if i == 0 else 0) for i, question in enumerate(questions)]
         return {
             **{name: [token for turn in turns for token in turn[name]] for name in ("input_ids", "labels")},
-            "frames": frames,
+            "pixel_values_videos": pixels_of(frames),
+            "video_num_frames": torch.tensor([len(frames)]),
         }
 
     def turn(self, question: Question, num_frames: int) -> dict[str, list[int]]:
@@ -393,7 +399,7 @@ class Curriculum(TrainerCallback):
     not learned ends after a fifteenth of all steps. `measuring.quality` asks on real files, by `generate`.
     """
 
-    def __init__(self, chats: VideoChats, collator: VideoChatCollator, *, every: int, num_videos: int = 40):
+    def __init__(self, chats: VideoChats, collator: CrossLMMDataCollator, *, every: int, num_videos: int = 40):
         self.chats, self.collator, self.every, self.num_videos = chats, collator, every, num_videos
         self.level_began = 0
 
@@ -479,7 +485,7 @@ def train_vision(arguments: TinyArguments, model: CrossLMMForConditionalGenerati
 
 
 def train_language(
-    arguments: TinyArguments, model: CrossLMMForConditionalGeneration, tokenizer: PreTrainedTokenizerFast
+    arguments: TinyArguments, model: CrossLMMForConditionalGeneration, processor: CrossLMMProcessor
 ) -> None:
     """Phase 2: all of `model` but its tower, in place."""
     model.model.vision_tower.requires_grad_(False)
@@ -497,8 +503,8 @@ def train_language(
         save_steps=arguments.save_steps,
         save_only_model=True,
     )
-    chats = VideoChats(arguments=arguments, tokenizer=tokenizer, config=model.config)
-    collator = VideoChatCollator(pad_token_id=tokenizer.pad_token_id)
+    chats = VideoChats(arguments=arguments, tokenizer=processor.tokenizer, config=model.config)
+    collator = CrossLMMDataCollator(processor)
     accuracy = Curriculum(chats, collator, every=arguments.evaluation_steps)
     Trainer(model=model, args=options, train_dataset=chats, data_collator=collator, callbacks=[accuracy]).train()
 
@@ -519,7 +525,7 @@ def main() -> None:
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(model.model.vision_tower.state_dict(), folder / "vision_tower.pt")
-    train_language(arguments, model, tokenizer)
+    train_language(arguments, model, processor)
     model.config.use_cache = True  # the Trainer turns it off, and it would be saved so
     model.to(torch.bfloat16).save_pretrained(folder)
     processor.save_pretrained(folder)

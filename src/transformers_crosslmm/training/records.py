@@ -157,21 +157,16 @@ def load_records(path: str | os.PathLike, *, streaming: bool = False, seed: int 
             return _mixture(Path(path), seed)
         file = RecordFile(path)
         return RecordMixture([(file, range(len(file)))])
-    datasets = _require_datasets()
-    if (Path(path) / "state.json").is_file():  # written by `save_to_disk`
-        rows = datasets.load_from_disk(os.fspath(path))
-        return rows.to_iterable_dataset() if streaming else rows
-    return datasets.load_dataset(os.fspath(path), split="train", streaming=streaming)
-
-
-def _require_datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
         raise ImportError(
             'Data other than JSON and YAML is read by `datasets`: pip install "transformers_crosslmm[train]".'
         ) from error
-    return datasets
+    if (Path(path) / "state.json").is_file():  # written by `save_to_disk`
+        rows = datasets.load_from_disk(os.fspath(path))
+        return rows.to_iterable_dataset() if streaming else rows
+    return datasets.load_dataset(os.fspath(path), split="train", streaming=streaming)
 
 
 DEEPEST = 20

@@ -47,32 +47,6 @@ def chat_sample(
     return sample
 
 
-@dataclass(frozen=True)
-class VideoChatCollator:
-    """Samples to a batch: texts padded on the right, videos one after the other.
-
-    A sample holds `input_ids`, `labels` and `frames`: (T, S, S, 3) uint8, one video. Pixels become what SigLIP's
-    processor makes of them, -1 … 1.
-    """
-
-    pad_token_id: int
-
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        length = max(len(sample["input_ids"]) for sample in samples)
-
-        def padded(values: Sequence[int], filler: int) -> list[int]:
-            return [*values, *[filler] * (length - len(values))]
-
-        frames = torch.cat([torch.as_tensor(sample["frames"]) for sample in samples])
-        return {
-            "input_ids": torch.tensor([padded(s["input_ids"], self.pad_token_id) for s in samples]),
-            "attention_mask": torch.tensor([padded([1] * len(s["input_ids"]), 0) for s in samples]),
-            "labels": torch.tensor([padded(s["labels"], IGNORED) for s in samples]),
-            "pixel_values_videos": frames.permute(0, 3, 1, 2).float().div(127.5).sub(1.0),
-            "video_num_frames": torch.tensor([len(sample["frames"]) for sample in samples]),
-        }
-
-
 def encode_chat(
     processor: CrossLMMProcessor,
     record: Mapping[str, Any],
