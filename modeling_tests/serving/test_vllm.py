@@ -3,6 +3,7 @@
 import base64
 import functools
 import http.server
+import io
 import threading
 from collections import Counter
 from contextlib import nullcontext
@@ -263,6 +264,15 @@ def test_what_a_stranger_may_not_send_costs_one_request(llm, folder, clips, url,
         chat(llm, [{"type": "video_url", "video_url": {"url": url}}])
     asked = Request(f"{IMAGE} What?", [], [Image.fromarray(random_frames(1, seed=70)[0])])
     assert ask(llm, [asked]) == answers(folder, [asked])
+
+
+def test_frames_that_a_request_carries_go_around_no_limit(llm, clips):
+    """vLLM's own `video/jpeg`, pictures one after the other, is no file that the package's decoder takes."""
+    frame = io.BytesIO()
+    Image.fromarray(random_frames(1)[0]).save(frame, "JPEG")
+    url = f"data:video/jpeg;base64,{base64.b64encode(frame.getvalue()).decode()}"
+    with pytest.raises(Exception, match="list of JPEG pictures"):
+        chat(llm, [{"type": "video_url", "video_url": {"url": url}}])
 
 
 def test_no_request_chooses_another_decoder_or_raises_a_limit(llm, clips):

@@ -6,8 +6,8 @@ A request may name any of vLLM's decoders, so all names lead to the package's, i
 import asyncio
 import os
 from dataclasses import replace
-from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -116,26 +116,22 @@ class CrossLMMVideoLoader(VideoLoader):
 
 @MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)
 class CrossLMMConnector(MediaConnector):
-    """vLLM's own for paths and data URIs; URLs are fetched by the package: no private addresses, at most so many
-    bytes."""
+    """vLLM's own for paths; URLs and data URIs are read by the package: no private addresses, no pictures in a row in
+    place of a file, at most so many bytes."""
 
     limits = VideoLimits()
 
     def load_from_url(self, url: str, media_io: MediaIO, *, fetch_timeout: int | None = None) -> Any:
-        if url[:5].lower() == "data:" and len(url) > 2 * self.limits.max_bytes:
-            raise ValueError(f"A data URI may hold {self.limits.max_bytes} bytes; this one is longer.")
-        if url.partition(":")[0].lower() not in ("http", "https"):
+        scheme = url.partition(":")[0].lower()
+        if scheme not in ("http", "https", "data"):
             return super().load_from_url(url, media_io, fetch_timeout=fetch_timeout)
-        if self.allowed_media_domains:
-            from urllib.parse import urlsplit
-
-            if (host := urlsplit(url).hostname) not in self.allowed_media_domains:
+        if scheme != "data" and self.allowed_media_domains:
+            host = urlsplit(url).hostname
+            if host not in self.allowed_media_domains:
                 raise ValueError(f"URLs must lead to {', '.join(self.allowed_media_domains)}; got {host}.")
         limits = self.limits if fetch_timeout is None else replace(self.limits, network_timeout_seconds=fetch_timeout)
         with open_source(url, limits) as file:
             return media_io.load_bytes(file.read())
 
     async def load_from_url_async(self, url: str, media_io: MediaIO, *, fetch_timeout: int | None = None) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(
-            None, partial(self.load_from_url, url, media_io, fetch_timeout=fetch_timeout)
-        )
+        return await asyncio.to_thread(self.load_from_url, url, media_io, fetch_timeout=fetch_timeout)
