@@ -275,6 +275,27 @@ def test_frames_that_a_request_carries_go_around_no_limit(llm, clips):
         chat(llm, [{"type": "video_url", "video_url": {"url": url}}])
 
 
+def test_a_worker_of_a_corpus_answers_as_the_local_one_does(llm, folder, clips, tmp_path, monkeypatch):
+    """From the same arguments; it opens no link that leads out of the root."""
+    from transformers_crosslmm.serving.corpus import VideoAnswerer
+    from transformers_crosslmm.serving.vllm.corpus import VllmVideoAnswerer
+
+    monkeypatch.setattr("vllm.LLM", lambda *arguments, **options: llm)
+    (tmp_path / "secret.mp4").write_bytes((clips / "clip.mp4").read_bytes())
+    (clips / "link.mp4").symlink_to(tmp_path / "secret.mp4")
+    (tmp_path / "attempts").mkdir()
+    options = {"model": str(folder), "root": str(clips), "attempts": str(tmp_path / "attempts"), "device": None}
+    options |= {"max_new_tokens": 8, "num_threads": None, "sampling": {"num_frames": 4}}
+    rows = []
+    for worker in (VideoAnswerer(**options), VllmVideoAnswerer(**options)):
+        for video in ("clip.mp4", "hostile.mp4", "link.mp4"):
+            asked = [{"id": f"{video} {word}", "video": video, "question": f"{word}?"} for word in ("What", "Where")]
+            rows += worker({"path": str(clips / video), "error": None, "questions": asked})
+    assert [row["answer"] is not None for row in rows[:6]] == [True] * 2 + [False] * 4
+    assert "must lie in" in rows[5]["error"]
+    assert rows[6:] == rows[:6]
+
+
 def test_no_request_chooses_another_decoder_or_raises_a_limit(llm, clips):
     from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 

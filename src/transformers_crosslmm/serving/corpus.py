@@ -33,6 +33,7 @@ from ..checkpoints.load import load_model, load_processor
 from ..video_decoding import VideoDecodeWarning
 
 Engine = Literal["ray", "local", "vllm"]
+Row = dict[str, str | None]
 
 COLUMNS = ("id", "video", "question", "answer", "error", "warning")
 """Of an answers file, all strings: `answer` is null where `error` says why there is none; `warning` names frames that
@@ -201,11 +202,14 @@ class VideoAnswerer:
         self.root, self.attempts = Path(root), Path(attempts)
         self.max_new_tokens, self.sampling = max_new_tokens, dict(sampling or {})
         self.processor = load_processor(model)
+        self._load(model, device)
+
+    def _load(self, model: str, device: str | None) -> None:
         self.model = load_model(model, device=device)
         options = self.model.generation_config
         options.do_sample, options.temperature, options.top_p, options.top_k = False, None, None, None
 
-    def __call__(self, group: Mapping[str, Any]) -> Iterator[dict[str, str | None]]:
+    def __call__(self, group: Mapping[str, Any]) -> Iterator[Row]:
         """group: a `VideoGroup` as a dict. Rows come out one by one, as they are answered."""
         questions = [CorpusQuestion(**question) for question in group["questions"]]
         if group["error"] is not None:
@@ -221,7 +225,7 @@ class VideoAnswerer:
             yield from self._answers(group["path"], questions)
         note.unlink(missing_ok=True)
 
-    def _answers(self, path: str, questions: list[CorpusQuestion]) -> Iterator[dict[str, str | None]]:
+    def _answers(self, path: str, questions: list[CorpusQuestion]) -> Iterator[Row]:
         failure = None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -250,7 +254,7 @@ def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".encode("utf-8", "replace").decode()
 
 
-def _row(question: CorpusQuestion, **outcome: str | None) -> dict[str, str | None]:
+def _row(question: CorpusQuestion, **outcome: str | None) -> Row:
     return dict.fromkeys(COLUMNS) | asdict(question) | outcome
 
 
@@ -295,7 +299,7 @@ class AnswerFiles:
         for leftover in self.folder.glob(".part-*"):
             leftover.unlink()
         self.parts = list(self.folder.glob("part-*.parquet"))
-        self._waiting: list[dict[str, str | None]] = []
+        self._waiting: list[Row] = []
         self._written = time.monotonic()
         try:
             self._check(json.loads(json.dumps(settings)))
@@ -352,7 +356,7 @@ class AnswerFiles:
         for note in self.attempts.iterdir():
             note.unlink()
 
-    def add(self, row: dict[str, str | None]) -> None:
+    def add(self, row: Row) -> None:
         self._waiting.append(row)
         if len(self._waiting) >= ROWS_PER_PART or time.monotonic() - self._written >= SECONDS_PER_PART:
             self.flush()
@@ -362,7 +366,7 @@ class AnswerFiles:
         self._write(self._waiting)
         self._waiting, self._written = [], time.monotonic()
 
-    def _write(self, rows: list[dict[str, str | None]], *, instead_of: Path | None = None) -> None:
+    def _write(self, rows: list[Row], *, instead_of: Path | None = None) -> None:
         """Under another name first, so that no file is ever half there."""
         unfinished = self.folder / ".part-unfinished.parquet"
         if rows:
@@ -545,7 +549,7 @@ def _run(
     return CorpusReport(total, len(corpus.groups), answered_before, failed, corpus.duplicates)
 
 
-def _local(groups: list[VideoGroup], answerer: dict[str, Any]) -> Generator[dict[str, str | None], None, None]:
+def _local(groups: list[VideoGroup], answerer: dict[str, Any]) -> Generator[Row, None, None]:
     answer = VideoAnswerer(**answerer)
     for group in groups:
         yield from answer(asdict(group))
@@ -553,7 +557,7 @@ def _local(groups: list[VideoGroup], answerer: dict[str, Any]) -> Generator[dict
 
 def _ray(
     groups: list[VideoGroup], answerer: dict[str, Any], *, engine: Engine, workers: int | None, cpus_per_worker: int
-) -> Generator[dict[str, str | None], None, None]:
+) -> Generator[Row, None, None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     is_cluster = os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
     if not is_cluster:

@@ -19,7 +19,7 @@ from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 from ...frames_crosslmm import SAMPLING_KWARGS
 from ...video_decoding import VideoError, decode_video
 from ...video_processing_crosslmm import CrossLMMVideoProcessor
-from ...video_source import VideoLimits, open_source
+from ...video_source import VideoLimits, VideoSource, open_source
 
 CONNECTOR = "crosslmm"
 SERVED_LIMITS = {"max_bytes": 2**30, "max_decode_seconds": 120.0}
@@ -66,11 +66,11 @@ class CrossLMMVideoLoader(VideoLoader):
 
     @classmethod
     def load_bytes(
-        cls, data: bytes | str, *, num_frames: int = -1, **kwargs: Any
+        cls, data: VideoSource, *, num_frames: int = -1, **kwargs: Any
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Sampled frames (T, H, W, 3) of the size that the encoder sees, and what vLLM passes on of them.
 
-        data: the file, or its path. num_frames: -1 for the checkpoint's own sampling. kwargs: more of
+        data: as `source` of `decode_video`. num_frames: -1 for the checkpoint's own sampling. kwargs: more of
         `SAMPLING_KWARGS`. Raises ValueError for others, and VideoError for what cannot be read.
         """
         if unknown := sorted(kwargs.keys() - set(SAMPLING_KWARGS)):
