@@ -6,11 +6,11 @@ A request may name any of vLLM's decoders, so all names lead to the package's, i
 import asyncio
 import os
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-import torch
 from vllm.config import ModelConfig
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 from vllm.multimodal.media.base import MediaIO
@@ -18,7 +18,7 @@ from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 
 from ...frames_crosslmm import SAMPLING_KWARGS
 from ...video_decoding import VideoError, decode_video
-from ...video_processing_crosslmm import CrossLMMVideoProcessor
+from ...video_processing_crosslmm import CrossLMMVideoProcessor, _resize
 from ...video_source import VideoLimits, VideoSource, open_source
 
 CONNECTOR = "crosslmm"
@@ -88,7 +88,7 @@ class CrossLMMVideoLoader(VideoLoader):
         try:
             video = decode_video(
                 data,
-                frame_transform=cls.resized,
+                frame_transform=partial(_resize, size=cls.processor.size, resample=cls.processor.resample),
                 limits=cls.limits,
                 strict=True,  # a client sees no warnings
                 isolated=True,
@@ -105,13 +105,6 @@ class CrossLMMVideoLoader(VideoLoader):
             "do_sample_frames": False,
         }
         return video.frames.permute(0, 2, 3, 1).numpy(), metadata
-
-    @classmethod
-    def resized(cls, frame: torch.Tensor) -> torch.Tensor:
-        """(3, H, W) to (3, S, S), uint8, as the processor does it."""
-        as_it_is = {"do_sample_frames": False, "do_rescale": False, "do_normalize": False}
-        features = cls.processor([frame[None]], input_data_format="channels_first", return_tensors="pt", **as_it_is)
-        return features["pixel_values_videos"][0].to(torch.uint8)
 
 
 @MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)
