@@ -19,7 +19,8 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -34,6 +35,7 @@ from ..video_decoding import VideoDecodeWarning
 
 Engine = Literal["ray", "local", "vllm"]
 Row = dict[str, str | None]
+Answers = Generator[Row, None, None]
 
 COLUMNS = ("id", "video", "question", "answer", "error", "warning")
 """Of an answers file, all strings: `answer` is null where `error` says why there is none; `warning` names frames that
@@ -444,24 +446,21 @@ def answer_corpus(
     try:
         if engine != "local":  # its workers died with the driver, whatever they were at
             files.forget_attempts()
+        answerer = {
+            "model": name,
+            "root": corpus.root,
+            "attempts": str(files.attempts.absolute()),
+            "device": device,
+            "max_new_tokens": max_new_tokens,
+            "sampling": sampling,
+        }
+        answers = (
+            partial(_local, answerer)
+            if engine == "local"
+            else partial(_ray, answerer, engine=engine, workers=workers, cpus_per_worker=cpus_per_worker)
+        )
         with _terminated_as_interrupted():
-            return _run(
-                corpus,
-                files,
-                engine=engine,
-                on_progress=on_progress,
-                retry_errors=retry_errors,
-                workers=workers,
-                cpus_per_worker=cpus_per_worker,
-                answerer={
-                    "model": name,
-                    "root": corpus.root,
-                    "attempts": str(files.attempts.absolute()),
-                    "device": device,
-                    "max_new_tokens": max_new_tokens,
-                    "sampling": sampling,
-                },
-            )
+            return _run(corpus, files, answers, on_progress=on_progress, retry_errors=retry_errors)
     except BaseException:  # the videos at work are given up, and did nothing to their workers
         files.forget_attempts()
         raise
@@ -490,13 +489,10 @@ def _terminated_as_interrupted() -> Iterator[None]:
 def _run(
     corpus: Corpus,
     files: AnswerFiles,
+    answer: Callable[[list[VideoGroup]], Answers],
     *,
-    engine: Engine,
     on_progress: Callable[[int, int], None] | None,
     retry_errors: bool,
-    answerer: dict[str, Any],
-    workers: int | None,
-    cpus_per_worker: int,
 ) -> CorpusReport:
     finished = files.finished()
     if retry_errors:
@@ -517,31 +513,22 @@ def _run(
                 "another id."
             )
         failed += is_failed
-    left = [
-        VideoGroup(group.path, group.error, [q for q in group.questions if q.id in asked]) for group in corpus.groups
-    ]
-    left = [group for group in left if group.questions]
     total = sum(1 for _ in corpus)
-    answered_before = done = total - len(asked)
+    answered_before = total - len(asked)
     if on_progress is not None:
-        on_progress(done, total)
-    if left:
-        answers = (
-            _local(left, answerer)
-            if engine == "local"
-            else _ray(left, answerer, engine=engine, workers=workers, cpus_per_worker=cpus_per_worker)
-        )
+        on_progress(answered_before, total)
+    if asked:
+        left = [replace(group, questions=[q for q in group.questions if q.id in asked]) for group in corpus.groups]
         try:
-            with closing(answers):
+            with closing(answer([group for group in left if group.questions])) as answers:
                 for row in answers:
                     if row["id"] not in asked:  # a worker was killed between its answer and the news of it
                         continue
                     asked.remove(row["id"])
                     files.add(row)
                     failed += row["error"] is not None
-                    done += 1
                     if on_progress is not None:
-                        on_progress(done, total)
+                        on_progress(total - len(asked), total)
         finally:
             files.flush()
     if asked:
@@ -549,15 +536,15 @@ def _run(
     return CorpusReport(total, len(corpus.groups), answered_before, failed, corpus.duplicates)
 
 
-def _local(groups: list[VideoGroup], answerer: dict[str, Any]) -> Generator[Row, None, None]:
+def _local(answerer: dict[str, Any], groups: list[VideoGroup]) -> Answers:
     answer = VideoAnswerer(**answerer)
     for group in groups:
         yield from answer(asdict(group))
 
 
 def _ray(
-    groups: list[VideoGroup], answerer: dict[str, Any], *, engine: Engine, workers: int | None, cpus_per_worker: int
-) -> Generator[Row, None, None]:
+    answerer: dict[str, Any], groups: list[VideoGroup], *, engine: Engine, workers: int | None, cpus_per_worker: int
+) -> Answers:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     is_cluster = os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
     if not is_cluster:
@@ -572,22 +559,15 @@ def _ray(
         ) from error
     is_ours = not ray.is_initialized()
     if is_ours:
-        if is_cluster:
-            ray.init(log_to_driver=False, logging_level="ERROR")
-        else:
-            ray.init(
-                "local",
-                include_dashboard=False,
-                object_store_memory=256 * 2**20,  # names, questions and answers; videos do not pass through
-                log_to_driver=False,
-                logging_level="ERROR",
+        # Room for names, questions and answers; videos do not pass through.
+        here: dict[str, Any] = {"address": "local", "include_dashboard": False, "object_store_memory": 256 * 2**20}
+        ray.init(**({} if is_cluster else here), log_to_driver=False, logging_level="ERROR")
+        if not is_cluster and ray.util.get_node_ip_address() != "127.0.0.1":
+            warnings.warn(
+                "Ray listens on every network interface of this machine, and runs what anybody sends there: it was "
+                "imported before the run. Import it later, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0.",
+                stacklevel=2,
             )
-            if ray.util.get_node_ip_address() != "127.0.0.1":
-                warnings.warn(
-                    "Ray listens on every network interface of this machine, and runs what anybody sends there: "
-                    "it was imported before the run. Import it later, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0.",
-                    stacklevel=2,
-                )
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own in its place
     try:
