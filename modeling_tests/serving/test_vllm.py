@@ -296,6 +296,20 @@ def test_a_worker_of_a_corpus_answers_as_the_local_one_does(llm, folder, clips, 
     assert rows[6:] == rows[:6]
 
 
+@pytest.mark.parametrize(
+    ("sampling", "frames"),
+    [({"num_frames": 4}, 4), ({"max_frames": 400}, 400), ({"times": [0.5 * number for number in range(350)]}, 350)],
+    ids=["num_frames", "max_frames", "times"],
+)
+def test_a_worker_of_a_corpus_has_room_for_the_frames_that_are_asked_for(folder, monkeypatch, sampling, frames):
+    """Also for more than the checkpoint samples by itself."""
+    from transformers_crosslmm.serving.vllm.corpus import VllmVideoAnswerer
+
+    monkeypatch.setattr("vllm.LLM", lambda *arguments, **options: options)
+    answerer = VllmVideoAnswerer(str(folder), "", "", sampling=sampling)
+    assert answerer.llm["limit_mm_per_prompt"]["video"]["num_frames"] == frames
+
+
 def test_no_request_chooses_another_decoder_or_raises_a_limit(llm, clips):
     from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 

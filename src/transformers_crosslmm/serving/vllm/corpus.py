@@ -15,7 +15,8 @@ class VllmVideoAnswerer(VideoAnswerer):
     def _load(self, model: str, device: str | None) -> None:
         from vllm import LLM, SamplingParams
 
-        most = self.sampling.get("num_frames") or self.processor.video_processor.max_frames
+        sampling = self.processor.video_processor._sampling(**self.sampling)
+        most = sampling.num_frames or sampling.max_frames or len(sampling.times or ())
         self.llm = LLM(model, limit_mm_per_prompt={"video": {"count": 1, "num_frames": most}, "image": 0})
         self.options = SamplingParams(temperature=0, max_tokens=self.max_new_tokens, detokenize=False)
 
