@@ -310,6 +310,16 @@ def test_a_worker_of_a_corpus_has_room_for_the_frames_that_are_asked_for(folder,
     assert answerer.llm["limit_mm_per_prompt"]["video"]["num_frames"] == frames
 
 
+def test_a_worker_of_a_corpus_computes_as_precisely_as_the_local_one(folder, monkeypatch):
+    """vLLM by itself takes 16 bits."""
+    from transformers_crosslmm.serving.corpus import VideoAnswerer
+    from transformers_crosslmm.serving.vllm.corpus import VllmVideoAnswerer
+
+    monkeypatch.setattr("vllm.LLM", lambda *arguments, **options: options)
+    local = VideoAnswerer(str(folder), "", "", device="cpu")
+    assert VllmVideoAnswerer(str(folder), "", "").llm.get("dtype") == str(local.model.dtype).removeprefix("torch.")
+
+
 def test_no_request_chooses_another_decoder_or_raises_a_limit(llm, clips):
     from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 

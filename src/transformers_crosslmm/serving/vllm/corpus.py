@@ -14,10 +14,15 @@ class VllmVideoAnswerer(VideoAnswerer):
 
     def _load(self, model: str, device: str | None) -> None:
         from vllm import LLM, SamplingParams
+        from vllm.platforms import current_platform
 
         sampling = self.processor.video_processor._sampling(**self.sampling)
         most = sampling.num_frames or sampling.max_frames or len(sampling.times or ())
-        self.llm = LLM(model, limit_mm_per_prompt={"video": {"count": 1, "num_frames": most}, "image": 0})
+        self.llm = LLM(
+            model,
+            dtype="float32" if current_platform.is_cpu() else "auto",  # as `load_model`
+            limit_mm_per_prompt={"video": {"count": 1, "num_frames": most}, "image": 0},
+        )
         self.options = SamplingParams(temperature=0, max_tokens=self.max_new_tokens, detokenize=False)
 
     def _answers(self, path: str, questions: list[CorpusQuestion]) -> Iterator[Row]:
