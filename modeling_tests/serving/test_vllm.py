@@ -398,7 +398,6 @@ class StepsOnGpu:
 def fake_vllm_config():
     return SimpleNamespace(
         model_config=SimpleNamespace(dtype=torch.float32),
-        cache_config=SimpleNamespace(block_size=16),
         speculative_config=None,
         compilation_config=SimpleNamespace(static_forward_context={}),
     )

@@ -188,7 +188,6 @@ class VisualCache(nn.Module, AttentionLayerBase):
             tokens_per_frame=config.tokens_per_frame,
             dtype=vllm_config.model_config.dtype,
         )
-        self.block_size = vllm_config.cache_config.block_size
         self.kv_cache = torch.tensor([])
         self.step: Step | None = None
         self.folding: dict = {}
