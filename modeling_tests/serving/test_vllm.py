@@ -296,6 +296,26 @@ def test_a_worker_of_a_corpus_answers_as_the_local_one_does(llm, folder, clips, 
     assert rows[6:] == rows[:6]
 
 
+def test_a_question_that_is_too_long_costs_no_other_answer_and_no_second_look(llm, folder, clips, monkeypatch):
+    from transformers_crosslmm.serving.vllm.corpus import CrossLMMVideoLoader, VllmVideoAnswerer
+
+    decoded = []
+    load = CrossLMMVideoLoader.load_bytes
+
+    def counted(file, **sampling):
+        decoded.append(file)
+        return load(file, **sampling)
+
+    monkeypatch.setattr(CrossLMMVideoLoader, "load_bytes", counted)
+    monkeypatch.setattr("vllm.LLM", lambda *arguments, **options: llm)
+    answerer = VllmVideoAnswerer(str(folder), str(clips), str(clips), max_new_tokens=8)
+    texts = {"first": "What?", "long": "Where? " * 8192, "last": "When?"}
+    asked = [{"id": name, "video": "clip.mp4", "question": text} for name, text in texts.items()]
+    rows = list(answerer({"path": str(clips / "clip.mp4"), "error": None, "questions": asked}))
+    assert [(row["id"], row["error"] is None) for row in rows] == [("first", True), ("long", False), ("last", True)]
+    assert len(decoded) == 1
+
+
 @pytest.mark.parametrize(
     ("sampling", "frames"),
     [({"num_frames": 4}, 4), ({"max_frames": 400}, 400), ({"times": [0.5 * number for number in range(350)]}, 350)],

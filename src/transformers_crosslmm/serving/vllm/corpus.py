@@ -33,6 +33,9 @@ class VllmVideoAnswerer(VideoAnswerer):
             failure = _described(error)
             yield from (_row(question, error=failure) for question in questions)
             return
+        yield from self._ask(questions, video)
+
+    def _ask(self, questions: list[CorpusQuestion], video: Any) -> Iterator[Row]:
         asked = [self._request(question, video) for question in questions]
         try:
             outputs = self.llm.generate(asked, self.options, use_tqdm=False)
@@ -41,7 +44,7 @@ class VllmVideoAnswerer(VideoAnswerer):
                 yield _row(questions[0], error=_described(error))
             else:
                 for question in questions:
-                    yield from self._answers(path, [question])
+                    yield from self._ask([question], video)
             return
         for question, output in zip(questions, outputs, strict=True):
             # vLLM's own text ends before a character that is cut off.
