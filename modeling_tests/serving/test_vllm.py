@@ -3,6 +3,7 @@
 import base64
 import functools
 import http.server
+import io
 import threading
 from collections import Counter
 from contextlib import nullcontext
@@ -265,6 +266,80 @@ def test_what_a_stranger_may_not_send_costs_one_request(llm, folder, clips, url,
     assert ask(llm, [asked]) == answers(folder, [asked])
 
 
+def test_frames_that_a_request_carries_go_around_no_limit(llm, clips):
+    """vLLM's own `video/jpeg`, pictures one after the other, is no file that the package's decoder takes."""
+    frame = io.BytesIO()
+    Image.fromarray(random_frames(1)[0]).save(frame, "JPEG")
+    url = f"data:video/jpeg;base64,{base64.b64encode(frame.getvalue()).decode()}"
+    with pytest.raises(Exception, match="list of JPEG pictures"):
+        chat(llm, [{"type": "video_url", "video_url": {"url": url}}])
+
+
+def test_a_worker_of_a_corpus_answers_as_the_local_one_does(llm, folder, clips, tmp_path, monkeypatch):
+    """From the same arguments; it opens no link that leads out of the root."""
+    from transformers_crosslmm.serving.corpus import VideoAnswerer
+    from transformers_crosslmm.serving.vllm.corpus import VllmVideoAnswerer
+
+    monkeypatch.setattr("vllm.LLM", lambda *arguments, **options: llm)
+    (tmp_path / "secret.mp4").write_bytes((clips / "clip.mp4").read_bytes())
+    (clips / "link.mp4").symlink_to(tmp_path / "secret.mp4")
+    (tmp_path / "attempts").mkdir()
+    options = {"model": str(folder), "root": str(clips), "attempts": str(tmp_path / "attempts"), "device": None}
+    options |= {"max_new_tokens": 8, "num_threads": None, "sampling": {"num_frames": 4}}
+    rows = []
+    for worker in (VideoAnswerer(**options), VllmVideoAnswerer(**options)):
+        for video in ("clip.mp4", "hostile.mp4", "link.mp4"):
+            asked = [{"id": f"{video} {word}", "video": video, "question": f"{word}?"} for word in ("What", "Where")]
+            rows += worker({"path": str(clips / video), "error": None, "questions": asked})
+    assert [row["answer"] is not None for row in rows[:6]] == [True] * 2 + [False] * 4
+    assert "must lie in" in rows[5]["error"]
+    assert rows[6:] == rows[:6]
+
+
+def test_a_question_that_is_too_long_costs_no_other_answer_and_no_second_look(llm, folder, clips, monkeypatch):
+    from transformers_crosslmm.serving.vllm.corpus import CrossLMMVideoLoader, VllmVideoAnswerer
+
+    decoded = []
+    load = CrossLMMVideoLoader.load_bytes
+
+    def counted(file, **sampling):
+        decoded.append(file)
+        return load(file, **sampling)
+
+    monkeypatch.setattr(CrossLMMVideoLoader, "load_bytes", counted)
+    monkeypatch.setattr("vllm.LLM", lambda *arguments, **options: llm)
+    answerer = VllmVideoAnswerer(str(folder), str(clips), str(clips), max_new_tokens=8)
+    texts = {"first": "What?", "long": "Where? " * 8192, "last": "When?"}
+    asked = [{"id": name, "video": "clip.mp4", "question": text} for name, text in texts.items()]
+    rows = list(answerer({"path": str(clips / "clip.mp4"), "error": None, "questions": asked}))
+    assert [(row["id"], row["error"] is None) for row in rows] == [("first", True), ("long", False), ("last", True)]
+    assert len(decoded) == 1
+
+
+@pytest.mark.parametrize(
+    ("sampling", "frames"),
+    [({"num_frames": 4}, 4), ({"max_frames": 400}, 400), ({"times": [0.5 * number for number in range(350)]}, 350)],
+    ids=["num_frames", "max_frames", "times"],
+)
+def test_a_worker_of_a_corpus_has_room_for_the_frames_that_are_asked_for(folder, monkeypatch, sampling, frames):
+    """Also for more than the checkpoint samples by itself."""
+    from transformers_crosslmm.serving.vllm.corpus import VllmVideoAnswerer
+
+    monkeypatch.setattr("vllm.LLM", lambda *arguments, **options: options)
+    answerer = VllmVideoAnswerer(str(folder), "", "", sampling=sampling)
+    assert answerer.llm["limit_mm_per_prompt"]["video"]["num_frames"] == frames
+
+
+def test_a_worker_of_a_corpus_computes_as_precisely_as_the_local_one(folder, monkeypatch):
+    """vLLM by itself takes 16 bits."""
+    from transformers_crosslmm.serving.corpus import VideoAnswerer
+    from transformers_crosslmm.serving.vllm.corpus import VllmVideoAnswerer
+
+    monkeypatch.setattr("vllm.LLM", lambda *arguments, **options: options)
+    local = VideoAnswerer(str(folder), "", "", device="cpu")
+    assert VllmVideoAnswerer(str(folder), "", "").llm.get("dtype") == str(local.model.dtype).removeprefix("torch.")
+
+
 def test_no_request_chooses_another_decoder_or_raises_a_limit(llm, clips):
     from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
@@ -343,7 +418,6 @@ class StepsOnGpu:
 def fake_vllm_config():
     return SimpleNamespace(
         model_config=SimpleNamespace(dtype=torch.float32),
-        cache_config=SimpleNamespace(block_size=16),
         speculative_config=None,
         compilation_config=SimpleNamespace(static_forward_context={}),
     )

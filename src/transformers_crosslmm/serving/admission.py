@@ -161,7 +161,7 @@ class Visit:
         self.is_running = False
         self.task: Any = asyncio.current_task()
         self._watcher = asyncio.ensure_future(self._watch(request))
-        self._holders, self._has_left = 1, False
+        self._holders: set[Any] = {self.task}
 
     async def _watch(self, request: Request) -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -180,10 +180,10 @@ class Visit:
 
         def end(future: asyncio.Future) -> None:
             future.exception()  # a request that left early does not ask for it
-            self._leave()
+            self._leave(future)
 
-        self._holders += 1
         future = asyncio.get_running_loop().run_in_executor(on, work, *arguments)
+        self._holders.add(future)
         future.add_done_callback(end)
         return future
 
@@ -199,9 +199,7 @@ class Visit:
 
     def leave_place(self) -> None:
         """The place is held by the work that goes on, and no more by the client."""
-        if not self._has_left:
-            self._has_left = True
-            self._leave()
+        self._leave(self.task)
 
     def close(self) -> None:
         """The client has its answer or has gone."""
@@ -209,8 +207,8 @@ class Visit:
         self._watcher.cancel()
         self.leave_place()
 
-    def _leave(self) -> None:
-        self._holders -= 1
+    def _leave(self, holder: Any) -> None:
+        self._holders.discard(holder)
         if self._holders:
             return
         self.places.visits.discard(self)
@@ -269,7 +267,7 @@ class Places:
         finally:
             visit.close()
 
-    async def body(self, request: Request) -> bytes:
+    async def body(self, request: Request) -> bytearray:
         """A body of bounded size, in bounded time. Raises RefusedError, and GoneError when the client leaves."""
         self.check_room()
         if self.arriving >= MAX_ARRIVING:
@@ -293,7 +291,7 @@ class Places:
                 "videos by URL or path.",
                 code="request_too_large",
             )
-        return bytes(body)
+        return body
 
     async def _receive(self, request: Request, body: bytearray) -> int:
         """Fills `body` and returns how large it would be. One that is a little too long is read to its end, because

@@ -110,7 +110,7 @@ class ChatRequest(_Strict):
     service_tier: str | None = None
 
     @classmethod
-    def parse(cls, body: bytes) -> "tuple[ChatRequest, list[str]]":
+    def parse(cls, body: bytes | bytearray) -> "tuple[ChatRequest, list[str]]":
         """The request and, in order, where its videos are. Raises RefusedError with one thing that is wrong."""
         json_bytes, carried = _without_videos(body)
         try:
@@ -152,9 +152,9 @@ class ChatRequest(_Strict):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
-def _without_videos(body: bytes) -> tuple[bytes, list[bytes]]:
+def _without_videos(body: bytes | bytearray) -> tuple[bytes, list[bytes]]:
     """The JSON with `data:<number>` for each video in it, and those videos, JSON strings as they are."""
-    pieces: list[bytes] = []
+    pieces: list[bytes | bytearray] = []
     carried: list[bytes] = []
     end = 0
     for match in _CARRIED.finditer(body):

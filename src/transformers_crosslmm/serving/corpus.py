@@ -19,7 +19,8 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -33,6 +34,8 @@ from ..checkpoints.load import load_model, load_processor
 from ..video_decoding import VideoDecodeWarning
 
 Engine = Literal["ray", "local", "vllm"]
+Row = dict[str, str | None]
+Answers = Generator[Row, None, None]
 
 COLUMNS = ("id", "video", "question", "answer", "error", "warning")
 """Of an answers file, all strings: `answer` is null where `error` says why there is none; `warning` names frames that
@@ -201,11 +204,14 @@ class VideoAnswerer:
         self.root, self.attempts = Path(root), Path(attempts)
         self.max_new_tokens, self.sampling = max_new_tokens, dict(sampling or {})
         self.processor = load_processor(model)
+        self._load(model, device)
+
+    def _load(self, model: str, device: str | None) -> None:
         self.model = load_model(model, device=device)
         options = self.model.generation_config
         options.do_sample, options.temperature, options.top_p, options.top_k = False, None, None, None
 
-    def __call__(self, group: Mapping[str, Any]) -> Iterator[dict[str, str | None]]:
+    def __call__(self, group: Mapping[str, Any]) -> Iterator[Row]:
         """group: a `VideoGroup` as a dict. Rows come out one by one, as they are answered."""
         questions = [CorpusQuestion(**question) for question in group["questions"]]
         if group["error"] is not None:
@@ -221,7 +227,7 @@ class VideoAnswerer:
             yield from self._answers(group["path"], questions)
         note.unlink(missing_ok=True)
 
-    def _answers(self, path: str, questions: list[CorpusQuestion]) -> Iterator[dict[str, str | None]]:
+    def _answers(self, path: str, questions: list[CorpusQuestion]) -> Iterator[Row]:
         failure = None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -250,7 +256,7 @@ def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".encode("utf-8", "replace").decode()
 
 
-def _row(question: CorpusQuestion, **outcome: str | None) -> dict[str, str | None]:
+def _row(question: CorpusQuestion, **outcome: str | None) -> Row:
     return dict.fromkeys(COLUMNS) | asdict(question) | outcome
 
 
@@ -295,7 +301,7 @@ class AnswerFiles:
         for leftover in self.folder.glob(".part-*"):
             leftover.unlink()
         self.parts = list(self.folder.glob("part-*.parquet"))
-        self._waiting: list[dict[str, str | None]] = []
+        self._waiting: list[Row] = []
         self._written = time.monotonic()
         try:
             self._check(json.loads(json.dumps(settings)))
@@ -352,7 +358,7 @@ class AnswerFiles:
         for note in self.attempts.iterdir():
             note.unlink()
 
-    def add(self, row: dict[str, str | None]) -> None:
+    def add(self, row: Row) -> None:
         self._waiting.append(row)
         if len(self._waiting) >= ROWS_PER_PART or time.monotonic() - self._written >= SECONDS_PER_PART:
             self.flush()
@@ -362,7 +368,7 @@ class AnswerFiles:
         self._write(self._waiting)
         self._waiting, self._written = [], time.monotonic()
 
-    def _write(self, rows: list[dict[str, str | None]], *, instead_of: Path | None = None) -> None:
+    def _write(self, rows: list[Row], *, instead_of: Path | None = None) -> None:
         """Under another name first, so that no file is ever half there."""
         unfinished = self.folder / ".part-unfinished.parquet"
         if rows:
@@ -440,24 +446,21 @@ def answer_corpus(
     try:
         if engine != "local":  # its workers died with the driver, whatever they were at
             files.forget_attempts()
+        answerer = {
+            "model": name,
+            "root": corpus.root,
+            "attempts": str(files.attempts.absolute()),
+            "device": device,
+            "max_new_tokens": max_new_tokens,
+            "sampling": sampling,
+        }
+        answers = (
+            partial(_local, answerer)
+            if engine == "local"
+            else partial(_ray, answerer, engine=engine, workers=workers, cpus_per_worker=cpus_per_worker)
+        )
         with _terminated_as_interrupted():
-            return _run(
-                corpus,
-                files,
-                engine=engine,
-                on_progress=on_progress,
-                retry_errors=retry_errors,
-                workers=workers,
-                cpus_per_worker=cpus_per_worker,
-                answerer={
-                    "model": name,
-                    "root": corpus.root,
-                    "attempts": str(files.attempts.absolute()),
-                    "device": device,
-                    "max_new_tokens": max_new_tokens,
-                    "sampling": sampling,
-                },
-            )
+            return _run(corpus, files, answers, on_progress=on_progress, retry_errors=retry_errors)
     except BaseException:  # the videos at work are given up, and did nothing to their workers
         files.forget_attempts()
         raise
@@ -486,13 +489,10 @@ def _terminated_as_interrupted() -> Iterator[None]:
 def _run(
     corpus: Corpus,
     files: AnswerFiles,
+    answer: Callable[[list[VideoGroup]], Answers],
     *,
-    engine: Engine,
     on_progress: Callable[[int, int], None] | None,
     retry_errors: bool,
-    answerer: dict[str, Any],
-    workers: int | None,
-    cpus_per_worker: int,
 ) -> CorpusReport:
     finished = files.finished()
     if retry_errors:
@@ -513,31 +513,22 @@ def _run(
                 "another id."
             )
         failed += is_failed
-    left = [
-        VideoGroup(group.path, group.error, [q for q in group.questions if q.id in asked]) for group in corpus.groups
-    ]
-    left = [group for group in left if group.questions]
     total = sum(1 for _ in corpus)
-    answered_before = done = total - len(asked)
+    answered_before = total - len(asked)
     if on_progress is not None:
-        on_progress(done, total)
-    if left:
-        answers = (
-            _local(left, answerer)
-            if engine == "local"
-            else _ray(left, answerer, engine=engine, workers=workers, cpus_per_worker=cpus_per_worker)
-        )
+        on_progress(answered_before, total)
+    if asked:
+        left = [replace(group, questions=[q for q in group.questions if q.id in asked]) for group in corpus.groups]
         try:
-            with closing(answers):
+            with closing(answer([group for group in left if group.questions])) as answers:
                 for row in answers:
                     if row["id"] not in asked:  # a worker was killed between its answer and the news of it
                         continue
                     asked.remove(row["id"])
                     files.add(row)
                     failed += row["error"] is not None
-                    done += 1
                     if on_progress is not None:
-                        on_progress(done, total)
+                        on_progress(total - len(asked), total)
         finally:
             files.flush()
     if asked:
@@ -545,15 +536,15 @@ def _run(
     return CorpusReport(total, len(corpus.groups), answered_before, failed, corpus.duplicates)
 
 
-def _local(groups: list[VideoGroup], answerer: dict[str, Any]) -> Generator[dict[str, str | None], None, None]:
+def _local(answerer: dict[str, Any], groups: list[VideoGroup]) -> Answers:
     answer = VideoAnswerer(**answerer)
     for group in groups:
         yield from answer(asdict(group))
 
 
 def _ray(
-    groups: list[VideoGroup], answerer: dict[str, Any], *, engine: Engine, workers: int | None, cpus_per_worker: int
-) -> Generator[dict[str, str | None], None, None]:
+    answerer: dict[str, Any], groups: list[VideoGroup], *, engine: Engine, workers: int | None, cpus_per_worker: int
+) -> Answers:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     is_cluster = os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
     if not is_cluster:
@@ -568,22 +559,15 @@ def _ray(
         ) from error
     is_ours = not ray.is_initialized()
     if is_ours:
-        if is_cluster:
-            ray.init(log_to_driver=False, logging_level="ERROR")
-        else:
-            ray.init(
-                "local",
-                include_dashboard=False,
-                object_store_memory=256 * 2**20,  # names, questions and answers; videos do not pass through
-                log_to_driver=False,
-                logging_level="ERROR",
+        # Room for names, questions and answers; videos do not pass through.
+        here: dict[str, Any] = {"address": "local", "include_dashboard": False, "object_store_memory": 256 * 2**20}
+        ray.init(**({} if is_cluster else here), log_to_driver=False, logging_level="ERROR")
+        if not is_cluster and ray.util.get_node_ip_address() != "127.0.0.1":
+            warnings.warn(
+                "Ray listens on every network interface of this machine, and runs what anybody sends there: it was "
+                "imported before the run. Import it later, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0.",
+                stacklevel=2,
             )
-            if ray.util.get_node_ip_address() != "127.0.0.1":
-                warnings.warn(
-                    "Ray listens on every network interface of this machine, and runs what anybody sends there: "
-                    "it was imported before the run. Import it later, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0.",
-                    stacklevel=2,
-                )
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own in its place
     try:

@@ -179,8 +179,7 @@ class RememberingModel:
             raise RefusedError(400, str(error)) from error
         except torch.OutOfMemoryError:
             self.cache.clear()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
             raise
         self.metrics.tokens.inc(text.num_tokens)
         return "stop" if text.is_stopped or int(written[0, -1]) in self.end_token_ids else "length"

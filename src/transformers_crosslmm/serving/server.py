@@ -19,7 +19,6 @@ try:
     import uvicorn
     from fastapi import Depends, FastAPI, Request
     from fastapi.responses import JSONResponse, Response
-    from openai.types import Model
     from openai.types.chat import ChatCompletion, ChatCompletionChunk
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
     from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -223,8 +222,8 @@ def build_app(settings: ServerSettings) -> FastAPI:
 
     @app.get(MODELS_PATH, response_model=None)
     async def models() -> JSONResponse:
-        model = Model(id=settings.model_name, created=0, object="model", owned_by="crosslmm")
-        return JSONResponse({"object": "list", "data": [model.model_dump(exclude_unset=True)]})
+        model = {"id": settings.model_name, "created": 0, "object": "model", "owned_by": "crosslmm"}
+        return JSONResponse({"object": "list", "data": [model]})
 
     @app.get("/health", response_model=None)
     async def health() -> JSONResponse:

@@ -37,12 +37,12 @@ class VideoReader:
         )
 
     def sampling(self, asked: dict[str, Any]) -> FrameSampling:
-        """What is asked for, completed by the checkpoint's defaults."""
+        """What is asked for, by the names of `SAMPLING_KWARGS`, completed by the checkpoint's defaults."""
         try:
-            sampling = self.processor._sampling(**{name: asked.get(name) for name in SAMPLING_KWARGS})
+            sampling = self.processor._sampling(**asked)
         except ValueError as error:
             raise RefusedError(400, f"`chat_template_kwargs`: {error}", code="invalid_value") from error
-        self.check_frames(max(sampling.num_frames or 0, asked.get("max_frames") or 0, len(sampling.times or ())))
+        self.check_frames(max(sampling.num_frames or 0, asked["max_frames"] or 0, len(sampling.times or ())))
         if sampling.max_frames is not None:
             sampling = replace(sampling, max_frames=min(sampling.max_frames, self.max_frames))
         return sampling

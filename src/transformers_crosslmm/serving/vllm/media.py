@@ -8,9 +8,9 @@ import os
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
-import torch
 from vllm.config import ModelConfig
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 from vllm.multimodal.media.base import MediaIO
@@ -18,8 +18,8 @@ from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 
 from ...frames_crosslmm import SAMPLING_KWARGS
 from ...video_decoding import VideoError, decode_video
-from ...video_processing_crosslmm import CrossLMMVideoProcessor
-from ...video_source import VideoLimits, open_source
+from ...video_processing_crosslmm import CrossLMMVideoProcessor, _resize
+from ...video_source import VideoLimits, VideoSource, open_source
 
 CONNECTOR = "crosslmm"
 SERVED_LIMITS = {"max_bytes": 2**30, "max_decode_seconds": 120.0}
@@ -66,11 +66,11 @@ class CrossLMMVideoLoader(VideoLoader):
 
     @classmethod
     def load_bytes(
-        cls, data: bytes | str, *, num_frames: int = -1, **kwargs: Any
+        cls, data: VideoSource, *, num_frames: int = -1, **kwargs: Any
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Sampled frames (T, H, W, 3) of the size that the encoder sees, and what vLLM passes on of them.
 
-        data: the file, or its path. num_frames: -1 for the checkpoint's own sampling. kwargs: more of
+        data: as `source` of `decode_video`. num_frames: -1 for the checkpoint's own sampling. kwargs: more of
         `SAMPLING_KWARGS`. Raises ValueError for others, and VideoError for what cannot be read.
         """
         if unknown := sorted(kwargs.keys() - set(SAMPLING_KWARGS)):
@@ -88,7 +88,7 @@ class CrossLMMVideoLoader(VideoLoader):
         try:
             video = decode_video(
                 data,
-                frame_transform=cls.resized,
+                frame_transform=partial(_resize, size=cls.processor.size, resample=cls.processor.resample),
                 limits=cls.limits,
                 strict=True,  # a client sees no warnings
                 isolated=True,
@@ -106,36 +106,25 @@ class CrossLMMVideoLoader(VideoLoader):
         }
         return video.frames.permute(0, 2, 3, 1).numpy(), metadata
 
-    @classmethod
-    def resized(cls, frame: torch.Tensor) -> torch.Tensor:
-        """(3, H, W) to (3, S, S), uint8, as the processor does it."""
-        as_it_is = {"do_sample_frames": False, "do_rescale": False, "do_normalize": False}
-        features = cls.processor([frame[None]], input_data_format="channels_first", return_tensors="pt", **as_it_is)
-        return features["pixel_values_videos"][0].to(torch.uint8)
-
 
 @MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)
 class CrossLMMConnector(MediaConnector):
-    """vLLM's own for paths and data URIs; URLs are fetched by the package: no private addresses, at most so many
-    bytes."""
+    """vLLM's own for paths; URLs and data URIs are read by the package: no private addresses, no pictures in a row in
+    place of a file, at most so many bytes."""
 
     limits = VideoLimits()
 
     def load_from_url(self, url: str, media_io: MediaIO, *, fetch_timeout: int | None = None) -> Any:
-        if url[:5].lower() == "data:" and len(url) > 2 * self.limits.max_bytes:
-            raise ValueError(f"A data URI may hold {self.limits.max_bytes} bytes; this one is longer.")
-        if url.partition(":")[0].lower() not in ("http", "https"):
+        scheme = url.partition(":")[0].lower()
+        if scheme not in ("http", "https", "data"):
             return super().load_from_url(url, media_io, fetch_timeout=fetch_timeout)
-        if self.allowed_media_domains:
-            from urllib.parse import urlsplit
-
-            if (host := urlsplit(url).hostname) not in self.allowed_media_domains:
+        if scheme != "data" and self.allowed_media_domains:
+            host = urlsplit(url).hostname
+            if host not in self.allowed_media_domains:
                 raise ValueError(f"URLs must lead to {', '.join(self.allowed_media_domains)}; got {host}.")
         limits = self.limits if fetch_timeout is None else replace(self.limits, network_timeout_seconds=fetch_timeout)
         with open_source(url, limits) as file:
             return media_io.load_bytes(file.read())
 
     async def load_from_url_async(self, url: str, media_io: MediaIO, *, fetch_timeout: int | None = None) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(
-            None, partial(self.load_from_url, url, media_io, fetch_timeout=fetch_timeout)
-        )
+        return await asyncio.to_thread(self.load_from_url, url, media_io, fetch_timeout=fetch_timeout)

@@ -50,16 +50,6 @@ class RowLayout:
     tokens_per_frame: int
     dtype: torch.dtype
 
-    @classmethod
-    def of(cls, config: CrossLMMConfig, dtype: torch.dtype) -> "RowLayout":
-        return cls(
-            pooled_width=config.text_config.hidden_size,
-            patch_width=config.vision_config.hidden_size,
-            patches_per_frame=config.patch_grid_size**2,
-            tokens_per_frame=config.tokens_per_frame,
-            dtype=dtype,
-        )
-
     @property
     def share(self) -> int:
         return -(-self.patches_per_frame // self.tokens_per_frame)
@@ -191,8 +181,13 @@ class VisualCache(nn.Module, AttentionLayerBase):
     def __init__(self, config: CrossLMMConfig, vllm_config: VllmConfig, name: str) -> None:
         super().__init__()
         self.name, self.scope = name, config.v2v_scope
-        self.layout = RowLayout.of(config, vllm_config.model_config.dtype)
-        self.block_size = vllm_config.cache_config.block_size
+        self.layout = RowLayout(
+            pooled_width=config.text_config.hidden_size,
+            patch_width=config.vision_config.hidden_size,
+            patches_per_frame=config.patch_grid_size**2,
+            tokens_per_frame=config.tokens_per_frame,
+            dtype=vllm_config.model_config.dtype,
+        )
         self.kv_cache = torch.tensor([])
         self.step: Step | None = None
         self.folding: dict = {}
@@ -247,7 +242,7 @@ class VisualCache(nn.Module, AttentionLayerBase):
     def _write(self, pages: torch.Tensor, slots: torch.Tensor, rows: list[torch.Tensor], places: torch.Tensor) -> None:
         """Slots of text say that they are text: whatever they held before is gone."""
         blocks, within = slots // pages.shape[1], slots % pages.shape[1]
-        pages[..., : self.layout.integers].view(torch.int32)[blocks, within] = 0
+        self.layout.integers_of(pages)[blocks, within] = 0
         if rows:
             places = places.to(slots.device)
             written = torch.cat([some[:, self.layout.pooled_width :] for some in rows])
@@ -299,8 +294,7 @@ class VisualCache(nn.Module, AttentionLayerBase):
 
     def _stretch(self, rows: torch.Tensor) -> tuple[int, int, int]:
         """Which placeholders of their medium rows are, [first, last), and how many it has."""
-        ends = self.layout.integers_of(rows[[0, -1], self.layout.pooled_width :]).tolist()
-        (first, size), (last, _) = ends
+        (first, size), (last, _) = self.layout.integers_of(rows[[0, -1], self.layout.pooled_width :]).tolist()
         if last - first + 1 != len(rows) or rows.storage_offset() < (first - 1) * rows.stride(0):
             raise RuntimeError("The rows of a medium must lie where the encoder put them; vLLM has copied some apart.")
         return first - 1, last, size
@@ -310,7 +304,7 @@ class VisualCache(nn.Module, AttentionLayerBase):
     ) -> Looking | None:
         """Text of requests of which many tokens come at once, with the media that begin before each token."""
         found, states = [], []
-        integers_there = pages[..., : self.layout.integers].view(torch.int32)
+        integers_there = self.layout.integers_of(pages)
         for request in requests.tolist():
             first, last = starts[request], starts[request + 1]
             length = int(common.seq_lens_cpu_upper_bound[request])
@@ -364,8 +358,7 @@ class VisualCache(nn.Module, AttentionLayerBase):
         positions = torch.arange(common.max_seq_len, device=device)
         blocks = common.block_table_tensor[chosen][:, positions // pages.shape[1]].long()
         slots = blocks * pages.shape[1] + positions % pages.shape[1]
-        integers = pages[..., : self.layout.integers].view(torch.int32)
-        numbers = integers[blocks, positions % pages.shape[1], 0]
+        numbers = self.layout.integers_of(pages)[blocks, positions % pages.shape[1], 0]
         numbers = numbers * (positions < common.seq_lens[chosen][:, None])
         most = min(self._most_placeholders, common.max_seq_len)
         rows, is_query = (torch.from_numpy(one).to(device, non_blocking=True) for one in (rows, is_query))
@@ -388,13 +381,11 @@ class VisualCacheMetadataBuilder(AttentionMetadataBuilder):
 
 
 class VisualCacheBackend(AttentionBackend):
+    """Without an attention of its own (`get_impl_cls`)."""
+
     @staticmethod
     def get_name() -> str:
         return "CROSSLMM_VISUAL_CACHE"
-
-    @staticmethod
-    def get_impl_cls():
-        raise NotImplementedError("A cache of original tokens has no attention of its own.")
 
     @staticmethod
     def get_builder_cls() -> type[AttentionMetadataBuilder]:
