@@ -7,7 +7,7 @@ Shapes: T frames of one video, (H, W) a frame's own size.
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers.image_utils import ChannelDimension
 from transformers.video_utils import VideoMetadata
 
-from .video_decoding import DecodedVideo, VideoLimits, VideoOpenError, decode_video, iter_video, sample_times
+from .video_decoding import DecodedVideo, FrameTransform, VideoLimits, VideoOpenError, decode_video, iter_video
+from .video_packets import Request
 from .video_source import open_source, shown
 
 # Two moments closer than this are the same one: i / fps and start + k / f round differently.
@@ -162,32 +163,13 @@ class GivenVideo:
 
 
 @dataclass(frozen=True)
-class FrameSampling:
-    """Which moments of a clip to look at; the words are those of `CrossLMMVideosKwargs`.
+class FrameSampling(Request):
+    """Which moments of a clip to look at, never all; the words are those of `CrossLMMVideosKwargs`.
 
     needs_clock: the caller named seconds, so that a clip without a frame rate cannot serve.
     """
 
-    num_frames: int | None
-    fps: float | None
-    max_frames: int | None
-    times: list[float] | None
-    start_seconds: float
-    end_seconds: float | None
     needs_clock: bool
-
-    def moments(self, duration_seconds: float) -> list[float]:
-        """The moments, in seconds from the start of a clip of this length."""
-        if self.times is not None:
-            return self.times
-        return sample_times(
-            duration_seconds,
-            num_frames=self.num_frames,
-            fps=self.fps,
-            max_frames=self.max_frames,
-            start_seconds=self.start_seconds,
-            end_seconds=self.end_seconds,
-        )
 
     def frames_of(self, numbers: Sequence[int], about: VideoMetadata) -> list[int]:
         """Which of the frames with these numbers in their clip are sampled. Raises ValueError for seconds without a
@@ -208,12 +190,9 @@ class FrameSampling:
 
     def frames_at(self, clock: Sequence[float], duration_seconds: float) -> list[int]:
         """Indices of the frames shown at the moments, each once: the last with clock ≤ moment, else the first."""
-        shown = [bisect_right(clock, moment + SAME_MOMENT_SECONDS) - 1 for moment in self.moments(duration_seconds)]
+        moments = self.moments(duration_seconds) or ()
+        shown = [bisect_right(clock, moment + SAME_MOMENT_SECONDS) - 1 for moment in moments]
         return sorted({max(0, index) for index in shown})
-
-
-FrameTransform = Callable[[Tensor], Tensor]
-"""What is done to each frame (3, H, W) as soon as it is decoded, so that full-size frames never pile up."""
 
 
 @dataclass(frozen=True)
