@@ -277,7 +277,7 @@ class FramesInMemory:
             raise ValueError("A video needs at least one frame; got none.")
         self.frames = frames
         arrays = [frame for frame in frames if isinstance(frame, np.ndarray | Tensor)]
-        self.channels_last = [_is_channels_last(array, layout) for array in arrays[:1]] == [True]
+        self.channels_last = bool(arrays) and _is_channels_last(arrays[0], layout)
         for array in arrays:
             if _is_channels_last(array, layout) != self.channels_last:
                 raise ValueError(
@@ -288,21 +288,19 @@ class FramesInMemory:
         self.scales = _scales_of(arrays, do_rescale=do_rescale)
 
         said = {key: value for key, value in dict(metadata or {}).items() if value is not None}
-        numbered = said.get("frames_indices")  # the clip goes on at least to the last frame that is known
-        length = len(frames) if numbered is None or len(numbered) == 0 else int(max(numbered)) + 1
-        self.metadata = VideoMetadata(**{"total_num_frames": length} | said)
-        numbers = self.metadata.frames_indices  # a list or, from Transformers' own readers, an array
+        numbers = said.get("frames_indices")  # a list or, from Transformers' own readers, an array
         self.numbers: Sequence[int] = range(len(frames)) if numbers is None else [int(number) for number in numbers]
-        if numbers is None:
-            if self.metadata.total_num_frames != len(frames):
-                raise ValueError(
-                    f"`video_metadata` speaks of {self.metadata.total_num_frames} frames, the video holds "
-                    f"{len(frames)}. Pass `frames_indices` with the number of each frame in the clip."
-                )
-        elif len(self.numbers) != len(frames):
+        if len(self.numbers) != len(frames):
             raise ValueError(
                 f"`frames_indices` of `video_metadata` needs one number per frame; got {len(self.numbers)} for "
                 f"{len(frames)} frames."
+            )
+        # The clip goes on at least to the last frame that is known.
+        self.metadata = VideoMetadata(**{"total_num_frames": max(self.numbers) + 1} | said)
+        if numbers is None and self.metadata.total_num_frames != len(frames):
+            raise ValueError(
+                f"`video_metadata` speaks of {self.metadata.total_num_frames} frames, the video holds "
+                f"{len(frames)}. Pass `frames_indices` with the number of each frame in the clip."
             )
 
     def read(
@@ -462,12 +460,16 @@ def open_video(
         return FramesInMemory(source, video.metadata, layout=layout, do_rescale=do_rescale, limits=limits)
     if hasattr(source, "get_frame_played_at") and hasattr(source, "metadata"):
         return DecoderVideo(source)
-    if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(source, "read"):
+    if _is_file(source):
         return VideoFile(source, strict=strict, limits=limits)
     raise TypeError(
         "A video is a path, URL, bytes or file object, an array or tensor (T, H, W, 3) or (T, 3, H, W), a list of "
         f"frames, a torchcodec decoder or a mapping that holds one of them; got {type(source).__name__}."
     )
+
+
+def _is_file(source: Any) -> bool:
+    return isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(source, "read")
 
 
 def flatten_metadata(metadata: Any, *, num_videos: int) -> list[Mapping | None]:
@@ -574,14 +576,13 @@ def picture_pixels(picture: Any, *, layout: str | None, do_rescale: bool, limits
     """
     while isinstance(picture, Mapping):
         picture, _ = source_in(picture, "image")
-    if not isinstance(picture, str | os.PathLike | bytes | bytearray | memoryview) and not hasattr(picture, "read"):
-        if not isinstance(picture, Image.Image | np.ndarray | Tensor):
-            raise TypeError(
-                "An image is a PIL image, an array or tensor (H, W, 3) or (3, H, W), a path, URL, base64 string, "
-                f"bytes or a file object; got {type(picture).__name__}."
-            )
-        if not is_frame(picture):
-            raise ValueError(f"An image is (H, W, 3) or (3, H, W); got an array of shape {tuple(picture.shape)}.")
+    if isinstance(picture, np.ndarray | Tensor) and picture.ndim != 3:
+        raise ValueError(f"An image is (H, W, 3) or (3, H, W); got an array of shape {tuple(picture.shape)}.")
+    if not isinstance(picture, Image.Image | np.ndarray | Tensor) and not _is_file(picture):
+        raise TypeError(
+            "An image is a PIL image, an array or tensor (H, W, 3) or (3, H, W), a path, URL, base64 string, bytes or "
+            f"a file object; got {type(picture).__name__}."
+        )
     return FramesInMemory([picture], layout=layout, do_rescale=do_rescale, limits=limits).frame(0)
 
 

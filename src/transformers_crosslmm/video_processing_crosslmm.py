@@ -277,7 +277,7 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
             except StrictDataclassFieldValidationError as error:  # its text holds the whole value
                 raise ValueError(f"`{name}` of a video takes numbers; got {reprlib.repr(value)}.") from error
         if "times" in own:
-            asked = dict.fromkeys(SAMPLING_KWARGS)
+            asked = {}
         elif own.keys() & {"num_frames", "fps"}:
             asked = asked | {"num_frames": None, "fps": None, "times": None}
         return self._sampling(**asked | own)
@@ -371,10 +371,8 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
         if len(shapes) > 1:
             raise ValueError(f"Without `do_resize` all videos must have the same frame size; got {shapes}.")
         pixels = torch.empty(sum(len(frames) for frames in videos), *shapes[0], dtype=torch.float32)
-        start = 0
-        for frames in videos:
-            pixels[start : start + len(frames)] = frames
-            start += len(frames)
+        for room, frames in zip(pixels.split([len(frames) for frames in videos]), videos, strict=True):
+            room[:] = frames
         if options["do_rescale"]:
             pixels *= options["rescale_factor"]
         if options["do_normalize"]:
