@@ -7,9 +7,11 @@ Shapes: T frames of one video, (H, W) a frame's own size.
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from functools import partial
+from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -243,14 +245,9 @@ class UnchangedFrames:
         return bool((torch.maximum(frame, shown) - torch.minimum(frame, shown)).max() <= self.level)
 
 
-class VideoSource(Protocol):
-    """A video that frames can be read from."""
-
-    def read(
-        self, sampling: FrameSampling | None, transform: FrameTransform, chunk_size: int | None
-    ) -> Iterator[FrameChunk]:
-        """The sampled frames (all without `sampling`), transformed and stacked, at most `chunk_size` at a time (None:
-        all). At least one chunk, none kept once it is given."""
+FrameReader = Callable[[FrameSampling | None, FrameTransform, int | None], Iterator[FrameChunk]]
+"""Reads the sampled frames of a video (all without a sampling), each transformed as soon as it is decoded, and stacks
+at most so many (None: all). At least one chunk, none kept once it is given."""
 
 
 class FramesInMemory:
@@ -306,7 +303,7 @@ class FramesInMemory:
     def read(
         self, sampling: FrameSampling | None, transform: FrameTransform, chunk_size: int | None
     ) -> Iterator[FrameChunk]:
-        """See `VideoSource`. Raises ValueError for seconds asked of frames without a clock."""
+        """A `FrameReader`. Raises ValueError for seconds asked of frames without a clock."""
         chosen = list(range(len(self.frames))) if sampling is None else sampling.frames_of(self.numbers, self.metadata)
         fps, total = self.metadata.fps, self.metadata.total_num_frames
         first = self.frame(chosen[0])
@@ -318,6 +315,7 @@ class FramesInMemory:
             width=first.shape[-1],
             video_backend=self.metadata.video_backend,
         )
+        frames = map(transform, chain([first], map(self.frame, chosen[1:])))
         chunk_size = chunk_size or len(chosen)
         for start in range(0, len(chosen), chunk_size):
             part = chosen[start : start + chunk_size]
@@ -326,7 +324,7 @@ class FramesInMemory:
                 frames_indices=[self.numbers[index] for index in part],
                 frame_times=None if fps is None else [self.numbers[index] / fps for index in part],
             )
-            yield FrameChunk(_stack([transform(self.frame(index)) for index in part]), metadata, len(chosen))
+            yield FrameChunk(_stack(list(islice(frames, len(part)))), metadata, len(chosen))
 
     def frame(self, index: int) -> Tensor:
         """(3, H, W) uint8, or float32 where the values are taken as they are."""
@@ -342,66 +340,53 @@ class FramesInMemory:
         return (frame if scale == 1 else frame.float() * scale).round().to(torch.uint8)
 
 
-class DecoderVideo:
-    """A torchcodec `VideoDecoder`, as `datasets` hands them out: known by its methods, never imported."""
+def _read_decoder(
+    decoder: Any, sampling: FrameSampling | None, transform: FrameTransform, chunk_size: int | None
+) -> Iterator[FrameChunk]:
+    """A `FrameReader` of a torchcodec `VideoDecoder`, as `datasets` hands them out: known by its methods, never
+    imported. Frames are asked for one by one, so that full-size ones do not pile up."""
+    about = decoder.metadata
+    begin = about.begin_stream_seconds or 0.0
+    duration = about.duration_seconds
+    if about.end_stream_seconds is not None:
+        duration = about.end_stream_seconds - begin
+    moments = None if sampling is None else sampling.moments(duration)
 
-    def __init__(self, decoder: Any) -> None:
-        self.decoder = decoder
-
-    def read(
-        self, sampling: FrameSampling | None, transform: FrameTransform, chunk_size: int | None
-    ) -> Iterator[FrameChunk]:
-        """See `VideoSource`; frames are asked for one by one, so that full-size ones do not pile up."""
-        about = self.decoder.metadata
-        begin = about.begin_stream_seconds or 0.0
-        duration = about.duration_seconds
-        if about.end_stream_seconds is not None:
-            duration = about.end_stream_seconds - begin
-        moments = None if sampling is None else sampling.moments(duration)
-        expected = len(self.decoder) if moments is None else min(len(moments), len(self.decoder))
-        frames: list[Tensor] = []
-        times: list[float] = []
-        last = -math.inf
-
-        def chunk() -> FrameChunk:
-            nonlocal frames, times
-            fps = about.average_fps
-            metadata = CrossLMMVideoMetadata(
-                total_num_frames=about.num_frames,
-                fps=fps,
-                duration=duration,
-                height=about.height,
-                width=about.width,
-                video_backend="torchcodec",
-                frames_indices=None if fps is None else [round(time * fps) for time in times],
-                frame_times=times,
-            )
-            stacked = _stack(frames)
-            frames, times = [], []
-            return FrameChunk(stacked, metadata, expected)
-
-        for frame in self._frames(moments, begin, begin + duration):
-            time = float(frame.pts_seconds) - begin
-            if time <= last:
-                continue
-            if len(frames) == chunk_size:
-                yield chunk()
-            pixels = frame.data.permute(2, 0, 1) if _is_channels_last(frame.data, None) else frame.data
-            frames.append(transform(pixels.cpu()))
-            times.append(time)
-            last = time
-        if not frames:
-            raise ValueError("A video needs at least one frame; the decoder holds none.")
-        yield chunk()
-
-    def _frames(self, moments: list[float] | None, begin: float, end: float) -> Iterator[Any]:
+    def frames() -> Iterator[tuple[float, Tensor]]:
+        decoded: Iterator[Any]
         if moments is None:
-            yield from (self.decoder.get_frame_at(index) for index in range(len(self.decoder)))
-            return
-        latest = end - SAME_MOMENT_SECONDS  # the end itself is past the last frame
-        for moment in moments:
-            moment = max(0.0, moment) + SAME_MOMENT_SECONDS
-            yield self.decoder.get_frame_played_at(min(begin + moment, latest))
+            decoded = map(decoder.get_frame_at, range(len(decoder)))
+        else:
+            latest = begin + duration - SAME_MOMENT_SECONDS  # the end itself is past the last frame
+            asked = (begin + max(0.0, moment) + SAME_MOMENT_SECONDS for moment in moments)
+            decoded = (decoder.get_frame_played_at(min(moment, latest)) for moment in asked)
+        last = -math.inf
+        for frame in decoded:
+            time = float(frame.pts_seconds) - begin
+            if time > last:
+                last = time
+                pixels = frame.data.permute(2, 0, 1) if _is_channels_last(frame.data, None) else frame.data
+                yield time, transform(pixels.cpu())
+        if last == -math.inf:
+            raise ValueError("A video needs at least one frame; the decoder holds none.")
+
+    def chunk(timed: list[tuple[float, Tensor]]) -> FrameChunk:
+        fps, times = about.average_fps, [time for time, _ in timed]
+        metadata = CrossLMMVideoMetadata(
+            total_num_frames=about.num_frames,
+            fps=fps,
+            duration=duration,
+            height=about.height,
+            width=about.width,
+            video_backend="torchcodec",
+            frames_indices=None if fps is None else [round(time * fps) for time in times],
+            frame_times=times,
+        )
+        expected = len(decoder) if moments is None else min(len(moments), len(decoder))
+        return FrameChunk(_stack([frame for _, frame in timed]), metadata, expected)
+
+    given = frames()
+    return map(chunk, iter(lambda: list(islice(given, chunk_size)), []))
 
 
 def frame_chunk(decoded: DecodedVideo, moments: Sequence[float] | None) -> FrameChunk:
@@ -421,32 +406,32 @@ def frame_chunk(decoded: DecodedVideo, moments: Sequence[float] | None) -> Frame
     return FrameChunk(decoded.frames, metadata, expected)
 
 
-class VideoFile:
-    """Anything `decode_video` opens: a path, URI, URL, bytes or file object."""
+def read_file(
+    source: Any,
+    sampling: FrameSampling | None,
+    transform: FrameTransform,
+    chunk_size: int | None,
+    *,
+    strict: bool,
+    limits: VideoLimits,
+    isolated: bool = False,
+) -> Iterator[FrameChunk]:
+    """A `FrameReader` of anything that `decode_video` opens; see there for the options and what is raised."""
+    options: dict[str, Any] = {"frame_transform": transform, "strict": strict, "limits": limits, "isolated": isolated}
+    if sampling is not None:
+        options |= {name: getattr(sampling, name) for name in SAMPLING_KWARGS}
 
-    def __init__(self, source: Any, *, strict: bool, limits: VideoLimits) -> None:
-        self.source, self.strict, self.limits = source, strict, limits
+    def chunk(decoded: DecodedVideo) -> FrameChunk:
+        return frame_chunk(decoded, None if sampling is None else sampling.moments(decoded.duration_seconds))
 
-    def read(
-        self, sampling: FrameSampling | None, transform: FrameTransform, chunk_size: int | None
-    ) -> Iterator[FrameChunk]:
-        """See `VideoSource`. Raises VideoError where the file cannot be decoded."""
-        options: dict[str, Any] = {"frame_transform": transform, "strict": self.strict, "limits": self.limits}
-        if sampling is not None:
-            options |= {name: getattr(sampling, name) for name in SAMPLING_KWARGS}
-
-        def chunk(decoded: DecodedVideo) -> FrameChunk:
-            return frame_chunk(decoded, None if sampling is None else sampling.moments(decoded.duration_seconds))
-
-        if chunk_size is None:
-            yield chunk(decode_video(self.source, **options))
-        else:  # not a loop, whose variable would keep a chunk while the next is decoded
-            yield from map(chunk, iter_video(self.source, chunk_size=chunk_size, **options))
+    if chunk_size is None:
+        return map(chunk, map(partial(decode_video, **options), [source]))
+    return map(chunk, iter_video(source, chunk_size=chunk_size, **options))
 
 
 def open_video(
     video: GivenVideo, *, layout: str | None, do_rescale: bool, strict: bool, limits: VideoLimits
-) -> VideoSource:
+) -> FrameReader:
     """What reads this video; whatever can be checked without decoding is checked here."""
     source = video.source
     if isinstance(source, list | tuple):
@@ -457,11 +442,11 @@ def open_video(
                     f"A frame is a PIL image, an array (H, W, 3) or (3, H, W) or a path; got {described}."
                 )
     if isinstance(source, list | tuple | np.ndarray | Tensor):
-        return FramesInMemory(source, video.metadata, layout=layout, do_rescale=do_rescale, limits=limits)
+        return FramesInMemory(source, video.metadata, layout=layout, do_rescale=do_rescale, limits=limits).read
     if hasattr(source, "get_frame_played_at") and hasattr(source, "metadata"):
-        return DecoderVideo(source)
+        return partial(_read_decoder, source)
     if _is_file(source):
-        return VideoFile(source, strict=strict, limits=limits)
+        return partial(read_file, source, strict=strict, limits=limits)
     raise TypeError(
         "A video is a path, URL, bytes or file object, an array or tensor (T, H, W, 3) or (T, 3, H, W), a list of "
         f"frames, a torchcodec decoder or a mapping that holds one of them; got {type(source).__name__}."

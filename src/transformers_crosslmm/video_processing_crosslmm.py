@@ -246,22 +246,22 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
             partial(_resize, size=options["size"], resample=options["resample"]) if options["do_resize"] else _keep
         )
         level = 0.0 if options["skip_unchanged"] is True else float(options["skip_unchanged"])
+        if options["skip_unchanged"] is not False:  # in chunks always, so that frames that are left out are not held
+            chunk_size = chunk_size or FRAMES_COMPARED_AT_ONCE
         readers: list[tuple[Any, Callable[[], Iterator[FrameChunk]]]] = []
         for video, about in zip(given, metadata, strict=True):
             sampling = self._sampling_of(video, asked, do_sample_frames=options["do_sample_frames"])
-            source = open_video(
+            read = open_video(
                 video if video.metadata is not None else replace(video, metadata=about),
                 layout=options["input_data_format"],
                 do_rescale=options["do_rescale"],
                 strict=options["strict"],
                 limits=options["limits"] or DEFAULT_LIMITS,
             )
-            if options["skip_unchanged"] is False:
-                read = partial(source.read, sampling, resize, chunk_size)
-            else:  # in chunks always, so that frames that are left out are not held
-                in_chunks = partial(source.read, sampling, resize, chunk_size or FRAMES_COMPARED_AT_ONCE)
-                read = partial(_distinct_frames, in_chunks, level)
-            readers.append((video.source, read))
+            chunks = partial(read, sampling, resize, chunk_size)
+            if options["skip_unchanged"] is not False:
+                chunks = partial(_distinct_frames, chunks, level)
+            readers.append((video.source, chunks))
         return readers, options
 
     def _sampling_of(
