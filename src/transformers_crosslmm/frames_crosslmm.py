@@ -70,15 +70,16 @@ def is_frame(item: Any) -> bool:
 
 def is_video(item: Any) -> bool:
     """True for one video given as a list of frames, or as a tuple of it and its metadata."""
-    if isinstance(item, tuple) and len(item) == 2 and _is_metadata(item[1]):
+    if _has_metadata(item):
         return True
     return isinstance(item, list | tuple) and len(item) > 0 and all(is_frame(frame) for frame in item)
 
 
-def _is_metadata(item: Any) -> bool:
-    return isinstance(item, Mapping) and not any(
-        item[name] is not None for name in item if name in ("video", *SOURCES)
-    )
+def _has_metadata(item: Any) -> bool:
+    """True for a tuple of anything and a mapping that is no video itself."""
+    if not isinstance(item, tuple) or len(item) != 2 or not isinstance(item[1], Mapping):
+        return False
+    return all(item[1][name] is None for name in item[1] if name in ("video", *SOURCES))
 
 
 def is_nested(media: Any) -> bool:
@@ -143,7 +144,7 @@ class GivenVideo:
     @classmethod
     def of(cls, video: Any) -> "GivenVideo":
         """Raises ValueError for mappings without one source, and for options that contradict each other."""
-        if isinstance(video, tuple) and is_video(video) and _is_metadata(video[1]):
+        if _has_metadata(video):
             if not isinstance(video[0], list | tuple | np.ndarray | Tensor):
                 raise ValueError("Metadata beside a video is that of frames in memory; a file brings its own.")
             metadata = dict(video[1])
