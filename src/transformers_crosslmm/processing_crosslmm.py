@@ -310,7 +310,10 @@ class CrossLMMProcessor(ProcessorMixin):
                 media["mm_encoder_outputs"] = {"video": encoded_videos}
                 metadata, num_frames = [s.metadata for s in streams], [s.num_frames for s in streams]
                 patch_grid = (encode_with.config.patch_grid_size,) * 2
-            self._describe_pooling(metadata, patch_grid)
+            for video in metadata:
+                video.patch_grid = patch_grid
+                video.pooled_grid = (self.pooled_grid_size, self.pooled_grid_size)
+                video.pooling_mode = self.pooling_mode
 
         encoded = BatchFeature()
         if texts is not None:
@@ -318,7 +321,7 @@ class CrossLMMProcessor(ProcessorMixin):
                 texts,
                 num_frames,
                 metadata,
-                say_times=self.time_instruction if time_instruction is None else time_instruction,
+                say_times=time_instruction,
                 add_timestamps=add_timestamps,
                 count_by_fps=options["videos_kwargs"].get("fps"),
             )
@@ -419,23 +422,21 @@ class CrossLMMProcessor(ProcessorMixin):
         fixed = {"return_tensors": "pt", "input_data_format": "channels_first"}
         return self.image_processor(arrays, **image_options | fixed)
 
-    def _describe_pooling(self, metadata: list[CrossLMMVideoMetadata], patch_grid: tuple[int, int]) -> None:
-        for video in metadata:
-            video.patch_grid = patch_grid
-            video.pooled_grid = (self.pooled_grid_size, self.pooled_grid_size)
-            video.pooling_mode = self.pooling_mode
-
     def _expand(
         self,
         texts: list[str],
         num_frames: list[int],
         metadata: list[CrossLMMVideoMetadata],
         *,
-        say_times: bool,
+        say_times: bool | None = None,
         add_timestamps: bool | None = None,
         count_by_fps: float | None = None,
     ) -> tuple[list[str], list[list[dict[str, Any]]]]:
-        """The texts with as many placeholders as there are tokens, and where (`span`) and to what (`new_span`)."""
+        """The texts with as many placeholders as there are tokens, and where (`span`) and to what (`new_span`).
+
+        say_times, add_timestamps: None for the processor's own setting.
+        """
+        say_times = self.time_instruction if say_times is None else say_times
         add_timestamps = self.add_timestamps if add_timestamps is None else add_timestamps
         videos = iter(zip(num_frames, metadata, strict=True))
         expanded, offsets = [], []
