@@ -123,10 +123,8 @@ class VideoTextToTextPipeline(ImageTextToTextPipeline):
 
     def _collate(self, items: list[BatchFeature]) -> BatchFeature:
         """Texts padded on the left, for generation; media one after the other."""
-        names = ("input_ids", "attention_mask")
-        rows = [{name: item[name][0] for name in names} for item in items]
-        padded = self.tokenizer.pad(rows, padding=True, padding_side="left", return_tensors="pt")
-        batch = {name: padded[name] for name in names}
+        rows = [{name: item[name][0] for name in ("input_ids", "attention_mask")} for item in items]
+        batch = dict(self.tokenizer.pad(rows, padding=True, padding_side="left", return_tensors="pt"))
         for name in ("pixel_values_videos", "video_num_frames", "pixel_values"):
             tensors = [item[name] for item in items if name in item]
             if tensors:
