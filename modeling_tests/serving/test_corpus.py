@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import crosslmm_cli
 from factories import mp4_of, random_frames, save_checkpoint
-from transformers_crosslmm.asking import prefilled
+from transformers_crosslmm import frames_crosslmm
 from transformers_crosslmm.checkpoints.load import load_model, load_processor
 from transformers_crosslmm.serving import corpus
 from transformers_crosslmm.serving.corpus import COLUMNS, answer_corpus, read_corpus
@@ -163,13 +163,13 @@ def test_a_video_outside_the_root_is_never_opened(folder, tmp_path, ask, monkeyp
     link = folder / "link.mp4"
     link.symlink_to(folder.parent / "secret.mp4")
     opened = []
-    iter_video = prefilled.iter_video
+    iter_video = frames_crosslmm.iter_video
 
     def note(source, **options):
         opened.append(source if isinstance(source, str) else os.readlink(f"/proc/self/fd/{source.fileno()}"))
         return iter_video(source, **options)
 
-    monkeypatch.setattr(prefilled, "iter_video", note)
+    monkeypatch.setattr(frames_crosslmm, "iter_video", note)
     outside = ["../secret.mp4", str(folder.parent / "secret.mp4"), "link.mp4"]
     try:
         report = ask(about(*outside, "0.mp4"))
@@ -186,7 +186,7 @@ def test_a_fault_of_the_program_ends_the_run_instead_of_becoming_a_row(tmp_path,
     def broken(*arguments, **options):
         raise AttributeError("a bug")
 
-    monkeypatch.setattr(prefilled, "iter_video", broken)
+    monkeypatch.setattr(frames_crosslmm, "iter_video", broken)
     with pytest.raises(AttributeError, match="a bug"):
         ask(about("0.mp4"))
     assert not list((tmp_path / "answers").glob("part-*"))

@@ -21,8 +21,9 @@ def hide_broken_torchvision() -> None:
         sys.modules["torchvision"] = None  # type: ignore[assignment]
         import_utils = sys.modules.get("transformers.utils.import_utils")
         for check in ("is_torchvision_available", "is_torchvision_v2_available", "is_torchvision_greater_or_equal"):
-            if import_utils is not None and hasattr(getattr(import_utils, check, None), "cache_clear"):
-                getattr(import_utils, check).cache_clear()
+            cached = getattr(import_utils, check, None)
+            if hasattr(cached, "cache_clear"):
+                cached.cache_clear()
         warnings.warn(
             f"The installed torchvision does not work with this torch ({error}); going on as if there were none. "
             "Uninstall it, or install the build that matches torch.",

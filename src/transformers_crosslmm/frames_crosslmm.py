@@ -9,7 +9,9 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from functools import partial
+from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,8 @@ from torch import Tensor
 from transformers.image_utils import ChannelDimension
 from transformers.video_utils import VideoMetadata
 
-from .video_decoding import DecodedVideo, VideoLimits, VideoOpenError, decode_video, iter_video, sample_times
+from .video_decoding import DecodedVideo, FrameTransform, VideoLimits, VideoOpenError, decode_video, iter_video
+from .video_packets import Request
 from .video_source import open_source, shown
 
 # Two moments closer than this are the same one: i / fps and start + k / f round differently.
@@ -67,15 +70,16 @@ def is_frame(item: Any) -> bool:
 
 def is_video(item: Any) -> bool:
     """True for one video given as a list of frames, or as a tuple of it and its metadata."""
-    if isinstance(item, tuple) and len(item) == 2 and _is_metadata(item[1]):
+    if _has_metadata(item):
         return True
     return isinstance(item, list | tuple) and len(item) > 0 and all(is_frame(frame) for frame in item)
 
 
-def _is_metadata(item: Any) -> bool:
-    return isinstance(item, Mapping) and not any(
-        item[name] is not None for name in item if name in ("video", *SOURCES)
-    )
+def _has_metadata(item: Any) -> bool:
+    """True for a tuple of anything and a mapping that is no video itself."""
+    if not isinstance(item, tuple) or len(item) != 2 or not isinstance(item[1], Mapping):
+        return False
+    return all(item[1][name] is None for name in item[1] if name in ("video", *SOURCES))
 
 
 def is_nested(media: Any) -> bool:
@@ -140,7 +144,7 @@ class GivenVideo:
     @classmethod
     def of(cls, video: Any) -> "GivenVideo":
         """Raises ValueError for mappings without one source, and for options that contradict each other."""
-        if isinstance(video, tuple) and is_video(video) and _is_metadata(video[1]):
+        if _has_metadata(video):
             if not isinstance(video[0], list | tuple | np.ndarray | Tensor):
                 raise ValueError("Metadata beside a video is that of frames in memory; a file brings its own.")
             metadata = dict(video[1])
@@ -162,32 +166,13 @@ class GivenVideo:
 
 
 @dataclass(frozen=True)
-class FrameSampling:
-    """Which moments of a clip to look at; the words are those of `CrossLMMVideosKwargs`.
+class FrameSampling(Request):
+    """Which moments of a clip to look at, never all; the words are those of `CrossLMMVideosKwargs`.
 
     needs_clock: the caller named seconds, so that a clip without a frame rate cannot serve.
     """
 
-    num_frames: int | None
-    fps: float | None
-    max_frames: int | None
-    times: list[float] | None
-    start_seconds: float
-    end_seconds: float | None
     needs_clock: bool
-
-    def moments(self, duration_seconds: float) -> list[float]:
-        """The moments, in seconds from the start of a clip of this length."""
-        if self.times is not None:
-            return self.times
-        return sample_times(
-            duration_seconds,
-            num_frames=self.num_frames,
-            fps=self.fps,
-            max_frames=self.max_frames,
-            start_seconds=self.start_seconds,
-            end_seconds=self.end_seconds,
-        )
 
     def frames_of(self, numbers: Sequence[int], about: VideoMetadata) -> list[int]:
         """Which of the frames with these numbers in their clip are sampled. Raises ValueError for seconds without a
@@ -208,12 +193,9 @@ class FrameSampling:
 
     def frames_at(self, clock: Sequence[float], duration_seconds: float) -> list[int]:
         """Indices of the frames shown at the moments, each once: the last with clock ≤ moment, else the first."""
-        shown = [bisect_right(clock, moment + SAME_MOMENT_SECONDS) - 1 for moment in self.moments(duration_seconds)]
+        moments = self.moments(duration_seconds) or ()
+        shown = [bisect_right(clock, moment + SAME_MOMENT_SECONDS) - 1 for moment in moments]
         return sorted({max(0, index) for index in shown})
-
-
-FrameTransform = Callable[[Tensor], Tensor]
-"""What is done to each frame (3, H, W) as soon as it is decoded, so that full-size frames never pile up."""
 
 
 @dataclass(frozen=True)
@@ -264,14 +246,9 @@ class UnchangedFrames:
         return bool((torch.maximum(frame, shown) - torch.minimum(frame, shown)).max() <= self.level)
 
 
-class VideoSource(Protocol):
-    """A video that frames can be read from."""
-
-    def read(
-        self, sampling: FrameSampling | None, transform: FrameTransform, chunk_size: int | None
-    ) -> Iterator[FrameChunk]:
-        """The sampled frames (all without `sampling`), transformed and stacked, at most `chunk_size` at a time (None:
-        all). At least one chunk, none kept once it is given."""
+FrameReader = Callable[[FrameSampling | None, FrameTransform, int | None], Iterator[FrameChunk]]
+"""Reads the sampled frames of a video (all without a sampling), each transformed as soon as it is decoded, and stacks
+at most so many (None: all). At least one chunk, none kept once it is given."""
 
 
 class FramesInMemory:
@@ -298,7 +275,7 @@ class FramesInMemory:
             raise ValueError("A video needs at least one frame; got none.")
         self.frames = frames
         arrays = [frame for frame in frames if isinstance(frame, np.ndarray | Tensor)]
-        self.channels_last = [_is_channels_last(array, layout) for array in arrays[:1]] == [True]
+        self.channels_last = bool(arrays) and _is_channels_last(arrays[0], layout)
         for array in arrays:
             if _is_channels_last(array, layout) != self.channels_last:
                 raise ValueError(
@@ -309,27 +286,25 @@ class FramesInMemory:
         self.scales = _scales_of(arrays, do_rescale=do_rescale)
 
         said = {key: value for key, value in dict(metadata or {}).items() if value is not None}
-        numbered = said.get("frames_indices")  # the clip goes on at least to the last frame that is known
-        length = len(frames) if numbered is None or len(numbered) == 0 else int(max(numbered)) + 1
-        self.metadata = VideoMetadata(**{"total_num_frames": length} | said)
-        numbers = self.metadata.frames_indices  # a list or, from Transformers' own readers, an array
+        numbers = said.get("frames_indices")  # a list or, from Transformers' own readers, an array
         self.numbers: Sequence[int] = range(len(frames)) if numbers is None else [int(number) for number in numbers]
-        if numbers is None:
-            if self.metadata.total_num_frames != len(frames):
-                raise ValueError(
-                    f"`video_metadata` speaks of {self.metadata.total_num_frames} frames, the video holds "
-                    f"{len(frames)}. Pass `frames_indices` with the number of each frame in the clip."
-                )
-        elif len(self.numbers) != len(frames):
+        if len(self.numbers) != len(frames):
             raise ValueError(
                 f"`frames_indices` of `video_metadata` needs one number per frame; got {len(self.numbers)} for "
                 f"{len(frames)} frames."
+            )
+        # The clip goes on at least to the last frame that is known.
+        self.metadata = VideoMetadata(**{"total_num_frames": max(self.numbers) + 1} | said)
+        if numbers is None and self.metadata.total_num_frames != len(frames):
+            raise ValueError(
+                f"`video_metadata` speaks of {self.metadata.total_num_frames} frames, the video holds "
+                f"{len(frames)}. Pass `frames_indices` with the number of each frame in the clip."
             )
 
     def read(
         self, sampling: FrameSampling | None, transform: FrameTransform, chunk_size: int | None
     ) -> Iterator[FrameChunk]:
-        """See `VideoSource`. Raises ValueError for seconds asked of frames without a clock."""
+        """A `FrameReader`. Raises ValueError for seconds asked of frames without a clock."""
         chosen = list(range(len(self.frames))) if sampling is None else sampling.frames_of(self.numbers, self.metadata)
         fps, total = self.metadata.fps, self.metadata.total_num_frames
         first = self.frame(chosen[0])
@@ -341,6 +316,7 @@ class FramesInMemory:
             width=first.shape[-1],
             video_backend=self.metadata.video_backend,
         )
+        frames = map(transform, chain([first], map(self.frame, chosen[1:])))
         chunk_size = chunk_size or len(chosen)
         for start in range(0, len(chosen), chunk_size):
             part = chosen[start : start + chunk_size]
@@ -349,7 +325,7 @@ class FramesInMemory:
                 frames_indices=[self.numbers[index] for index in part],
                 frame_times=None if fps is None else [self.numbers[index] / fps for index in part],
             )
-            yield FrameChunk(_stack([transform(self.frame(index)) for index in part]), metadata, len(chosen))
+            yield FrameChunk(_stack(list(islice(frames, len(part)))), metadata, len(chosen))
 
     def frame(self, index: int) -> Tensor:
         """(3, H, W) uint8, or float32 where the values are taken as they are."""
@@ -365,66 +341,53 @@ class FramesInMemory:
         return (frame if scale == 1 else frame.float() * scale).round().to(torch.uint8)
 
 
-class DecoderVideo:
-    """A torchcodec `VideoDecoder`, as `datasets` hands them out: known by its methods, never imported."""
+def _read_decoder(
+    decoder: Any, sampling: FrameSampling | None, transform: FrameTransform, chunk_size: int | None
+) -> Iterator[FrameChunk]:
+    """A `FrameReader` of a torchcodec `VideoDecoder`, as `datasets` hands them out: known by its methods, never
+    imported. Frames are asked for one by one, so that full-size ones do not pile up."""
+    about = decoder.metadata
+    begin = about.begin_stream_seconds or 0.0
+    duration = about.duration_seconds
+    if about.end_stream_seconds is not None:
+        duration = about.end_stream_seconds - begin
+    moments = None if sampling is None else sampling.moments(duration)
 
-    def __init__(self, decoder: Any) -> None:
-        self.decoder = decoder
-
-    def read(
-        self, sampling: FrameSampling | None, transform: FrameTransform, chunk_size: int | None
-    ) -> Iterator[FrameChunk]:
-        """See `VideoSource`; frames are asked for one by one, so that full-size ones do not pile up."""
-        about = self.decoder.metadata
-        begin = about.begin_stream_seconds or 0.0
-        duration = about.duration_seconds
-        if about.end_stream_seconds is not None:
-            duration = about.end_stream_seconds - begin
-        moments = None if sampling is None else sampling.moments(duration)
-        expected = len(self.decoder) if moments is None else min(len(moments), len(self.decoder))
-        frames: list[Tensor] = []
-        times: list[float] = []
-        last = -math.inf
-
-        def chunk() -> FrameChunk:
-            nonlocal frames, times
-            fps = about.average_fps
-            metadata = CrossLMMVideoMetadata(
-                total_num_frames=about.num_frames,
-                fps=fps,
-                duration=duration,
-                height=about.height,
-                width=about.width,
-                video_backend="torchcodec",
-                frames_indices=None if fps is None else [round(time * fps) for time in times],
-                frame_times=times,
-            )
-            stacked = _stack(frames)
-            frames, times = [], []
-            return FrameChunk(stacked, metadata, expected)
-
-        for frame in self._frames(moments, begin, begin + duration):
-            time = float(frame.pts_seconds) - begin
-            if time <= last:
-                continue
-            if len(frames) == chunk_size:
-                yield chunk()
-            pixels = frame.data.permute(2, 0, 1) if _is_channels_last(frame.data, None) else frame.data
-            frames.append(transform(pixels.cpu()))
-            times.append(time)
-            last = time
-        if not frames:
-            raise ValueError("A video needs at least one frame; the decoder holds none.")
-        yield chunk()
-
-    def _frames(self, moments: list[float] | None, begin: float, end: float) -> Iterator[Any]:
+    def frames() -> Iterator[tuple[float, Tensor]]:
+        decoded: Iterator[Any]
         if moments is None:
-            yield from (self.decoder.get_frame_at(index) for index in range(len(self.decoder)))
-            return
-        latest = end - SAME_MOMENT_SECONDS  # the end itself is past the last frame
-        for moment in moments:
-            moment = max(0.0, moment) + SAME_MOMENT_SECONDS
-            yield self.decoder.get_frame_played_at(min(begin + moment, latest))
+            decoded = map(decoder.get_frame_at, range(len(decoder)))
+        else:
+            latest = begin + duration - SAME_MOMENT_SECONDS  # the end itself is past the last frame
+            asked = (begin + max(0.0, moment) + SAME_MOMENT_SECONDS for moment in moments)
+            decoded = (decoder.get_frame_played_at(min(moment, latest)) for moment in asked)
+        last = -math.inf
+        for frame in decoded:
+            time = float(frame.pts_seconds) - begin
+            if time > last:
+                last = time
+                pixels = frame.data.permute(2, 0, 1) if _is_channels_last(frame.data, None) else frame.data
+                yield time, transform(pixels.cpu())
+        if last == -math.inf:
+            raise ValueError("A video needs at least one frame; the decoder holds none.")
+
+    def chunk(timed: list[tuple[float, Tensor]]) -> FrameChunk:
+        fps, times = about.average_fps, [time for time, _ in timed]
+        metadata = CrossLMMVideoMetadata(
+            total_num_frames=about.num_frames,
+            fps=fps,
+            duration=duration,
+            height=about.height,
+            width=about.width,
+            video_backend="torchcodec",
+            frames_indices=None if fps is None else [round(time * fps) for time in times],
+            frame_times=times,
+        )
+        expected = len(decoder) if moments is None else min(len(moments), len(decoder))
+        return FrameChunk(_stack([frame for _, frame in timed]), metadata, expected)
+
+    given = frames()
+    return map(chunk, iter(lambda: list(islice(given, chunk_size)), []))
 
 
 def frame_chunk(decoded: DecodedVideo, moments: Sequence[float] | None) -> FrameChunk:
@@ -444,32 +407,32 @@ def frame_chunk(decoded: DecodedVideo, moments: Sequence[float] | None) -> Frame
     return FrameChunk(decoded.frames, metadata, expected)
 
 
-class VideoFile:
-    """Anything `decode_video` opens: a path, URI, URL, bytes or file object."""
+def read_file(
+    source: Any,
+    sampling: FrameSampling | None,
+    transform: FrameTransform,
+    chunk_size: int | None,
+    *,
+    strict: bool,
+    limits: VideoLimits,
+    isolated: bool = False,
+) -> Iterator[FrameChunk]:
+    """A `FrameReader` of anything that `decode_video` opens; see there for the options and what is raised."""
+    options: dict[str, Any] = {"frame_transform": transform, "strict": strict, "limits": limits, "isolated": isolated}
+    if sampling is not None:
+        options |= {name: getattr(sampling, name) for name in SAMPLING_KWARGS}
 
-    def __init__(self, source: Any, *, strict: bool, limits: VideoLimits) -> None:
-        self.source, self.strict, self.limits = source, strict, limits
+    def chunk(decoded: DecodedVideo) -> FrameChunk:
+        return frame_chunk(decoded, None if sampling is None else sampling.moments(decoded.duration_seconds))
 
-    def read(
-        self, sampling: FrameSampling | None, transform: FrameTransform, chunk_size: int | None
-    ) -> Iterator[FrameChunk]:
-        """See `VideoSource`. Raises VideoError where the file cannot be decoded."""
-        options: dict[str, Any] = {"frame_transform": transform, "strict": self.strict, "limits": self.limits}
-        if sampling is not None:
-            options |= {name: getattr(sampling, name) for name in SAMPLING_KWARGS}
-
-        def chunk(decoded: DecodedVideo) -> FrameChunk:
-            return frame_chunk(decoded, None if sampling is None else sampling.moments(decoded.duration_seconds))
-
-        if chunk_size is None:
-            yield chunk(decode_video(self.source, **options))
-        else:  # not a loop, whose variable would keep a chunk while the next is decoded
-            yield from map(chunk, iter_video(self.source, chunk_size=chunk_size, **options))
+    if chunk_size is None:
+        return map(chunk, map(partial(decode_video, **options), [source]))
+    return map(chunk, iter_video(source, chunk_size=chunk_size, **options))
 
 
 def open_video(
     video: GivenVideo, *, layout: str | None, do_rescale: bool, strict: bool, limits: VideoLimits
-) -> VideoSource:
+) -> FrameReader:
     """What reads this video; whatever can be checked without decoding is checked here."""
     source = video.source
     if isinstance(source, list | tuple):
@@ -480,15 +443,19 @@ def open_video(
                     f"A frame is a PIL image, an array (H, W, 3) or (3, H, W) or a path; got {described}."
                 )
     if isinstance(source, list | tuple | np.ndarray | Tensor):
-        return FramesInMemory(source, video.metadata, layout=layout, do_rescale=do_rescale, limits=limits)
+        return FramesInMemory(source, video.metadata, layout=layout, do_rescale=do_rescale, limits=limits).read
     if hasattr(source, "get_frame_played_at") and hasattr(source, "metadata"):
-        return DecoderVideo(source)
-    if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(source, "read"):
-        return VideoFile(source, strict=strict, limits=limits)
+        return partial(_read_decoder, source)
+    if _is_file(source):
+        return partial(read_file, source, strict=strict, limits=limits)
     raise TypeError(
         "A video is a path, URL, bytes or file object, an array or tensor (T, H, W, 3) or (T, 3, H, W), a list of "
         f"frames, a torchcodec decoder or a mapping that holds one of them; got {type(source).__name__}."
     )
+
+
+def _is_file(source: Any) -> bool:
+    return isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(source, "read")
 
 
 def flatten_metadata(metadata: Any, *, num_videos: int) -> list[Mapping | None]:
@@ -595,14 +562,13 @@ def picture_pixels(picture: Any, *, layout: str | None, do_rescale: bool, limits
     """
     while isinstance(picture, Mapping):
         picture, _ = source_in(picture, "image")
-    if not isinstance(picture, str | os.PathLike | bytes | bytearray | memoryview) and not hasattr(picture, "read"):
-        if not isinstance(picture, Image.Image | np.ndarray | Tensor):
-            raise TypeError(
-                "An image is a PIL image, an array or tensor (H, W, 3) or (3, H, W), a path, URL, base64 string, "
-                f"bytes or a file object; got {type(picture).__name__}."
-            )
-        if not is_frame(picture):
-            raise ValueError(f"An image is (H, W, 3) or (3, H, W); got an array of shape {tuple(picture.shape)}.")
+    if isinstance(picture, np.ndarray | Tensor) and picture.ndim != 3:
+        raise ValueError(f"An image is (H, W, 3) or (3, H, W); got an array of shape {tuple(picture.shape)}.")
+    if not isinstance(picture, Image.Image | np.ndarray | Tensor) and not _is_file(picture):
+        raise TypeError(
+            "An image is a PIL image, an array or tensor (H, W, 3) or (3, H, W), a path, URL, base64 string, bytes or "
+            f"a file object; got {type(picture).__name__}."
+        )
     return FramesInMemory([picture], layout=layout, do_rescale=do_rescale, limits=limits).frame(0)
 
 

@@ -139,13 +139,13 @@ def locate_media(
     if len(media) == 1 and list(num_frames) == list(frames):
         (original,) = (output.last_hidden_state for output in media.values())  # in order already: no copy
     else:
-        taken_over, end = {}, 0
+        taken_over, end = [], 0
         for key in num_frames:
             first, last = min(frames[key]), max(frames[key]) + 1
-            taken_over[key] = media[key[0]].last_hidden_state[first:last]
+            taken_over.append(media[key[0]].last_hidden_state[first:last])
             frames[key] = [end + frame - first for frame in frames[key]]
             end += last - first
-        original = torch.cat(list(taken_over.values()))
+        original = torch.cat(taken_over)
     shown = None
     if any(frame_index(output) is not None for output in media.values()):
         shown = torch.tensor([frame for key in num_frames for frame in frames[key]])

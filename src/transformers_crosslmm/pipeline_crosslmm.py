@@ -74,14 +74,12 @@ class VideoTextToTextPipeline(ImageTextToTextPipeline):
             raise ValueError("Nothing to answer: pass a chat, or `videos` and `text`.")
         if videos is not None and text is not None:
             return Pipeline.__call__(self, _questions(videos, text), **kwargs)
+        if isinstance(videos, str):
+            raise ValueError("A question is missing: pass `text` along with `videos`, or a chat.")
         inputs = text if videos is None else videos
-        if isinstance(inputs, str):
-            if videos is not None:
-                raise ValueError("A question is missing: pass `text` along with `videos`, or a chat.")
-            return Pipeline.__call__(self, Question([], inputs), **kwargs)
         if isinstance(inputs, list | tuple) and not is_valid_message(inputs[0]):
             inputs = [_as_chat(item) for item in inputs]
-        elif isinstance(inputs, Mapping | bytes | np.ndarray | torch.Tensor | os.PathLike):
+        elif isinstance(inputs, str | Mapping | bytes | np.ndarray | torch.Tensor | os.PathLike):
             inputs = _as_chat(inputs)
         return Pipeline.__call__(self, inputs, **kwargs)
 
@@ -123,10 +121,8 @@ class VideoTextToTextPipeline(ImageTextToTextPipeline):
 
     def _collate(self, items: list[BatchFeature]) -> BatchFeature:
         """Texts padded on the left, for generation; media one after the other."""
-        names = ("input_ids", "attention_mask")
-        rows = [{name: item[name][0] for name in names} for item in items]
-        padded = self.tokenizer.pad(rows, padding=True, padding_side="left", return_tensors="pt")
-        batch = {name: padded[name] for name in names}
+        rows = [{name: item[name][0] for name in ("input_ids", "attention_mask")} for item in items]
+        batch = dict(self.tokenizer.pad(rows, padding=True, padding_side="left", return_tensors="pt"))
         for name in ("pixel_values_videos", "video_num_frames", "pixel_values"):
             tensors = [item[name] for item in items if name in item]
             if tensors:

@@ -29,8 +29,8 @@ from .frames_crosslmm import (
     picture_pixels,
     source_in,
 )
-from .media_crosslmm import CrossLMMEncodedMedia, encode_video, join_media
-from .video_processing_crosslmm import CrossLMMVideoProcessor, CrossLMMVideosKwargs, VideoStream
+from .media_crosslmm import encode_video, join_media
+from .video_processing_crosslmm import CrossLMMVideoProcessor, CrossLMMVideosKwargs
 from .video_source import DEFAULT_LIMITS
 
 IMAGE_TOKEN = "<|image_pad|>"
@@ -306,11 +306,14 @@ class CrossLMMProcessor(ProcessorMixin):
             else:
                 chunk_size = encode_with.config.vision_chunk_size
                 streams = self.video_processor.stream(in_one_sample, chunk_size=chunk_size, **video_options)
-                encoded_videos = join_media([self._encoded(encode_with, stream) for stream in streams])
+                encoded_videos = join_media([encode_video(encode_with, stream) for stream in streams])
                 media["mm_encoder_outputs"] = {"video": encoded_videos}
                 metadata, num_frames = [s.metadata for s in streams], [s.num_frames for s in streams]
                 patch_grid = (encode_with.config.patch_grid_size,) * 2
-            self._describe_pooling(metadata, patch_grid)
+            for video in metadata:
+                video.patch_grid = patch_grid
+                video.pooled_grid = (self.pooled_grid_size, self.pooled_grid_size)
+                video.pooling_mode = self.pooling_mode
 
         encoded = BatchFeature()
         if texts is not None:
@@ -318,7 +321,7 @@ class CrossLMMProcessor(ProcessorMixin):
                 texts,
                 num_frames,
                 metadata,
-                say_times=self.time_instruction if time_instruction is None else time_instruction,
+                say_times=time_instruction,
                 add_timestamps=add_timestamps,
                 count_by_fps=options["videos_kwargs"].get("fps"),
             )
@@ -408,12 +411,6 @@ class CrossLMMProcessor(ProcessorMixin):
                 "them. Add them with `normalized=False`."
             )
 
-    def _encoded(self, model: PreTrainedModel, stream: VideoStream) -> CrossLMMEncodedMedia:
-        encoded = encode_video(model, stream)
-        if stream.frame_index is None:
-            return encoded
-        return _every_frame(encoded, stream.frame_index, self.tokens_per_frame)
-
     def _image_inputs(self, images: list[Any], options: dict[str, Any]) -> BatchFeature:
         image_options = options["images_kwargs"]
         reading = {
@@ -425,23 +422,21 @@ class CrossLMMProcessor(ProcessorMixin):
         fixed = {"return_tensors": "pt", "input_data_format": "channels_first"}
         return self.image_processor(arrays, **image_options | fixed)
 
-    def _describe_pooling(self, metadata: list[CrossLMMVideoMetadata], patch_grid: tuple[int, int]) -> None:
-        for video in metadata:
-            video.patch_grid = patch_grid
-            video.pooled_grid = (self.pooled_grid_size, self.pooled_grid_size)
-            video.pooling_mode = self.pooling_mode
-
     def _expand(
         self,
         texts: list[str],
         num_frames: list[int],
         metadata: list[CrossLMMVideoMetadata],
         *,
-        say_times: bool,
+        say_times: bool | None = None,
         add_timestamps: bool | None = None,
         count_by_fps: float | None = None,
     ) -> tuple[list[str], list[list[dict[str, Any]]]]:
-        """The texts with as many placeholders as there are tokens, and where (`span`) and to what (`new_span`)."""
+        """The texts with as many placeholders as there are tokens, and where (`span`) and to what (`new_span`).
+
+        say_times, add_timestamps: None for the processor's own setting.
+        """
+        say_times = self.time_instruction if say_times is None else say_times
         add_timestamps = self.add_timestamps if add_timestamps is None else add_timestamps
         videos = iter(zip(num_frames, metadata, strict=True))
         expanded, offsets = [], []
@@ -498,15 +493,6 @@ def _timestamps(num_frames: int, video: CrossLMMVideoMetadata, count_by_fps: flo
             "`video_metadata` with `fps`, or leave the timestamps out."
         )
     return [f"<{seconds:.1f} seconds>" for seconds in times]
-
-
-def _every_frame(encoded: CrossLMMEncodedMedia, frame_index: list[int], tokens_per_frame: int) -> CrossLMMEncodedMedia:
-    """One video of which the distinct frames were encoded, with what all of its frames show."""
-    pooled = encoded.pooler_output[0].unflatten(0, (-1, tokens_per_frame))  # type: ignore[index]
-    return CrossLMMEncodedMedia(
-        last_hidden_state=encoded.last_hidden_state[frame_index],  # type: ignore[index]
-        pooler_output=(pooled[frame_index].flatten(0, 1),),  # type: ignore[arg-type]
-    )
 
 
 class TextEscape:

@@ -246,22 +246,22 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
             partial(_resize, size=options["size"], resample=options["resample"]) if options["do_resize"] else _keep
         )
         level = 0.0 if options["skip_unchanged"] is True else float(options["skip_unchanged"])
+        if options["skip_unchanged"] is not False:  # in chunks always, so that frames that are left out are not held
+            chunk_size = chunk_size or FRAMES_COMPARED_AT_ONCE
         readers: list[tuple[Any, Callable[[], Iterator[FrameChunk]]]] = []
         for video, about in zip(given, metadata, strict=True):
             sampling = self._sampling_of(video, asked, do_sample_frames=options["do_sample_frames"])
-            source = open_video(
+            read = open_video(
                 video if video.metadata is not None else replace(video, metadata=about),
                 layout=options["input_data_format"],
                 do_rescale=options["do_rescale"],
                 strict=options["strict"],
                 limits=options["limits"] or DEFAULT_LIMITS,
             )
-            if options["skip_unchanged"] is False:
-                read = partial(source.read, sampling, resize, chunk_size)
-            else:  # in chunks always, so that frames that are left out are not held
-                in_chunks = partial(source.read, sampling, resize, chunk_size or FRAMES_COMPARED_AT_ONCE)
-                read = partial(_distinct_frames, in_chunks, level)
-            readers.append((video.source, read))
+            chunks = partial(read, sampling, resize, chunk_size)
+            if options["skip_unchanged"] is not False:
+                chunks = partial(_distinct_frames, chunks, level)
+            readers.append((video.source, chunks))
         return readers, options
 
     def _sampling_of(
@@ -277,7 +277,7 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
             except StrictDataclassFieldValidationError as error:  # its text holds the whole value
                 raise ValueError(f"`{name}` of a video takes numbers; got {reprlib.repr(value)}.") from error
         if "times" in own:
-            asked = dict.fromkeys(SAMPLING_KWARGS)
+            asked = {}
         elif own.keys() & {"num_frames", "fps"}:
             asked = asked | {"num_frames": None, "fps": None, "times": None}
         return self._sampling(**asked | own)
@@ -371,10 +371,8 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
         if len(shapes) > 1:
             raise ValueError(f"Without `do_resize` all videos must have the same frame size; got {shapes}.")
         pixels = torch.empty(sum(len(frames) for frames in videos), *shapes[0], dtype=torch.float32)
-        start = 0
-        for frames in videos:
-            pixels[start : start + len(frames)] = frames
-            start += len(frames)
+        for room, frames in zip(pixels.split([len(frames) for frames in videos]), videos, strict=True):
+            room[:] = frames
         if options["do_rescale"]:
             pixels *= options["rescale_factor"]
         if options["do_normalize"]:

@@ -162,9 +162,7 @@ class VideoConversation:
 
         if not self.messages:
             text = rendered([turn])
-            (text,), _ = self.processor._expand(
-                [text], [self.video.num_frames], [self.video.metadata], say_times=self.processor.time_instruction
-            )
+            (text,), _ = self.processor._expand([text], [self.video.num_frames], [self.video.metadata])
         else:
             # The answer's own tokens are in the cache, and need not be those that its text would give.
             before = rendered(self.messages[:-1])

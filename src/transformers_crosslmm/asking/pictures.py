@@ -82,7 +82,7 @@ def draw_timeline(
     weights = torch.stack([part.sum(-1) for part in weights.float().cpu().split(share, dim=1)], dim=1)
     frames, labels = frames[::share], labels[::share]
 
-    pieces = [_printable(token) for token in tokens]
+    pieces = [token.strip() or repr(token) for token in tokens]  # blanks made visible
     margin = 16 + math.ceil(max(FONT.getlength(piece) for piece in pieces))
     head, row_height = side + LINE + 4, LINE + 4
     sheet = Image.new("RGB", (margin + len(frames) * side, head + len(tokens) * row_height), PAPER)
@@ -107,11 +107,6 @@ def draw_timeline(
 def _fitted(frame: Image.Image, side: int) -> Image.Image:
     small = max(frame.size) < side
     return frame.resize((side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
-
-
-def _printable(token: str) -> str:
-    """The token with its blanks visible, so that each row has a name."""
-    return token.strip() or repr(token)
 
 
 __all__ = ["clock_time", "draw_contact_sheet", "draw_timeline", "frame_labels", "frame_pictures"]

@@ -4,17 +4,16 @@ POSIX only, as is isolated decoding.
 """
 
 import copy
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
-from ..frames_crosslmm import SAMPLING_KWARGS, FrameChunk, frame_chunk
+from ..frames_crosslmm import read_file
 from ..modeling_crosslmm import CrossLMMForConditionalGeneration
 from ..processing_crosslmm import CrossLMMProcessor
-from ..video_decoding import DecodedVideo, VideoLimits, iter_video
+from ..video_decoding import VideoLimits
 from ..video_processing_crosslmm import VideoStream, _resize
 from .conversation import VideoConversation
 
@@ -37,26 +36,11 @@ class IsolatedStream(VideoStream):
     ) -> None:
         video_processor = processor.video_processor
         [checked] = video_processor.stream([source], **sampling)
-        super().__init__(source, self._chunks, checked._finish)
-        wanted = video_processor._sampling(**dict.fromkeys(SAMPLING_KWARGS) | sampling)
-        self._moments, self._limits = wanted.moments, limits
-        self._wanted: dict[str, Any] = {name: getattr(wanted, name) for name in SAMPLING_KWARGS}
-        self._resize = partial(_resize, size=video_processor.size, resample=video_processor.resample)
-        self._chunks()  # checks the options; nothing is opened before the first frame is asked for
-
-    def _chunks(self) -> Iterator[FrameChunk]:
-        decoded = iter_video(
-            self.source,
-            chunk_size=16,
-            frame_transform=self._resize,
-            limits=self._limits,
-            isolated=True,
-            **self._wanted,
-        )
-        return map(self._chunk, decoded)
-
-    def _chunk(self, decoded: DecodedVideo) -> FrameChunk:
-        return frame_chunk(decoded, self._moments(decoded.duration_seconds))
+        wanted = video_processor._sampling(**sampling)
+        resize = partial(_resize, size=video_processor.size, resample=video_processor.resample)
+        read = partial(read_file, source, wanted, resize, 16, strict=False, limits=limits, isolated=True)
+        super().__init__(source, read, checked._finish)
+        read()  # checks the options; nothing is opened before the first frame is asked for
 
 
 @torch.no_grad()
