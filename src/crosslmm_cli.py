@@ -180,7 +180,7 @@ def chat(
     max_new_tokens: NewTokens = 256,
     device: Device = None,
 ) -> None:
-    """Talk about a video, which is looked at only once. A line is a question; Ctrl-D ends.
+    """Talk about a video, which is encoded only once. A line is a question; Ctrl-D or `exit` ends.
 
     Example: crosslmm chat lecture.mp4 --fps 1 --start 60 --end 600
     """
@@ -190,13 +190,19 @@ def chat(
     if is_person:
         with contextlib.suppress(ImportError):  # Windows has its own
             import readline  # noqa: F401  (input() takes its line editing from it)
-        typer.echo(f"{conversation.video.num_frames} frames seen. Ask; Ctrl-D ends.", err=True)
+        hint = f"{conversation.video.num_frames} frames seen, counted from 1. Ask a question; Ctrl-D or exit ends."
+        typer.echo(hint, err=True)
     while True:
         try:
             question = input("> " if is_person else "").strip()
         except EOFError:
             return
         if not question:
+            continue
+        if is_person and question in ("exit", "quit"):
+            return
+        if is_person and question == "help":
+            typer.echo(hint, err=True)
             continue
         with Steps() as steps:
             steps.begin("Answering")
@@ -272,6 +278,8 @@ def batch(
         f"{out}: {report.questions} questions about {report.videos} videos, {report.answered_before} of them answered "
         f"before; {report.failed} have an error for an answer"
     )
+    if report.failed == report.questions and report.first_error:
+        typer.echo(f"All of them failed. The first error: {report.first_error}", err=True)
     if report.duplicates:
         typer.echo(f"{report.duplicates} lines repeat an earlier one and were asked once.")
 
@@ -435,11 +443,9 @@ def info(
     typer.echo(f"\nLongest video at {fps:g} fps, with {costs.text_tokens(context)} positions left for text")
     for limit, count in {"context": in_context, **{f"memory, {form}": n for form, n in in_memory.items()}}.items():
         typer.echo(f"  {limit:<18}{count:>9,} frames{clock_time(count / fps):>14}")
-    both = " or ".join(f"{clock_time(seconds)} with {form}" for form, seconds in longest.items())
-    typer.echo(
-        f"Both allow {both}. Memory: {memory:g} GiB less the weights, at the end of the prefill; what computing"
-    )
-    typer.echo("needs for a moment comes on top.")
+    both = ", ".join(f"{clock_time(seconds)} with {form}" for form, seconds in longest.items())
+    typer.echo(f"So at most {both}.")
+    typer.echo(f"Memory: {memory:g} GiB less the weights, at the end of the prefill. Temporary memory comes on top.")
 
 
 FIELDS_BY_NAME = {"allow_extra_args": True, "ignore_unknown_options": True}

@@ -604,14 +604,23 @@ def test_the_command_answers_and_goes_on(folder, tmp_path, monkeypatch):
     ]
     finished = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    report = {"questions": 4, "videos": 2, "answered_before": 0, "failed": 2, "duplicates": 0}
-    assert json.loads(finished.stdout) == report
+    report = json.loads(finished.stdout)
+    assert report.pop("first_error").startswith("VideoOpenError: ")
+    assert report == {"questions": 4, "videos": 2, "answered_before": 0, "failed": 2, "duplicates": 0}
     assert len(rows_of(tmp_path / "answers")) == 4
 
     monkeypatch.chdir(tmp_path)
     again = CliRunner().invoke(crosslmm_cli.app, [os.fspath(part) for part in command[3:]])
     assert again.exit_code == 0
     assert "4 questions about 2 videos, 4 of them answered before; 2 have an error for an answer" in again.stdout
+
+
+def test_the_command_shows_the_first_error_where_all_fail(folder, tmp_path):
+    questions = write(tmp_path / "questions.jsonl", about("notes.mp4", "missing.mp4"))
+    command = ["batch", questions, "--out", tmp_path / "answers", "--root", folder, "--model", folder / "checkpoint"]
+    result = CliRunner().invoke(crosslmm_cli.app, [os.fspath(part) for part in [*command, "--engine", "local"]])
+    assert result.exit_code == 0
+    assert "All of them failed. The first error: VideoOpenError: " in result.stderr
 
 
 def test_the_command_names_the_extra_where_ray_is_missing(folder, tmp_path, monkeypatch):
@@ -622,7 +631,7 @@ def test_the_command_names_the_extra_where_ray_is_missing(folder, tmp_path, monk
     command = ["batch", questions, "--out", tmp_path / "answers", "--root", folder, "--model", folder / "checkpoint"]
     result = CliRunner().invoke(crosslmm_cli.app, [os.fspath(part) for part in command])
     assert result.exit_code == 1
-    assert "transformers_crosslmm[ray]" in " ".join(result.output.split())
+    assert 'pip install -e ".[ray]"' in " ".join(result.output.split())
 
 
 # --- many workers ---------------------------------------------------------------------------------------------------

@@ -191,7 +191,10 @@ def _import_gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise ImportError('The page needs Gradio: pip install "transformers_crosslmm[demo]".') from error
+        raise ImportError(
+            'The page needs Gradio, and Gradio an older Pillow: `pip install -e ".[demo]"` in your clone, in an environment '
+            "of its own (docs/getting-started.md, Extras)."
+        ) from error
     return gradio
 
 

@@ -26,7 +26,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"`lmms_eval --model crosslmm` needs packages that are missing ({error}): "
-        '`pip install "transformers_crosslmm[eval]"`, in an environment of its own because lmms-eval needs av < 16.'
+        '`pip install -e ".[eval]"` in your clone, in an environment of its own because lmms-eval needs av < 16.'
     ) from error
 
 logger = logging.get_logger(__name__)

@@ -85,13 +85,14 @@ class Corpus:
 @dataclass(frozen=True)
 class CorpusReport:
     """questions, videos: distinct ones of the corpus. answered_before: by earlier runs. failed: questions whose row
-    holds an error, in all. duplicates: lines that repeat an earlier one."""
+    holds an error, in all. duplicates: lines that repeat an earlier one. first_error: of this run."""
 
     questions: int
     videos: int
     answered_before: int
     failed: int
     duplicates: int
+    first_error: str | None = None
 
 
 # --- the questions --------------------------------------------------------------------------------------------------
@@ -268,7 +269,7 @@ def _pyarrow() -> Any:
         import pyarrow.parquet
     except ImportError as error:
         raise ImportError(
-            'Answers are Parquet files, which pyarrow writes: pip install "transformers_crosslmm[ray]", or pyarrow '
+            'Answers are Parquet files, which pyarrow writes: `pip install -e ".[ray]"` in your clone, or pyarrow '
             "alone for the local engine."
         ) from error
     return pyarrow
@@ -498,7 +499,7 @@ def _run(
     if retry_errors:
         files.forget_errors()
         finished = {name: row for name, row in finished.items() if not row[2]}
-    failed = 0
+    failed, first_error = 0, None
     asked: set[str] = set()
     for question in corpus:
         if question.id not in finished:
@@ -527,13 +528,14 @@ def _run(
                     asked.remove(row["id"])
                     files.add(row)
                     failed += row["error"] is not None
+                    first_error = first_error or row["error"]
                     if on_progress is not None:
                         on_progress(total - len(asked), total)
         finally:
             files.flush()
     if asked:
         raise RuntimeError(f"{len(asked)} questions were lost on the way, {min(asked)!r} among them. Start again.")
-    return CorpusReport(total, len(corpus.groups), answered_before, failed, corpus.duplicates)
+    return CorpusReport(total, len(corpus.groups), answered_before, failed, corpus.duplicates, first_error)
 
 
 def _local(answerer: dict[str, Any], groups: list[VideoGroup]) -> Answers:
@@ -555,7 +557,7 @@ def _ray(
         import ray.data
     except ImportError as error:
         raise ImportError(
-            'The engine "ray" needs Ray: pip install "transformers_crosslmm[ray]", or take the engine "local".'
+            'The engine "ray" needs Ray: `pip install -e ".[ray]"` in your clone, or take the engine "local".'
         ) from error
     is_ours = not ray.is_initialized()
     if is_ours:
@@ -597,7 +599,7 @@ def _worker_class(engine: Engine) -> type[VideoAnswerer]:
         from .vllm.corpus import VllmVideoAnswerer
     except ImportError as error:
         raise ImportError(
-            'The engine "vllm" needs vLLM: pip install "transformers_crosslmm[vllm,ray]" in an environment of its own.'
+            'The engine "vllm" needs vLLM: `pip install -e ".[vllm,ray]"` in your clone, in an environment of its own.'
         ) from error
     return VllmVideoAnswerer
 

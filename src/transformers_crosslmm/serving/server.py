@@ -26,7 +26,7 @@ try:
     from starlette.types import Message, Receive, Scope, Send
 except ImportError as error:
     raise ImportError(
-        f'Serving needs packages that are missing ({error}): `pip install "transformers_crosslmm[serve]"`.'
+        f'Serving needs packages that are missing ({error}): `pip install -e ".[serve]"` in your clone.'
     ) from error
 
 from ..asking.answer_text import AnswerText

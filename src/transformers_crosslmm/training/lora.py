@@ -24,5 +24,5 @@ def crosslmm_lora_config(**overrides: Any) -> "LoraConfig":
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ImportError('LoRA needs PEFT: pip install "transformers_crosslmm[train]".') from error
+        raise ImportError('LoRA needs PEFT: `pip install -e ".[train]"` in your clone.') from error
     return LoraConfig(**{"target_modules": LORA_TARGETS, "modules_to_save": list(SAVED_WHOLE), **overrides})

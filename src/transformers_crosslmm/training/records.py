@@ -161,7 +161,7 @@ def load_records(path: str | os.PathLike, *, streaming: bool = False, seed: int 
         import datasets
     except ImportError as error:
         raise ImportError(
-            'Data other than JSON and YAML is read by `datasets`: pip install "transformers_crosslmm[train]".'
+            'Data other than JSON and YAML is read by `datasets`: `pip install -e ".[train]"` in your clone.'
         ) from error
     if (Path(path) / "state.json").is_file():  # written by `save_to_disk`
         rows = datasets.load_from_disk(os.fspath(path))
