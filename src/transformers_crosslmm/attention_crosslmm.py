@@ -162,7 +162,8 @@ def packed_attention(
     outputs = []
     for rows, lengths, spans in _runs(segments, may_differ=is_varlen):
         queries = query[rows]
-        keys, values = _keys_of_run(key, value, spans)
+        span = merge_span([stretch for span in spans for stretch in span])
+        keys, values = take_span(key, span), take_span(value, span)
         extra = {}
         count = len(lengths)
         if is_varlen:
@@ -393,11 +394,6 @@ def _rows_as_heads(attended: torch.Tensor, heads: int) -> torch.Tensor:
     return attended.reshape(count, groups, heads // groups, -1, width).permute(0, 3, 1, 2, 4).reshape(-1, heads, width)
 
 
-def _keys_of_run(key: torch.Tensor, value: torch.Tensor, spans: list[Span]) -> tuple[torch.Tensor, torch.Tensor]:
-    span = merge_span([stretch for span in spans for stretch in span])
-    return take_span(key, span), take_span(value, span)
-
-
 def _runs(segments: Segments, *, may_differ: bool) -> Iterator[tuple[slice, list[int], list[Span]]]:
     """Runs of segments whose keys lie side by side, so that one call serves them without a copy: the packed queries of
     the run, how many each segment has, and the span of each.
@@ -450,7 +446,7 @@ class Folding:
 def folded_attention(
     query: torch.Tensor,
     stored_tokens: Callable[[int, int], tuple[torch.Tensor, TokenNorm | None]],
-    folding: "Folding",
+    folding: Folding,
     scaling: float,
     segments: Segments,
     *,
