@@ -303,14 +303,6 @@ def test_chat_answers_every_line_and_survives_a_question_that_is_too_long(run, c
     assert result.stdout.replace("\n", "") == again.stdout.replace("\n", "")
 
 
-def test_the_toy_says_on_stderr_that_it_is_one(run):
-    logging.warning_once.cache_clear()
-    result = run("ask", "clip.mp4", "What is it?", "--frames", "2")
-    assert result.exit_code == 0, result.output
-    assert "toy" in result.stderr
-    assert "toy" not in result.stdout
-
-
 def test_too_many_frames_are_told_before_one_is_encoded(run, checkpoint, folder, monkeypatch):
     (folder / "many.mp4").write_bytes(mp4_of(random_frames(60), fps=FPS))
     monkeypatch.setattr(conversation, "encode_video", lambda *_, **__: pytest.fail("encoded"))

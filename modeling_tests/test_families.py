@@ -24,6 +24,7 @@ from transformers import (
     DynamicCache,
     PreTrainedModel,
 )
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from factories import random_model, tiny_config
 from numerics import assert_close_to_scale, assert_no_worse_than
@@ -41,6 +42,7 @@ from test_modeling_crosslmm import (
 )
 from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration
 from transformers_crosslmm.checkpoints.export import export_with_code
+from transformers_crosslmm.dialect_crosslmm import CACHE
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -393,3 +395,17 @@ def test_models_that_the_block_does_not_fit_into_are_refused_by_what_is_missing(
     with torch.device("meta"), pytest.raises(ValueError, match=re.escape(REFUSED[model_type])) as refused:
         CrossLMMForConditionalGeneration(config)
     assert "Use a model like" in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["visual_context", CACHE])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_model_that_takes_keyword_arguments_and_drops_them_is_refused(name, device, monkeypatch):
+    """Moshi does, in Transformers 5.19; it would answer without having seen the video."""
+    forward = Qwen2DecoderLayer.__call__
+
+    def without_it(layer, hidden_states, **kwargs):
+        return forward(layer, hidden_states, **{key: value for key, value in kwargs.items() if key != name})
+
+    monkeypatch.setattr(Qwen2DecoderLayer, "__call__", without_it)
+    with torch.device(device), pytest.raises(ValueError, match=f"those of a Qwen2Model do not get {name}. Use"):
+        CrossLMMForConditionalGeneration(family_config("qwen2"))

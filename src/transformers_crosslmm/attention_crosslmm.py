@@ -53,9 +53,10 @@ class Segments:
     lengths: tuple[int, ...]
     spans: tuple[Span, ...]
     is_placeholder: bool = False
-    _ends: dict[tuple, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
-    _pieces: dict[int, list[tuple[int, int, "Segments"]]] = field(default_factory=dict, repr=False, compare=False)
-    _moved: dict[torch.device, "Segments"] = field(default_factory=dict, repr=False, compare=False)
+    # Not taken over by `replace`: what is kept belongs to these queries, lengths and spans.
+    _ends: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _pieces: dict[int, list] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _moved: dict[torch.device, "Segments"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def placeholder(cls, num_patches: int, device: torch.device) -> "Segments":
@@ -82,7 +83,7 @@ class Segments:
             return self
         moved = self._moved.get(device)
         if moved is None:
-            moved = replace(self, queries=self.queries.to(device), _moved={})
+            moved = replace(self, queries=self.queries.to(device))
             if not torch.compiler.is_compiling():
                 self._moved[device] = moved
         return moved
@@ -90,13 +91,12 @@ class Segments:
     def ends(self, lengths: list[int]) -> torch.Tensor:
         """Where stretches of these lengths end, 0 first, on the device of the queries. Kept, because layers and steps
         ask for the same again, and every upload makes the GPU wait."""
-        key = (*lengths, self.queries.device)
-        ends = self._ends.get(key)
+        ends = self._ends.get(tuple(lengths))
         if ends is None:
             sums = [0, *accumulate(lengths)]
             ends = torch.tensor(sums, dtype=torch.int32, device=self.queries.device)
             if not torch.compiler.is_compiling():  # what a CUDA graph has made must not outlive it
-                self._ends[key] = ends
+                self._ends[tuple(lengths)] = ends
         return ends
 
     def patch_range(self) -> tuple[int, int]:
@@ -121,7 +121,7 @@ class Segments:
             else:
                 lengths.append(length)
                 spans.append(seen)
-        return replace(self, lengths=tuple(lengths), spans=tuple(spans), _ends={}, _pieces={}, _moved={})
+        return replace(self, lengths=tuple(lengths), spans=tuple(spans))
 
     def pieces(self, patches_at_once: int) -> list[tuple[int, int, "Segments"]]:
         """All patches of the segments, so many at a time: [first, last) and `clip_to_patches` of it. Kept, because
@@ -162,7 +162,8 @@ def packed_attention(
     outputs = []
     for rows, lengths, spans in _runs(segments, may_differ=is_varlen):
         queries = query[rows]
-        keys, values = _keys_of_run(key, value, spans)
+        span = merge_span([stretch for span in spans for stretch in span])
+        keys, values = take_span(key, span), take_span(value, span)
         extra = {}
         count = len(lengths)
         if is_varlen:
@@ -393,11 +394,6 @@ def _rows_as_heads(attended: torch.Tensor, heads: int) -> torch.Tensor:
     return attended.reshape(count, groups, heads // groups, -1, width).permute(0, 3, 1, 2, 4).reshape(-1, heads, width)
 
 
-def _keys_of_run(key: torch.Tensor, value: torch.Tensor, spans: list[Span]) -> tuple[torch.Tensor, torch.Tensor]:
-    span = merge_span([stretch for span in spans for stretch in span])
-    return take_span(key, span), take_span(value, span)
-
-
 def _runs(segments: Segments, *, may_differ: bool) -> Iterator[tuple[slice, list[int], list[Span]]]:
     """Runs of segments whose keys lie side by side, so that one call serves them without a copy: the packed queries of
     the run, how many each segment has, and the span of each.
@@ -450,7 +446,7 @@ class Folding:
 def folded_attention(
     query: torch.Tensor,
     stored_tokens: Callable[[int, int], tuple[torch.Tensor, TokenNorm | None]],
-    folding: "Folding",
+    folding: Folding,
     scaling: float,
     segments: Segments,
     *,

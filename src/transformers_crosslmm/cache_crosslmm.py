@@ -277,10 +277,10 @@ class VisualMemory:
             begun = torch.searchsorted(torch.tensor([position for position, _ in begins]), columns + start)
             span: Span = ()
             known = 0
-            for count in begun.unique().tolist():
+            counts, lengths = (tensor.tolist() for tensor in begun.unique_consecutive(return_counts=True))
+            for count, columns_between in zip(counts, columns.split(lengths), strict=True):
                 span, known = merge_span(sorted([*span, *(stretch for _, stretch in begins[known:count])])), count
-                rows = (columns[begun == count] + row * length).tolist()
-                groups.setdefault(span, []).extend(rows)
+                groups.setdefault(span, []).extend((columns_between + row * length).tolist())
         return Segments.build(groups, device)
 
     def _what_begins(self, media: list[Medium], scope: str) -> Iterator[tuple[int, tuple[int, int]]]:

@@ -6,6 +6,7 @@ Shapes: B rows, L language tokens (pooled visual + text), P patches of all media
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache as memoize
 from functools import partial
@@ -304,6 +305,11 @@ def check_layers(language_model: PreTrainedModel) -> None:
                 f"mlp(post_attention_layernorm(h)) to h; a {layer_class} {reason}. Use a model like Qwen2, Qwen3, "
                 "Llama or Mistral."
             )
+    if lost := _keywords_lost(language_model):
+        raise ValueError(
+            "`text_config` must describe a decoder whose layers get its forward's keyword arguments; those of a "
+            f"{name} do not get {', '.join(sorted(lost))}. Use a model like Qwen2, Qwen3, Llama or Mistral."
+        )
 
 
 def check_head(text_config: PreTrainedConfig) -> None:
@@ -349,6 +355,24 @@ class _Returns(nn.Module):
 
     def forward(self, *args, **kwargs) -> Any:
         return self.output
+
+
+@torch.no_grad()
+def _keywords_lost(language_model: PreTrainedModel) -> set[str]:
+    """Which of the keyword arguments that the cross-attention needs do not reach the first layer: the model's own
+    forward is run up to there. None where something else stops it before, as values that the meta device lacks."""
+    lost: set[str] = set()
+
+    def look(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        lost.update({CACHE, "visual_context"} - kwargs.keys())
+        raise StopIteration
+
+    hook = language_model.layers[0].register_forward_pre_hook(look, with_kwargs=True)
+    embeds = torch.zeros(1, 1, language_model.config.hidden_size, device=language_model.device)
+    mask = embeds.new_ones(1, 1, 1, 1)  # as layers get it, so that none is made
+    with hook, suppress(Exception):
+        language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False, visual_context=None)
+    return lost
 
 
 def _without_parts(module_class: type, attributes: dict[str, Any]) -> nn.Module:

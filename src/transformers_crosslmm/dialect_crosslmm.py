@@ -58,13 +58,9 @@ def takes_a_cache(function: Callable) -> Callable:
         return function(*args, **kwargs)
 
     signature = inspect.signature(function)
-    names = [parameter.replace(name=CACHE) if name == "cache" else parameter for name, parameter in _items(signature)]
-    renamed.__signature__ = signature.replace(parameters=names)  # type: ignore[attr-defined]
+    parameters = [p.replace(name=CACHE) if p.name == "cache" else p for p in signature.parameters.values()]
+    renamed.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return renamed
-
-
-def _items(signature: inspect.Signature) -> list[tuple[str, inspect.Parameter]]:
-    return list(signature.parameters.items())
 
 
 def cache_argument(cache: Any) -> dict[str, Any]:

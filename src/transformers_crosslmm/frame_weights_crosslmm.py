@@ -17,7 +17,7 @@ from torch import nn
 from transformers import LogitsProcessor
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
-from .attention_crosslmm import Segments, Span
+from .attention_crosslmm import Segments, Span, span_length
 from .cache_crosslmm import VisualCacheLayer, VisualMemory
 
 CHUNK_ELEMENTS = 2**22
@@ -123,12 +123,9 @@ def last_token_weights(
     """
     num_rows, patches_per_frame = len(memory.rows), memory.patches_per_frame
     length = len(normed) // num_rows
+    patches_seen = [span_length(tuple(medium.patches for medium in media)) for media in memory.rows]
     weights = [
-        normed.new_zeros(branch.num_heads, num_frames, dtype=torch.float32)
-        for num_frames in (
-            sum(end - start for start, end in (medium.patches for medium in media)) // patches_per_frame
-            for media in memory.rows
-        )
+        normed.new_zeros(branch.num_heads, count // patches_per_frame, dtype=torch.float32) for count in patches_seen
     ]
     if segments.is_placeholder:
         return weights

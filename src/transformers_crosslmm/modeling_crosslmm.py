@@ -259,9 +259,8 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         blocks = (layer.cross_attention for layer in self.language_model.layers if layer.cross_attention is not None)
         parts = (self.vision_tower, self.multi_modal_projector, *blocks)
         check_adapters(module for part in parts for module in part.modules())
-        index = {"video": new.frame_index}
         media = {
-            modality: self.encode(pixels, new.frames[modality], index.get(modality))
+            modality: self.encode(pixels, new.frames[modality], new.frame_index if modality == "video" else None)
             for modality, pixels in new.pixels.items()
         }
         width = self.config.text_config.hidden_size

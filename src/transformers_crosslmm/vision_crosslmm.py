@@ -161,11 +161,6 @@ class TokenNorm:
         frames = slice(first // self.scale.shape[1], last // self.scale.shape[1])
         return TokenNorm(self.scale[frames], self.codes[frames])
 
-    def split(self, at_once: int) -> list["TokenNorm"]:
-        """That of `at_once` tokens at a time; whole frames."""
-        frames = at_once // self.scale.shape[1]
-        return [TokenNorm(*part) for part in zip(self.scale.split(frames), self.codes.split(frames), strict=True)]
-
     def apply(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens (F x N, D), normalised and with the codes of their frames added."""
         return normalised_tokens(tokens.view(*self.scale.shape, -1), self.codes).flatten(0, 1)
