@@ -103,17 +103,20 @@ def read_video_in_worker(
 @contextmanager
 def _as_real_file(opened: BinaryIO):
     """A file that another process can read from its start."""
+    opened.seek(0, os.SEEK_END)
     try:
-        opened.fileno()
-        opened.seek(0)
+        # What unpacks as it reads, such as gzip's files, has the descriptor of what it unpacks.
+        is_real = os.fstat(opened.fileno()).st_size == opened.tell()
     except (OSError, AttributeError):
-        with tempfile.TemporaryFile() as copy:
-            opened.seek(0)
-            shutil.copyfileobj(opened, copy)
-            copy.seek(0)
-            yield copy
-    else:
+        is_real = False
+    opened.seek(0)
+    if is_real:
         yield opened
+        return
+    with tempfile.TemporaryFile() as copy:
+        shutil.copyfileobj(opened, copy)
+        copy.seek(0)
+        yield copy
 
 
 class _Pipe:
