@@ -456,8 +456,9 @@ class _LookAhead:
             self.patience_seconds *= 2
 
     def _begun(self) -> None:
-        self.keyframe = self.queue[0].pts if self.queue else -math.inf
-        self.awaited = self.queue[0].pts if self.queue and not self.queue[0].is_discard else None
+        first = self.queue[0].pts if self.queue else None
+        self.keyframe = -math.inf if first is None else first
+        self.awaited = None if self.queue and self.queue[0].is_discard else first
         self.leading = self.failed = False
 
     def _drop_first(self) -> None:
