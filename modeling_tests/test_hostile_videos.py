@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import http.server
 import io
@@ -466,6 +467,14 @@ def test_an_isolated_decode_gives_the_same(clip, folder):
         assert torch.equal(plain.frames, isolated.frames)
         for name in ("times", "frame_indices", "fps", "duration_seconds", "total_num_frames", "width", "height"):
             assert getattr(plain, name) == getattr(isolated, name), name
+
+
+def test_an_isolated_decode_reads_what_a_file_object_gives_and_not_what_lies_behind_it(clip, tmp_path):
+    (tmp_path / "clip.gz").write_bytes(gzip.compress(clip.read_bytes()))
+    with gzip.open(tmp_path / "clip.gz") as file:
+        assert torch.equal(
+            decode_video(file, num_frames=3, isolated=True).frames, decode_video(clip, num_frames=3).frames
+        )
 
 
 def test_an_isolated_decode_raises_the_same_errors(clip):

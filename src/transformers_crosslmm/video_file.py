@@ -74,6 +74,8 @@ class VideoFile:
         # FFmpeg decodes pictures to learn about a stream; how large and how long they are it knows without.
         self.open(probe=False)
         self.format_name = self._container.format.name.split(",")[0]
+        # Whether the container counts pictures as they are decoded and says nothing of when they are shown.
+        self.in_decoding_order = self.format_name == "avi"
         self.seekable = self.format_name in _SEEKABLE and self._stream.codec_context.name not in _ENDLESS_CODECS
         count, first, end = self._measured()
         if end is None and not count:
@@ -95,11 +97,6 @@ class VideoFile:
         self.duration_seconds = self._duration(count, first, end)
         counted = count or (stream.frames if self.format_name == "mov" else 0)
         self.total_num_frames = counted or max(1, round(self.duration_seconds * self.fps))
-
-    @property
-    def in_decoding_order(self) -> bool:
-        """Whether the container counts pictures as they are decoded and says nothing of when they are shown."""
-        return self.format_name == "avi"
 
     @property
     def holds_back(self) -> bool:
@@ -195,13 +192,13 @@ class VideoFile:
         """
         container, stream, start = self._container, self._stream, self._stream.start_time
         told = None if start is None or not stream.duration else start + stream.duration
-        in_table = told is not None and stream.frames and self.format_name in ("mov", "avi")
-        entries = getattr(stream, "index_entries", None)  # PyAV < 17 does not show them
-        whole = self.format_name == "mov" if entries is None else len(entries) > 0
-        if in_table and whole and entries:  # the last entry is decoded a few pictures before the end
-            whole = (told - entries[-1].timestamp) * stream.frames <= 4 * stream.duration
-        if in_table and whole:
-            self.announced_end = told
+        if told is not None and stream.frames and self.format_name in ("mov", "avi"):
+            entries = getattr(stream, "index_entries", None)  # PyAV < 17 does not show them
+            if entries:  # the last entry is decoded a few pictures before the end
+                whole = (told - entries[-1].timestamp) * stream.frames <= 4 * stream.duration
+            else:
+                whole = entries is None and self.format_name == "mov"
+            self.announced_end = told if whole else None
         if self.announced_end or (told is not None and not self.seekable):
             return 0, start, told
         if self.seekable and container.duration:
@@ -265,10 +262,11 @@ class VideoFile:
         return found >= 0 and entries[found].timestamp > low
 
     def decode(self, packet, *, skip: bool = False, lenient: bool = False) -> list[av.VideoFrame]:
-        """Pictures that come out when `packet` goes in, None for those still inside; `skip` leaves out a picture on
-        which no other depends."""
+        """Pictures that come out when `packet` goes in, or those still inside where it is None; `skip` leaves out a
+        picture on which no other depends."""
         self.clock.check()
-        if packet is not None and _is_encrypted(packet):
+        # PyAV < 17 does not tell; the end, None, has none either.
+        if hasattr(packet, "has_sidedata") and packet.has_sidedata("encryption_info"):
             raise VideoDecodeError("The pictures of this video are encrypted. Decrypt the file first.")
         context = self._lenient[0] if lenient else self._context
         context.skip_frame = "NONREF" if skip and self.codec in _LEAVES_OUT else "DEFAULT"
@@ -335,10 +333,6 @@ def _preference(stream) -> tuple[bool, bool, int]:
     """Of several streams: the default one, one that moves, the largest (the first of those that are alike)."""
     default = bool(stream.disposition & av.stream.Disposition.default)
     return default, stream.frames != 1, stream.codec_context.width * stream.codec_context.height
-
-
-def _is_encrypted(packet) -> bool:
-    return hasattr(packet, "has_sidedata") and packet.has_sidedata("encryption_info")  # PyAV < 17 does not tell
 
 
 def _display_matrix(frame) -> bytes | None:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from typing import BinaryIO
 
 import av
@@ -23,7 +23,6 @@ _EARLY_PICTURES = 32
 # Packets to read beyond the moment looked for: some containers do not store when a packet is decoded, and FFmpeg's
 # guess may be off by the pictures it holds back.
 _MARGIN = 8
-# A moment this little before a picture still counts as its own, or the rounding of k / fps would decide.
 
 
 def sample_times(
@@ -43,6 +42,17 @@ def sample_times(
 
     Example: 10 s, num_frames=4 -> [1.25, 3.75, 6.25, 8.75]; 3 s, fps=1 -> [0, 1, 2].
     """
+    _check_sampling(num_frames, fps, max_frames)
+    duration = _check_part(duration_seconds, start_seconds, end_seconds) - start_seconds
+    # The tolerance keeps k / fps == duration out when the product rounds up.
+    count = num_frames if fps is None else max(1, math.ceil(duration * fps - 1e-6))
+    wanted = count if max_frames is None else min(count, max_frames)
+    if fps is not None and wanted == count:
+        return [start_seconds + k / fps for k in range(count)]
+    return [start_seconds + (i + 0.5) * duration / wanted for i in range(wanted)]
+
+
+def _check_sampling(num_frames: int | None, fps: float | None, max_frames: int | None) -> None:
     if (num_frames is None) == (fps is None):
         raise ValueError(f"Pass exactly one of `num_frames` and `fps`; got num_frames={num_frames}, fps={fps}.")
     for name, count in (("num_frames", num_frames), ("max_frames", max_frames)):
@@ -50,28 +60,13 @@ def sample_times(
             raise ValueError(f"`{name}` must be at least 1; got {count}.")
     if fps is not None and not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"`fps` must be a positive number; got {fps}.")
-    end = _check_part(duration_seconds, start_seconds, end_seconds)
-    duration = end - start_seconds
-    if fps is not None:
-        # The tolerance keeps k / fps == duration out when the product rounds up.
-        count = max(1, math.ceil(duration * fps - 1e-6))
-        if max_frames is None or count <= max_frames:
-            return [start_seconds + k / fps for k in range(count)]
-        wanted = max_frames
-    else:
-        wanted = min(num_frames or 1, max_frames or num_frames or 1)
-    return [start_seconds + (i + 0.5) * duration / wanted for i in range(wanted)]
-
-
-_ENDLESS = 1e12
-"""Seconds: stands for a duration that is not known yet, to check everything else."""
 
 
 def _check_part(duration_seconds: float, start_seconds: float, end_seconds: float | None) -> float:
-    """The end of the part of the video that is looked at."""
+    """The end of the part of the video that is looked at; the video may be endless where its length is not known."""
     end = duration_seconds if end_seconds is None else min(end_seconds, duration_seconds)
     if not 0 <= start_seconds < end:
-        length = "" if duration_seconds == _ENDLESS else f" and a video of {duration_seconds:.3f} s"
+        length = "" if duration_seconds == math.inf else f" and a video of {duration_seconds:.3f} s"
         raise ValueError(
             f"`start_seconds` must lie in the video and before `end_seconds`; got start_seconds={start_seconds}, "
             f"end_seconds={end_seconds}{length}."
@@ -100,17 +95,8 @@ class Request:
             if not times or not all(math.isfinite(moment) for moment in times) or times != sorted(times):
                 raise ValueError(f"`times` must be seconds in ascending order, at least one; got {times[:8]}.")
         elif num_frames is not None or fps is not None:
-            sample_times(
-                _ENDLESS,
-                num_frames=num_frames and 1,
-                fps=fps,
-                max_frames=1,
-                start_seconds=start_seconds,
-                end_seconds=end_seconds,
-            )
-            for name, count in (("num_frames", num_frames), ("max_frames", max_frames)):
-                if count is not None and count < 1:
-                    raise ValueError(f"`{name}` must be at least 1; got {count}.")
+            _check_sampling(num_frames, fps, max_frames)
+            _check_part(math.inf, start_seconds, end_seconds)
         return cls(num_frames, fps, times, max_frames, start_seconds, end_seconds)
 
     def moments(self, duration_seconds: float) -> list[float] | None:
@@ -187,20 +173,17 @@ def _pictures(file: VideoFile, request: Request, moments: list[float] | None) ->
 
 
 def _decoded(file: VideoFile, request: Request, moments: list[float] | None) -> Iterator[Picture]:
+    after = -math.inf
     if file.seekable:
-        last_seconds = -math.inf
-        try:
+        with suppress(_Untrusted):
             for picture in _LookAhead(file).pictures(request, moments):
-                last_seconds = picture.seconds
+                after = picture.seconds
                 yield picture
             return
-        except _Untrusted:
-            yield from _in_sequence(file, request, moments, after=last_seconds)
-    else:
-        yield from _in_sequence(file, request, moments)
+    yield from _in_sequence(file, request, moments, after=after)
 
 
-def _in_sequence(file: VideoFile, request: Request, moments, *, after: float = -math.inf) -> Iterator[Picture]:
+def _in_sequence(file: VideoFile, request: Request, moments, *, after: float) -> Iterator[Picture]:
     """Decode everything from the first packet: the decoder's own order is the truth."""
     file.open(strict=False)
     if file.in_decoding_order:
@@ -291,14 +274,13 @@ class _LookAhead:
         self.end: int | None = None  # when the last picture read is over
         self.early: dict[int, av.VideoFrame] = {}  # pictures out that a later target may want
         self.pending: deque[int] = deque()  # pts wanted, given to the decoder and not yet out
-        self.last: int | None = None  # pts last wanted
-        self.keyframe: int | None = None  # where decoding began
+        self.last: float = -math.inf  # pts last wanted
+        self.keyframe: float = -math.inf  # where decoding began
         self.awaited: int | None = None  # the keyframe, until the decoder has shown that it starts cleanly there
-        self.fresh = True  # the decoder has been given nothing yet
         self.careful = False
         self.careful_until: float = -math.inf
         self.again: set[int] = set()  # pts that were pending in something damaged
-        self.fed: int | None = None  # pts of the packet that went in last
+        self.fed: int | None = None  # pts of the packet that went in last, None before the first
         self.leading = False  # whether pictures due before the keyframe went in: they may need what lies before it
         self.broken: set[int] = set()  # pts of packets from which on decoding goes wrong
         self.doubtful: set[int] = set()  # pts of pictures decoded from there on
@@ -396,7 +378,7 @@ class _LookAhead:
             self.end = over if self.end is None else max(self.end, over)
             if self.every and packet.pts in self.due:  # pictures that share a time
                 raise _Untrusted
-            if self.last is None or packet.pts > self.last:
+            if packet.pts > self.last:
                 bisect.insort(self.due, packet.pts)
 
     def _read_past(self, pts: float) -> bool:
@@ -406,7 +388,7 @@ class _LookAhead:
         """pts of the last picture due at `target` (None: of the next one), None if it is not a new one."""
         while True:
             position = bisect.bisect_right(self.due, target) if target is not None else 0
-            if position == 0 and self.due and (target is None or self.last is None):
+            if position == 0 and self.due and (target is None or self.last == -math.inf):
                 position = 1  # before the first picture, it is the first one
             wanted = self.due[position - 1] if position else None
             limit = max((moment for moment in (target, wanted) if moment is not None), default=math.inf)
@@ -433,10 +415,9 @@ class _LookAhead:
 
     def _after_the_data(self, target: int) -> bool:
         """Whether a picture is announced for `target`, but the file is cut off before it."""
-        end, announced_end = self.end, self.file.announced_end
-        if not self.ended or end is None or announced_end is None:
+        if not self.ended or self.end is None or self.file.announced_end is None:
             return False
-        return end + 1.5 / (self.file.fps * self.file.tick) <= target < announced_end
+        return self.end + 1.5 / (self.file.fps * self.file.tick) <= target < self.file.announced_end
 
     # Jumping
 
@@ -475,8 +456,9 @@ class _LookAhead:
             self.patience_seconds *= 2
 
     def _begun(self) -> None:
-        self.keyframe = self.queue[0].pts if self.queue else None
-        self.awaited = None if self.queue and self.queue[0].is_discard else self.keyframe
+        first = self.queue[0].pts if self.queue else None
+        self.keyframe = -math.inf if first is None else first
+        self.awaited = None if self.queue and self.queue[0].is_discard else first
         self.leading = self.failed = False
 
     def _drop_first(self) -> None:
@@ -488,16 +470,11 @@ class _LookAhead:
 
     def _jump(self, pts: int):
         """Leave out what lies before the last keyframe in the queue from which `pts` can be decoded."""
-        found = 0
-        for place, packet in enumerate(self.queue):
-            if packet.is_keyframe and packet.pts <= pts:
-                found = place
-            if packet.pts == pts:
-                break
-        else:
-            return
-        at_keyframe = self.queue[found].is_keyframe and self.queue[found].pts <= pts
-        if not at_keyframe or (found == 0 and (self.fresh or not self.careful)):
+        ahead = list(islice(self.queue, self._packets_up_to(pts)))
+        found = max(
+            (place for place, packet in enumerate(ahead) if packet.is_keyframe and packet.pts <= pts), default=-1
+        )
+        if found < 0 or (found == 0 and (self.fed is None or not self.careful)):
             return
         yield from self._drain()
         for _ in range(found):
@@ -525,20 +502,22 @@ class _LookAhead:
         self.doubtful.clear()
         self._start_at(first)
 
+    def _packets_up_to(self, pts: int) -> int:
+        """How many packets of the queue there are up to the one of `pts`, 0 where it is not there."""
+        return next((place + 1 for place, packet in enumerate(self.queue) if packet.pts == pts), 0)
+
     # Decoding
 
     def _feed(self, pts: int):
         """Decode up to the packet of `pts`."""
-        to_go = next((place + 1 for place, packet in enumerate(self.queue) if packet.pts == pts), 0)
-        for _ in range(to_go):
+        for _ in range(self._packets_up_to(pts)):
             yield from self._feed_one(skip=self.queue[0].pts < pts)
 
     def _feed_one(self, *, skip: bool):
         packet = self.queue.popleft()
         self.queue_bytes -= packet.size
-        self.fresh = False
         self.fed = packet.pts
-        self.leading |= self.keyframe is not None and packet.pts < self.keyframe
+        self.leading |= packet.pts < self.keyframe
         if packet.is_corrupt:  # a transport stream counts what it sends
             self._blame()
         if self.doubtful or packet.pts in self.broken:
@@ -547,7 +526,7 @@ class _LookAhead:
         yield from self._decode(packet, skip=skip)
 
     def _drain(self):
-        if not self.fresh:
+        if self.fed is not None:
             yield from self._decode(None)
         yield from self._miss(math.inf)
         self._flush()
@@ -569,14 +548,13 @@ class _LookAhead:
                 self.awaited = None
                 if not started and not self.failed:
                     raise _Untrusted
-            if frame.is_corrupt and pts not in self.broken and (self.keyframe is None or pts >= self.keyframe):
+            if frame.is_corrupt and pts not in self.broken and pts >= self.keyframe:
                 self._damage(pts)
                 self.doubtful.update(self.pending)
             yield from self._hand_out(pts, frame)
 
     def _flush(self) -> None:
         self.file.flush()
-        self.fresh = True
         self.fed = None
         self.early.clear()
         self.out = -math.inf
@@ -584,14 +562,13 @@ class _LookAhead:
     def _blame(self) -> None:
         """Note where decoding went wrong: at the last packet, or with threads anywhere since the keyframe."""
         self.failed = True
-        at_once = self.file.reports_at_once
-        if at_once and self.keyframe is not None and self.fed is not None and self.fed < self.keyframe:
-            return
-        place = self.fed if at_once else self.keyframe
-        if place is not None and (at_once or not self.leading):
-            self._damage(place)
+        if self.file.reports_at_once:
+            if self.fed >= self.keyframe:
+                self._damage(self.fed)
+        elif self.keyframe > -math.inf and not self.leading:
+            self._damage(self.keyframe)
 
-    def _damage(self, pts: int) -> None:
+    def _damage(self, pts: float) -> None:
         self.broken.add(pts)
         if self.pending and not self.careful:
             raise _Damaged from None
@@ -605,7 +582,7 @@ class _LookAhead:
             if wanted:
                 self.pending.popleft()
             yield self._picture(frame)
-        elif self.last is None or pts > self.last:
+        elif pts > self.last:
             self.early[pts] = frame
             if len(self.early) > _EARLY_PICTURES:
                 del self.early[next(iter(self.early))]

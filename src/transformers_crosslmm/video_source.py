@@ -230,9 +230,6 @@ class Bytes:
     def tell(self) -> int:
         return self._file.tell()
 
-    def seekable(self) -> bool:
-        return True
-
 
 class Clock:
     """Seconds of work spent so far; stands still while the caller has the frames."""
@@ -241,11 +238,14 @@ class Clock:
         self._limit, self._on_wait = limits.max_decode_seconds, on_wait
         self._spent, self._since = 0.0, time.monotonic()
 
-    def check(self) -> None:
+    def check(self) -> float:
+        """Seconds left."""
         if self._on_wait is not None:
             self._on_wait()
-        if self._spent + time.monotonic() - self._since > self._limit:
+        left = self._limit - (self._spent + time.monotonic() - self._since)
+        if left < 0:
             raise VideoTimeoutError(f"Decoding took longer than max_decode_seconds={self._limit}. {RAISE_LIMITS}")
+        return left
 
     @contextmanager
     def paused(self):
