@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from .. import TINY_CHECKPOINT
-from ..checkpoints.load import load_model, load_processor
+from ..checkpoints.load import caution, load_model, load_processor
 from ..tiny.procedural_videos import random_generator, random_video, write_mp4
 from ..video_decoding import VideoLimits
 from .conversation import Answer
@@ -34,6 +34,11 @@ MAX_NEW_TOKENS = 256
 MAX_QUESTION_CHARACTERS = 2000
 THUMBNAIL = 160
 """Pixels along a side of the frames that are kept for the pictures."""
+EXAMPLE_QUESTIONS = (
+    "What is in frame 3?",
+    "In which frame does the red star appear?",
+    "Is there a blue heart in the video?",
+)
 
 
 @dataclass
@@ -124,8 +129,8 @@ def build_page(model: str | os.PathLike = TINY_CHECKPOINT, *, device: str | None
         page.sample_folder = folder  # lives as long as the page
         state = gradio.State(time_to_live=IDLE_SECONDS, delete_callback=lambda visit: visit and visit.close())
         gradio.Markdown(
-            "# CrossLMM\nA video is looked at once; then ask as often as you like. "
-            f"At most {MAX_UPLOAD_BYTES // 2**20} MiB. Model: `{Path(model).name}`."
+            "# CrossLMM\nUpload a video once; then ask as often as you like. Frames count from 1. "
+            f"At most {MAX_UPLOAD_BYTES // 2**20} MiB. Model: `{Path(model).name}`. {caution(model, network.config) or ''}"
         )
         picture: dict[str, Any] = {
             "show_label": False,
@@ -146,6 +151,7 @@ def build_page(model: str | os.PathLike = TINY_CHECKPOINT, *, device: str | None
                 question = gradio.Textbox(
                     label="Question", max_length=MAX_QUESTION_CHARACTERS, submit_btn=True, elem_id="question"
                 )
+                gradio.Examples([[words] for words in EXAMPLE_QUESTIONS], [question], label="For example")
         gradio.Markdown("Where it looked: the weight of each frame for each token of the last answer")
         timeline = gradio.Image(elem_id="timeline", **picture)
         # One after the other, whoever asks: a queue is kinder than a machine out of memory.
@@ -192,8 +198,8 @@ def _import_gradio() -> Any:
         import gradio
     except ImportError as error:
         raise ImportError(
-            'The page needs Gradio, and Gradio an older Pillow: `pip install -e ".[demo]"` in your clone, in an environment '
-            "of its own (docs/getting-started.md, Extras)."
+            'The page needs Gradio, and Gradio an older Pillow: `pip install -e ".[demo]"` in your clone, in an '
+            "environment of its own (docs/getting-started.md, Extras)."
         ) from error
     return gradio
 
