@@ -93,27 +93,5 @@ def begin_request(server: Server, body: dict | bytes, *, length: int | None = No
     return connection
 
 
-class DrippingServer:
-    """A server of files that answers a byte every twentieth of a second, without end. reached: somebody has called.
-    left: it was hung up on."""
-
-    def __init__(self, begin: bytes) -> None:
-        self.begin, self.reached, self.left = begin, threading.Event(), threading.Event()
-        self.listening = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}/clip.mp4"
-        threading.Thread(target=self._drip, daemon=True).start()
-
-    def _drip(self) -> None:
-        connection, _ = self.listening.accept()
-        self.reached.set()
-        try:
-            connection.sendall(self.begin)
-            while True:
-                connection.sendall(b"x")
-                time.sleep(0.05)
-        except OSError:
-            self.left.set()
-
-
 def data_url(path: Path) -> str:
     return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
