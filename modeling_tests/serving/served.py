@@ -31,7 +31,7 @@ class Server:
     def __init__(self, checkpoint: Path, **settings) -> None:
         self.app = build_app(ServerSettings(str(checkpoint), device="cpu", **settings))
         self.handler = self.app.state.service
-        config = uvicorn.Config(self.app, host="127.0.0.1", port=0, log_level="critical")
+        config = uvicorn.Config(self.app, host="127.0.0.1", port=0, log_level="critical", timeout_graceful_shutdown=10)
         self.server = server_module.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
@@ -44,7 +44,8 @@ class Server:
     def stop(self) -> None:
         self.client.close()
         self.server.should_exit = True
-        self.thread.join(timeout=15)
+        self.thread.join(timeout=30)
+        assert not self.thread.is_alive(), "the server does not stop"
 
     def post(self, body, **options):
         """A request that no client of OpenAI's would send."""
