@@ -80,7 +80,7 @@ def test_a_url_that_leads_to_a_private_address_is_not_fetched(server, host):
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.settimeout(0.2)
         url = f"http://{host}:{listening.getsockname()[1]}/clip.mp4"
-        with pytest.raises(openai.BadRequestError, match=r"not a public address|Cannot connect") as refused:
+        with pytest.raises(openai.BadRequestError, match="not a public address") as refused:
             server.answer(QUESTIONS[0], url)
         assert "VideoLimits" not in str(refused.value)
         with pytest.raises(TimeoutError):
@@ -101,7 +101,7 @@ DRIPS = {
 
 @pytest.mark.parametrize("kind", DRIPS)
 def test_a_url_that_drips_holds_its_place_no_longer_than_a_request_may_take(started, kind):
-    server, dripping = started(allow_private_urls=True, request_seconds=10), DrippingServer(DRIPS[kind])
+    server, dripping = started(allow_private_urls=True, request_seconds=5), DrippingServer(DRIPS[kind])
     began = time.monotonic()
     reply = server.post({"messages": [user("What?", f"http://{dripping.address}/clip.mp4")]})
     assert (reply.status_code, reply.json()["error"]["code"]) == (504, "timeout")
