@@ -65,11 +65,11 @@ class Server:
         return self.ask(*arguments, **options).choices[0].message.content
 
     def health(self) -> dict:
-        return httpx.get(f"{self.url}/health").json()
+        return httpx.get(f"{self.url}/health", timeout=20).json()
 
     def number(self, name: str) -> float:
         """A number of /metrics, 0 where there is none yet."""
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        lines = httpx.get(f"{self.url}/metrics", timeout=20).text.splitlines()
         return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + " ")), 0.0)
 
 
