@@ -20,13 +20,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    CompileConfig,
     DynamicCache,
     PreTrainedModel,
 )
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from factories import random_model, tiny_config
+from factories import random_model, tiny_config, traced
 from numerics import assert_close_to_scale, assert_no_worse_than
 from test_modeling_crosslmm import (
     FLOAT32,
@@ -204,14 +203,11 @@ def test_right_padded_rows_write_from_a_static_cache_what_they_write_from_a_dyna
 
 @each_family
 def test_a_compiled_step_writes_the_same(family):
-    torch.compiler.reset()
     model = family_model(family)
     inputs = batch_of(model.config)
     options = {"do_sample": False, "max_new_tokens": 4}
     expected = model.generate(**inputs, **options)
-    compile_config = CompileConfig(backend="eager", mode=None, fullgraph=True)
-    compile_config._compile_all_devices = True
-    options |= {"cache_implementation": "static", "compile_config": compile_config}
+    options |= traced()
     assert model.generate(**inputs, **options).tolist() == expected.tolist()
     assert hasattr(model, "_compiled_call")
 

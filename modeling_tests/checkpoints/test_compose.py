@@ -22,7 +22,7 @@ from transformers import (
     TokenizersBackend,
 )
 
-from factories import mp4_of, random_frames
+from factories import mp4_of, random_frames, shake
 from transformers_crosslmm.checkpoints.chat import add_marks, find_tokenizer
 from transformers_crosslmm.checkpoints.compose import compose
 from transformers_crosslmm.checkpoints.conversion import ConversionError, check_complete, write_checkpoint
@@ -74,15 +74,6 @@ LLAMA_TEMPLATE = (
     "+ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}\n"
 )
 CODE = "  def f(x):\n\treturn x**2  \n\n\nEND 2024 caf\u0065\u0301"
-
-
-def shake(model):
-    """Every parameter away from where Transformers' initialisation leaves it, so that none can be confused."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
 
 
 def other_tokenizer(*, chat_template: str | None = LLAMA_TEMPLATE) -> TokenizersBackend:
@@ -315,19 +306,16 @@ def test_a_base_model_talks_chatml_begins_as_ever_and_ends_with_its_mark(tmp_pat
     assert ids == list(processor(text=written)["input_ids"][0])
 
 
-def test_marks_of_its_own_and_named_templates_are_kept(tmp_path, tower_folder, text_folder):
+def test_marks_of_its_own_and_named_templates_are_kept(tmp_path, tower_folder):
     own = LLAMA_TEMPLATE.replace("{{ '<' + message", "{%- generation -%}{{ '<' + message")
     own = own.replace("{% endfor", "{%- endgeneration -%}{% endfor")
     save_text(tmp_path / "text", tokenizer=other_tokenizer(chat_template={"default": own, "other": LLAMA_TEMPLATE}))
     conversion = compose(tower_folder, tmp_path / "text")
     assert set(conversion.chat_template) == {"default", "other"}
-    plain = compose(tower_folder, text_folder)
     chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
-    written = [
-        each.tokenizer.apply_chat_template(chat, tokenize=False, chat_template=template)
-        for each, template in ((conversion, conversion.chat_template["default"]), (plain, plain.chat_template))
-    ]
-    assert written[0] == written[1]
+    for template in conversion.chat_template.values():
+        written = conversion.tokenizer.apply_chat_template(chat, tokenize=False, chat_template=template)
+        assert written == other_tokenizer().apply_chat_template(chat, tokenize=False)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from typer.testing import CliRunner
 
 import crosslmm_cli
-from factories import random_model, tiny_config, tiny_tokenizer
+from factories import VISION, random_model, shake, tiny_config, tiny_tokenizer
 from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration
 from transformers_crosslmm.checkpoints import folder as checkpoint_folder
 from transformers_crosslmm.checkpoints.compose import compose
@@ -71,14 +71,6 @@ from transformers_crosslmm.checkpoints.network import expected_shapes
 from transformers_crosslmm.checkpoints.new_weights import initial_tensors
 
 CONVERSION = Path(__file__).parents[2] / "conversion"
-VISION = {
-    "hidden_size": 20,
-    "intermediate_size": 28,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 33,
-    "patch_size": 6,
-}
 TEXT = {
     "vocab_size": 271,
     "hidden_size": 48,
@@ -89,14 +81,6 @@ TEXT = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }
-
-
-def shake(model):
-    """Every parameter away from where Transformers' initialisation leaves it, so that none can be confused."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

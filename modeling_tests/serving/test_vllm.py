@@ -4,7 +4,6 @@ import base64
 import functools
 import http.server
 import io
-import threading
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from factories import mp4_of, random_frames, tiny_config
+from loopback import served_by
 from pretend_gpu import pretend_gpus
 
 pytest.importorskip("vllm", reason="needs vLLM: `make vllm-environment`")
@@ -29,6 +29,7 @@ from vllm_cases import (
     MAX_TOKENS,
     VIDEO,
     Request,
+    answer_to_chat,
     answers,
     ask,
     engine,
@@ -37,7 +38,7 @@ from vllm_cases import (
     save,
 )
 
-from transformers_crosslmm import CrossLMMForConditionalGeneration, CrossLMMProcessor
+from transformers_crosslmm import CrossLMMProcessor
 from transformers_crosslmm.serving.vllm.rules import CrossLMMRules
 from transformers_crosslmm.serving.vllm.visual_cache import VisualCache, VisualCacheMetadataBuilder
 
@@ -56,6 +57,12 @@ def clips(tmp_path_factory) -> Path:
     Image.fromarray(random_frames(1, seed=5)[0]).save(folder / "picture.png")
     (folder / "hostile.mp4").write_bytes(b"\x00\x00\x00\x18ftypisom" + bytes(range(256)) * 40)
     return folder
+
+
+@pytest.fixture(scope="module")
+def server(clips):
+    with served_by(functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(clips))) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -93,23 +100,6 @@ def chat(llm, content, **kwargs) -> tuple[str, list[int]]:
     sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, detokenize=False)
     (output,) = llm.chat([{"role": "user", "content": content}], sampling, use_tqdm=False, **kwargs)
     return output.prompt_token_ids, list(output.outputs[0].token_ids)
-
-
-@torch.no_grad()
-def expected_chat(folder: Path, content) -> tuple[list[int], list[int]]:
-    """The same of the package's processor and `generate`."""
-    processor = CrossLMMProcessor.from_pretrained(folder)
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        processor_kwargs={"return_tensors": "pt"},
-    )
-    model = CrossLMMForConditionalGeneration.from_pretrained(folder).eval()
-    ids = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS, eos_token_id=None)[0].tolist()
-    length = inputs["input_ids"].shape[1]
-    return ids[:length], ids[length:]
 
 
 # --- Equal to `generate` ---------------------------------------------------------------------------------------------
@@ -209,7 +199,7 @@ def test_a_hit_that_ends_within_a_video_leaves_its_tokens_right(llm, folder, cou
 
 
 @pytest.mark.parametrize("form", ["path", "data", "url"])
-def test_videos_and_images_come_in_every_form(llm, folder, clips, form, monkeypatch):
+def test_videos_and_images_come_in_every_form(llm, folder, clips, server, form, monkeypatch):
     from transformers_crosslmm.serving.vllm.media import CrossLMMConnector
 
     video, picture = clips / "clip.mp4", clips / "picture.png"
@@ -220,10 +210,7 @@ def test_videos_and_images_come_in_every_form(llm, folder, clips, form, monkeypa
     if form == "url":
         limits = CrossLMMConnector.limits
         monkeypatch.setattr(CrossLMMConnector, "limits", type(limits)(allow_private_addresses=True))
-        handler = functools.partial(QuietHandler, directory=str(clips))
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        names = [f"http://127.0.0.1:{server.server_port}/{path.name}" for path in (video, picture)]
+        names = [f"{server}/{path.name}" for path in (video, picture)]
     parts = [{"type": "text", "text": "Look: "}]
     asked = [
         {"type": "video_url", "video_url": {"url": names[0]}},
@@ -232,12 +219,7 @@ def test_videos_and_images_come_in_every_form(llm, folder, clips, form, monkeypa
         {"type": "text", "text": " What?"},
     ]
     files = [{"type": "video", "path": str(video)}, asked[1], {"type": "image", "path": str(picture)}, asked[3]]
-    assert chat(llm, parts + asked) == expected_chat(folder, parts + files)
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args) -> None:
-        pass
+    assert chat(llm, parts + asked) == answer_to_chat(folder, parts + files)
 
 
 def test_marks_that_a_user_writes_are_text(llm, folder, clips):
@@ -247,7 +229,7 @@ def test_marks_that_a_user_writes_are_text(llm, folder, clips):
         {"type": "image_url", "image_url": {"url": (clips / "picture.png").as_uri()}},
     ]
     same = [*content[:2], {"type": "image", "path": str(clips / "picture.png")}]
-    assert chat(llm, content) == expected_chat(folder, same)
+    assert chat(llm, content) == answer_to_chat(folder, same)
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,8 @@ def build_page(model: str | os.PathLike = TINY_CHECKPOINT, *, device: str | None
         state = gradio.State(time_to_live=IDLE_SECONDS, delete_callback=lambda visit: visit and visit.close())
         gradio.Markdown(
             "# CrossLMM\nUpload a video once; then ask as often as you like. Frames count from 1. "
-            f"At most {MAX_UPLOAD_BYTES // 2**20} MiB. Model: `{Path(model).name}`. {caution(model, network.config) or ''}"
+            f"At most {MAX_UPLOAD_BYTES // 2**20} MiB. Model: `{Path(model).name}`. "
+            f"{caution(model, network.config) or ''}"
         )
         picture: dict[str, Any] = {
             "show_label": False,
