@@ -285,6 +285,56 @@ def batch(
 
 
 @app.command()
+def evaluate(
+    questions: Annotated[
+        Path,
+        typer.Argument(help='JSON lines: {"video": …, "question": …, "answer": …}.', show_default=False),
+    ],
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of the videos.", show_default="that of the questions")
+    ] = None,
+    model: Model = None,
+    frames: Frames = None,
+    fps: Fps = None,
+    max_new_tokens: NewTokens = 64,
+    device: Device = None,
+    show_wrong: Annotated[bool, typer.Option("--show-wrong", help="Print the questions with wrong answers.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the share of right answers to your own questions.
+
+    An answer is right if it equals the given one, apart from upper case, space around it and a final full stop.
+
+    Example: crosslmm evaluate test.jsonl --model runs/mine --frames 8 --show-wrong
+    """
+    wanted = _sampling(frames=frames, fps=fps, start=None, end=None)
+    with Steps() as steps:
+        _import_package(steps)
+        from transformers_crosslmm.checkpoints.load import load_model, load_processor
+        from transformers_crosslmm.measuring.own_questions import answers_to, is_right, read_own_questions
+        from transformers_crosslmm.measuring.quality import interval
+
+        asked = read_own_questions(questions)
+        steps.begin("Loading the model")
+        checkpoint = _checkpoint(model)
+        processor, network = load_processor(checkpoint), load_model(checkpoint, device=device)
+        steps.begin("Answering")
+        wrong, options = [], {"root": root or questions.parent, "max_new_tokens": max_new_tokens, **wanted}
+        for done, (question, answer) in enumerate(answers_to(network, processor, asked, **options), start=1):
+            if not is_right(answer, question.answer):
+                wrong.append({**vars(question), "given": answer})
+            steps.count(done, len(asked))
+    right = len(asked) - len(wrong)
+    low, high = interval(right, len(asked))
+    if as_json:
+        _print_json({"asked": len(asked), "right": right, "interval_95": [low, high], "wrong": wrong})
+        return
+    for case in wrong if show_wrong else ():
+        typer.echo(f"{case['video']}: {case['question']}  {case['given']!r} instead of {case['answer']!r}")
+    typer.echo(f"{right} of {len(asked)} right, {right / len(asked):.1%} (95 % interval {low:.1%} to {high:.1%})")
+
+
+@app.command()
 def look(
     video: Video,
     model: Model = None,
