@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import crosslmm_cli
 from factories import mp4_of, random_frames, save_checkpoint
-from transformers_crosslmm import CrossLMMConfig, encode_video
+from transformers_crosslmm import TINY_CHECKPOINT, CrossLMMConfig, encode_video
 from transformers_crosslmm.asking import conversation
 from transformers_crosslmm.asking.answer_text import AnswerText
 from transformers_crosslmm.asking.conversation import VideoConversation, read_video
@@ -301,6 +301,17 @@ def test_chat_answers_every_line_and_survives_a_question_that_is_too_long(run, c
     assert "error: The sequence must fit the context" in result.stderr
     again = run("chat", "clip.mp4", *arguments, stdin="What is it?\nAnd now?\n")
     assert result.stdout.replace("\n", "") == again.stdout.replace("\n", "")
+
+
+@pytest.mark.parametrize(("answer", "warns"), [("it stays shut until evening", True), ("red", False)])
+def test_a_model_that_spells_the_answers_is_warned_of(run, folder, answer, warns):
+    record = {"video": "clip.mp4", "question": "What?", "answer": answer}
+    (folder / "records.jsonl").write_text(json.dumps(record) + "\n")
+    checked = ("data", "check", "records.jsonl", "--media-root", ".")
+    result = run(*checked, "--model", str(TINY_CHECKPOINT))
+    assert result.exit_code == 0, result.output
+    assert ("byte by byte" in result.stderr) == warns
+    assert "byte by byte" not in run(*checked).stderr
 
 
 def test_too_many_frames_are_told_before_one_is_encoded(run, checkpoint, folder, monkeypatch):

@@ -705,13 +705,14 @@ def check(
 ) -> None:
     """List the broken records, with file and line, and media files that do not exist.
 
-    With --decode also those whose media do not decode; the frames are those that --model samples.
+    With --decode also those whose media do not decode; the frames are those that --model samples. With --model it
+    warns if the model's tokenizer spells the words of the answers byte by byte.
 
     Example: crosslmm data check mixture.yaml --media-root videos
     """
     with Steps() as steps:
         _import_package(steps)
-        from transformers_crosslmm.training.datasets import find_broken
+        from transformers_crosslmm.training.datasets import find_broken, spelled_words
         from transformers_crosslmm.training.records import load_records
 
         records = load_records(path)
@@ -719,12 +720,21 @@ def check(
             raise ValueError(f"{path} holds no records.")
         steps.begin(f"Checking {len(records):,} records")
         num_broken = 0
-        if decode:
+        processor = None
+        if decode or model is not None:
             from transformers_crosslmm.checkpoints.load import load_processor
-        processor = load_processor(_checkpoint(model)) if decode else None
-        for line in find_broken(records, media_root, decode_with=processor):
+
+            processor = load_processor(_checkpoint(model))
+        for line in find_broken(records, media_root, decode_with=processor if decode else None):
             typer.echo(line)
             num_broken += 1
+        spelled, words = spelled_words(records, processor.tokenizer) if model is not None else (0, 0)
+    if spelled > words / 4:
+        typer.echo(
+            f"warning: {model} spells {spelled:,} of {words:,} words of the answers byte by byte, and will hardly "
+            "learn them. Compose a model with a language model that knows them (docs/fine-tune.md).",
+            err=True,
+        )
     typer.echo(f"{len(records):,} records, {num_broken:,} broken", err=True)
     if num_broken:
         raise typer.Exit(1)

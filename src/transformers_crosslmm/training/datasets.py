@@ -5,6 +5,8 @@ Trainer(..., train_dataset=dataset, data_collator=CrossLMMDataCollator(processor
 """
 
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -186,6 +188,25 @@ def find_broken(
                 encode_chat(decode_with, record, media_root=media_root)
         except UnusableSample as error:
             yield f"{_identified(where(records, index), record)}: {error}"
+
+
+def spelled_words(records: Any, tokenizer: Any, *, most: int = 1000) -> tuple[int, int]:
+    """How many words of the first `most` records' answers the tokenizer spells byte by byte, and of how many words.
+
+    A small model does not learn such words in a short training. Records that cannot be read are left out.
+    """
+    words: Counter[str] = Counter()
+    for index in range(min(most, len(records))):
+        try:
+            chat = chat_of(_row(records, index))
+        except UnusableSample:
+            continue
+        texts = [part.get("text", "") for turn in chat if turn["role"] == "assistant" for part in turn["content"]]
+        words.update(re.findall(r"\w{3,}", " ".join(texts)))
+    spelled = {
+        word for word in words if len(tokenizer(f" {word}", add_special_tokens=False)["input_ids"]) >= len(word)
+    }
+    return sum(words[word] for word in spelled), words.total()
 
 
 def _identified(place: str, record: Any) -> str:
