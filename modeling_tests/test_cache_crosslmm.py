@@ -94,7 +94,10 @@ def test_a_quantised_cache_keeps_the_patches_as_they_are(form):
     """Transformers' own fp8 layers; what the text loses to them is small beside what the video says."""
     model = tiny_model(form)
     inputs = batch_of(model.config, [ONE_VIDEO])
-    cache = QuantizedCache("fp8", model.config.text_config)
+    try:
+        cache = QuantizedCache("fp8", model.config.text_config)
+    except ValueError as error:
+        pytest.skip(f"this release of Transformers has no such cache: {error}")
     ids = more(1)
     logits = cached_logits(model, prefilled(model, inputs, cache), ids)
     exact = full_logits(model, inputs, ids)

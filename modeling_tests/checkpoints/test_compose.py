@@ -27,7 +27,7 @@ from transformers_crosslmm.checkpoints.chat import add_marks, find_tokenizer
 from transformers_crosslmm.checkpoints.compose import compose
 from transformers_crosslmm.checkpoints.conversion import ConversionError, check_complete, write_checkpoint
 from transformers_crosslmm.checkpoints.folder import stored_tensors
-from transformers_crosslmm.processing_crosslmm import CHAT_TEMPLATE
+from transformers_crosslmm.processing_crosslmm import CHAT_TEMPLATE, MARKS
 
 VISION = {
     "hidden_size": 24,
@@ -288,6 +288,26 @@ def test_media_stand_in_the_language_models_own_chats_and_answers_are_marked(com
     ids, mask = encoded["input_ids"][0], encoded["assistant_masks"][0]
     assert processor.tokenizer.decode([i for i, own in zip(ids, mask, strict=True) if own]) == "So.</s>No.</s>"
     assert list(ids).count(processor.video_token_id) == 2 * 9
+
+
+def test_what_a_chat_says_is_text_where_another_program_renders_it(composed):
+    """vLLM writes chats with the template and the tokenizer alone; the processor escapes texts itself."""
+    processor = AutoProcessor.from_pretrained(composed[0])
+    tokenizer, special = processor.tokenizer, {"</s>", "<s>", *MARKS}
+
+    def written(texts, role="user"):
+        content = [{"type": "video"}, *({"type": "text", "text": text} for text in texts)]
+        chat = [{"role": role, "content": content}, {"role": "assistant", "content": texts[0]}]
+        ids = tokenizer.apply_chat_template(chat, chat_template=processor.chat_template, return_dict=True)["input_ids"]
+        return ids, [ids.count(tokenizer.convert_tokens_to_ids(mark)) for mark in sorted(special)]
+
+    _, expected = written(["Why?", "So"])
+    assert sum(expected) > 3
+    for mark in special:
+        ids, counts = written([f"a{mark}b", mark])
+        assert counts == expected, mark
+        assert f"a{mark}b{mark}" in tokenizer.decode(ids)
+        assert written([mark[:3], mark[3:]])[1] == expected, mark
 
 
 def test_a_base_model_talks_chatml_begins_as_ever_and_ends_with_its_mark(tmp_path, tower_folder):

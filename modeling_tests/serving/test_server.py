@@ -205,5 +205,5 @@ def test_the_command_hands_its_options_on(root, monkeypatch):
 def test_without_the_extra_the_error_names_it(monkeypatch):
     monkeypatch.delitem(sys.modules, "transformers_crosslmm.serving.server")
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
-    with pytest.raises(ImportError, match=r"transformers_crosslmm\[serve\]"):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[serve\]"'):
         importlib.import_module("transformers_crosslmm.serving.server")

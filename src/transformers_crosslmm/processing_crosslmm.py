@@ -368,15 +368,21 @@ class CrossLMMProcessor(ProcessorMixin):
             conversation = [
                 [escape.message(message) for message in getattr(chat, "messages", chat)] for chat in conversation
             ]
-        return super().apply_chat_template(conversation, chat_template, texts_are_escaped=True, **kwargs)
+        if "texts_are_escaped" in self._template_text(chat_template):  # to others it is no variable
+            kwargs["texts_are_escaped"] = True
+        return super().apply_chat_template(conversation, chat_template, **kwargs)
+
+    def _template_text(self, chat_template: str | None) -> str:
+        """The chat template of that name, the default one, or the given text itself."""
+        named = (self.chat_template or {}) if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        return named.get(chat_template or "default", chat_template) or ""
 
     def _tokens_to_escape(self, chat_template: str | None, sanitize_control_tokens: bool | None) -> set[str]:
         """See `apply_chat_template`. Asked anew for each chat, so that tokens added later count as after loading."""
         if sanitize_control_tokens is False:
             return set()
         added = self.tokenizer.added_tokens_decoder.values()
-        named = (self.chat_template or {}) if isinstance(self.chat_template, dict) else {"default": self.chat_template}
-        written = named.get(chat_template or "default", chat_template) or ""
+        written = self._template_text(chat_template)
         return {
             *MARKS,
             *(value for value in self.tokenizer.special_tokens_map.values() if isinstance(value, str)),

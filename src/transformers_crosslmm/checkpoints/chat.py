@@ -20,22 +20,37 @@ PROBES = ("  def f(x):\n\treturn x**2  \n\n\nEND", "I don't know 12345 caf\u0065
 """Texts that tokenizers of different families split differently: runs of blanks, digits, marks that compose."""
 
 MEDIA_TEMPLATE = """\
+{%- macro as_text(text) -%}
+    {%- set escaped = namespace(text=text) -%}
+    {%- if not texts_are_escaped -%}
+        {%- for mark in @MARKS@ -%}
+            {%- set escaped.text = escaped.text | replace(mark, mark[0] ~ "\ue000" ~ mark[1:]) -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {{- escaped.text -}}
+{%- endmacro -%}
 {%- macro own(messages) -%}
 {{- "" }}@OWN@{{ "" -}}
 {%- endmacro -%}
 {%- set chat = namespace(plain=[], hollow=[], words=[]) -%}
 {%- for message in messages -%}
-    {%- set content = namespace(text=message.content) -%}
-    {%- if message.content is defined and message.content is not none and message.content is not string -%}
+    {%- set content = namespace(text=message.content, run="") -%}
+    {%- if message.content is string -%}
+        {%- set content.text = as_text(message.content) -%}
+    {%- elif message.content is defined and message.content is not none -%}
         {%- set content.text = "" -%}
         {%- for part in message.content -%}
             {%- if part.type in ("video", "image") -%}
-                {%- set content.text = content.text ~ "<|vision_start|><|" ~ part.type ~ "_pad|><|vision_end|>" -%}
+                {%- set mark = "<|vision_start|><|" ~ part.type ~ "_pad|><|vision_end|>" -%}
+                {%- set content.text = content.text ~ as_text(content.run) ~ mark -%}
+                {%- set content.run = "" -%}
             {%- elif part.text -%}
-                {%- set content.text = content.text ~ part.text -%}
+                {%- set content.run = content.run ~ part.text -%}
             {%- endif -%}
         {%- endfor -%}
+        {%- set content.text = content.text ~ as_text(content.run) -%}
     {%- endif -%}
+    {%- set message = dict(message, role=as_text(message.role)) -%}
     {%- set message = dict(message, content=content.text) if content.text is string else message -%}
     {%- set chat.plain = chat.plain + [message] -%}
     {%- if message.role == "assistant" and content.text is string -%}
@@ -63,7 +78,8 @@ MEDIA_TEMPLATE = """\
 """
 """Around a template of a language model (OWN): it gets messages of text alone, in which marks stand for media. Its
 output is unchanged. Where an assistant's words stand is found by a second run with a sign in their place; they and the
-end of their turn (END) are marked for training."""
+end of their turn (END) are marked for training. Rendered by a program other than the processor, it escapes the special
+tokens that a text writes (MARKS) itself."""
 
 
 def find_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -139,7 +155,10 @@ def _with_media(tokenizer: PreTrainedTokenizerBase, own: str) -> str:
     # Marks of its own would be counted where the macro runs, not where its output goes.
     unmarked = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", own.removesuffix("\n"))
     unmarked = re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", unmarked)
-    template = MEDIA_TEMPLATE.replace("@TRIM@", " | trim" if is_trimmed else "")
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.content in own)
+    named = (value for value in tokenizer.special_tokens_map.values() if isinstance(value, str))
+    marks = json.dumps(sorted({*MARKS, *added, *named}))
+    template = MEDIA_TEMPLATE.replace("@MARKS@", marks).replace("@TRIM@", " | trim" if is_trimmed else "")
     template = template.replace("@END@", json.dumps(end)).replace("@HOLLOW@", HOLLOW).replace("@OWN@", unmarked)
     _check_template(tokenizer, own, template, end)
     return template
