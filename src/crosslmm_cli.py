@@ -319,8 +319,10 @@ def evaluate(
         checkpoint = _checkpoint(model)
         processor, network = load_processor(checkpoint), load_model(checkpoint, device=device)
         steps.begin("Answering")
-        wrong, options = [], {"root": root or questions.parent, "max_new_tokens": max_new_tokens, **wanted}
-        for done, (question, answer) in enumerate(answers_to(network, processor, asked, **options), start=1):
+        wrong = []
+        folder: Any = root or questions.parent
+        given = answers_to(network, processor, asked, root=folder, max_new_tokens=max_new_tokens, **wanted)
+        for done, (question, answer) in enumerate(given, start=1):
             if not is_right(answer, question.answer):
                 wrong.append({**vars(question), "given": answer})
             steps.count(done, len(asked))
