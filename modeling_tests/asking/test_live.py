@@ -1,12 +1,17 @@
 """A live video beside the same frames given at once."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 import transformers_crosslmm.asking.live as live_module
 from factories import random_frames, random_model, tiny_config, tiny_processor
+from numerics import assert_close_to_scale
 from transformers_crosslmm.asking.conversation import end_token_ids
 from transformers_crosslmm.asking.live import LiveVideo
 
@@ -26,8 +31,28 @@ def model_and_processor(scope: str = "causal", *, add_timestamps: bool = True, *
     return random_model(config).double(), processor
 
 
-def at_once(model, processor, frames: np.ndarray, times: list[float], question: str = QUESTION) -> str:
-    """The answer to frames that are all there, through the processor and `generate` alone."""
+@dataclass
+class Said:
+    """An answer, and the logits of its last token: they depend on all that was seen and said before."""
+
+    text: str
+    logits: torch.Tensor
+
+    def __eq__(self, other: "Said") -> bool:
+        assert_close_to_scale(self.logits, other.logits, relative=1e-10)
+        return self.text == other.text
+
+
+@contextmanager
+def last_logits(model) -> Iterator[list[torch.Tensor]]:
+    logits = []
+    hook = model.lm_head.register_forward_hook(lambda *call: logits.append(call[2][0, -1]))
+    yield logits
+    hook.remove()
+
+
+def at_once(model, processor, frames: np.ndarray, times: list[float], question: str = QUESTION) -> Said:
+    """What is said of frames that are all there, through the processor and `generate` alone."""
     metadata = {"fps": 10, "frames_indices": [round(10 * time) for time in times], "duration": times[-1]}
     turn = {"role": "user", "content": [{"type": "video", "video": frames}, {"type": "text", "text": question}]}
     inputs = processor.apply_chat_template(
@@ -38,14 +63,16 @@ def at_once(model, processor, frames: np.ndarray, times: list[float], question: 
         add_generation_prompt=True,
         processor_kwargs={"video_metadata": [metadata], "do_sample_frames": False},
     )
-    written = model.generate(
-        **inputs, max_new_tokens=20, do_sample=False, eos_token_id=end_token_ids(model, processor), pad_token_id=0
-    )
-    return processor.tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    options = {"max_new_tokens": 12, "eos_token_id": end_token_ids(model, processor), "pad_token_id": 0}
+    with last_logits(model) as logits:
+        written = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+    return Said(processor.tokenizer.decode(written, skip_special_tokens=True).strip(), logits[-1])
 
 
-def ask(live: LiveVideo, question: str = QUESTION, **options) -> str:
-    return live.ask(question, max_new_tokens=20, **options).text
+def ask(live: LiveVideo, question: str = QUESTION, **options) -> Said:
+    with last_logits(live.model) as logits:
+        answer = live.ask(question, max_new_tokens=12, **options)
+    return Said(answer.text, logits[-1])
 
 
 def in_pieces(length: int, *ends: int) -> list[slice]:
@@ -58,12 +85,12 @@ def in_pieces(length: int, *ends: int) -> list[slice]:
 def test_its_answers_are_those_to_the_same_frames_given_at_once(scope, add_timestamps):
     model, processor = model_and_processor(scope, add_timestamps=add_timestamps)
     live, frames = LiveVideo(model, processor), random_frames(SIZE)
-    answers = set()
+    answers = []
     for piece in in_pieces(SIZE, 1, 2, 7):
         assert live.add(frames[piece], TIMES[piece]) == 0
-        answers.add(ask(live))
-        assert ask(live) == at_once(model, processor, frames[: piece.stop], TIMES[: piece.stop])
-    assert len(answers) > 2  # not the same whatever it sees
+        answers.append(ask(live))
+        assert answers[-1] == at_once(model, processor, frames[: piece.stop], TIMES[: piece.stop])
+    assert len({answer.text for answer in answers}) > 2  # not the same whatever it sees
 
 
 @pytest.mark.parametrize("scope", ["causal", "frame"])
@@ -145,9 +172,10 @@ def test_an_interrupted_answer_leaves_no_trace():
     with pytest.raises(KeyboardInterrupt):
         ask(live, on_text=stop_at_the_third)
     whole = at_once(model, processor, frames[:3], TIMES[:3])
-    assert whole.startswith("".join(pieces).strip())
+    assert whole.text.startswith("".join(pieces).strip())
     pieces.clear()
-    assert ask(live, on_text=pieces.append) == whole == "".join(pieces).strip()
+    assert ask(live, on_text=pieces.append) == whole
+    assert "".join(pieces).strip() == whole.text
     live.add(frames[3:], TIMES[3:5])
     assert ask(live) == at_once(model, processor, frames, TIMES[:5])
 
