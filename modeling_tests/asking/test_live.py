@@ -226,7 +226,7 @@ def test_more_frames_than_the_context_holds_are_refused_before_they_are_encoded(
     monkeypatch.setattr(model, "get_video_features", None)
     tokens = 9 + len("<9999999.9 seconds>")  # a letter is a token
     most = (2048 - 128) // tokens
-    with pytest.raises(ValueError, match=f"{most + 1} take {tokens} each. Give `max_frames`, at most {most}"):
+    with pytest.raises(ValueError, match=f"holds {most} frames beside a question; got {most + 1}"):
         LiveVideo(model, processor, max_frames=most + 1)
     with pytest.raises(ValueError, match="`max_frames` must be at least 1; got 0"):
         LiveVideo(model, processor, max_frames=0)
@@ -241,5 +241,5 @@ def test_a_template_that_writes_the_question_first_is_refused():
     processor.chat_template = "{% for m in messages %}{{ m.content[1].text }}<|video_pad|>{% endfor %}"
     live = LiveVideo(model, processor)
     live.add(random_frames(1), [0.0])
-    with pytest.raises(ValueError, match="write the same up to the end of the video"):
+    with pytest.raises(ValueError, match="write the video before the question"):
         ask(live)

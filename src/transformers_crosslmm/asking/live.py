@@ -52,9 +52,6 @@ class LiveVideo(VideoConversation):
         self, model: CrossLMMForConditionalGeneration, processor: CrossLMMProcessor, max_frames: int | None = None
     ) -> None:
         self.model, self.processor, self.max_frames = model, processor, max_frames
-        self._frame_tokens = processor.tokens_per_frame
-        if processor.add_timestamps:
-            self._frame_tokens += len(processor.tokenizer(LONGEST_STAMP, add_special_tokens=False)["input_ids"])
         if max_frames is not None:
             if max_frames < 1:
                 raise ValueError(f"`max_frames` must be at least 1; got {max_frames}.")
@@ -82,8 +79,8 @@ class LiveVideo(VideoConversation):
 
     @torch.no_grad()
     def add(self, frames: Any, times: Sequence[float]) -> int:
-        """Encodes new frames, forgets old ones where they would be too many, and returns how many it forgot. Of more
-        than `max_frames` new ones only the last are looked at.
+        """Encodes new frames, forgets old ones where they would be too many, and returns how many. Of more new ones
+        than `max_frames` only the last are looked at.
 
         frames: (t, H, W, 3) or (t, 3, H, W), or a list of pictures. times: when each was shown, in seconds, ascending
         and later than all before.
@@ -108,12 +105,11 @@ class LiveVideo(VideoConversation):
             frames, do_sample_frames=False, skip_unchanged=False, return_tensors="pt"
         )
         encoded = self.model.get_video_features(inputs["pixel_values_videos"], return_dict=True)
-        forgotten = self._make_room(len(moments))
-        first = self.video.num_frames
         original = encoded.last_hidden_state.to(self.model.model.language_model.dtype)
-        self._original = _written(self._original, first, original, self.max_frames)
         pooled = encoded.pooler_output[0].unflatten(0, (len(moments), -1))
-        self._pooled = _written(self._pooled, first, pooled, self.max_frames)
+        forgotten = self._make_room(len(moments))
+        self._original = _written(self._original, self.video.num_frames, original, self.max_frames)
+        self._pooled = _written(self._pooled, self.video.num_frames, pooled, self.max_frames)
         self._set_times([*self.times, *moments])
         self.num_seen += len(moments)
         if self._is_causal:
@@ -124,9 +120,8 @@ class LiveVideo(VideoConversation):
     def ask(self, question: str, **options: Any) -> Answer:
         """Answers from the frames in view; neither the question nor its answer leaves a trace.
 
-        options: `max_new_tokens`, `on_text`, `with_frame_weights`, as for `VideoConversation.ask`. What `on_text`
-        raises, like Ctrl-C, ends the answer. Raises ValueError before the first frame, and for a question that is
-        empty or too long.
+        options: as for `VideoConversation.ask`. What `on_text` raises, like Ctrl-C, ends the answer. Raises ValueError
+        before the first frame, and for a question that is empty or too long.
         """
         if not self.video.num_frames:
             raise ValueError("There is no frame to ask about yet; `add` some first.")
@@ -142,11 +137,10 @@ class LiveVideo(VideoConversation):
         return self.model.config.v2v_scope == "causal"
 
     def _check_room(self, num_frames: int) -> None:
-        room = self.model.config.max_sequence_length - QUESTION_TOKENS
-        if num_frames * self._frame_tokens > room:
+        if num_frames > (most := most_frames(self.model, self.processor)):
             raise ValueError(
-                f"Frames must fit the context, which has {room} positions beside those of a question; {num_frames} "
-                f"take {self._frame_tokens} each. Give `max_frames`, at most {room // self._frame_tokens}."
+                f"The context of {self.model.config.max_sequence_length} positions holds {most} frames beside a "
+                f"question; got {num_frames}. Give `max_frames`, at most {most}."
             )
 
     def _make_room(self, num_new: int) -> int:
@@ -227,11 +221,14 @@ class LiveVideo(VideoConversation):
     def _new_ids(self, turn: dict[str, Any]) -> list[int]:
         ids = super()._new_ids(turn)
         if ids[: len(self._seen_ids)] != self._seen_ids:
-            raise ValueError(
-                "The chat template must write the same up to the end of the video, whatever is asked about it; this "
-                "one does not. Use CrossLMM's own."
-            )
+            raise ValueError("The chat template must write the video before the question. Use CrossLMM's own.")
         return ids
+
+
+def most_frames(model: CrossLMMForConditionalGeneration, processor: CrossLMMProcessor) -> int:
+    """The largest `max_frames` that the context has room for."""
+    stamp = processor.tokenizer(LONGEST_STAMP, add_special_tokens=False)["input_ids"] * processor.add_timestamps
+    return (model.config.max_sequence_length - QUESTION_TOKENS) // (processor.tokens_per_frame + len(stamp))
 
 
 def _written(buffer: torch.Tensor, first: int, new: torch.Tensor, room: int | None) -> torch.Tensor:
@@ -250,4 +247,4 @@ def _no_pictures(*_: Any) -> NoReturn:
     raise ValueError("The pictures of a live video are not kept; keep those that you add.")
 
 
-__all__ = ["LiveVideo"]
+__all__ = ["LiveVideo", "most_frames"]
