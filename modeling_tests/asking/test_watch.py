@@ -9,6 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from fractions import Fraction
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +33,7 @@ MPEGTS = ["-c:v", "mpeg2video", "-g", "5", "-f", "mpegts"]
 @pytest.fixture(scope="module")
 def clip() -> bytes:
     """Six seconds of MPEG-TS, ten pictures a second."""
-    return encode(container="mpegts", codec="mpeg2video", num_frames=60, fps=10)
+    return encode(container="mpegts", num_frames=60, gop=5, time_base=Fraction(1, 10))
 
 
 @pytest.fixture
@@ -39,7 +42,7 @@ def opened():
     sources = []
 
     def opened(source, **options) -> LiveSource:
-        sources.append(LiveSource(str(source), tiny_processor(), **{"silence_seconds": 1.0} | options))
+        sources.append(LiveSource(str(source), tiny_processor(), **{"silence_seconds": 2.0} | options))
         return sources[-1]
 
     yield opened
@@ -86,7 +89,7 @@ def patient(open_it, seconds: float = 30.0):
             time.sleep(0.1)
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def test_its_frames_are_those_that_a_decoder_samples(opened, clip, tmp_path):
@@ -157,13 +160,13 @@ def test_rubbish_after_good_pictures_ends_it_and_keeps_them(opened, clip, tmp_pa
     assert len(source.take()[0]) >= 2
 
 
-# --- the network ------------------------------------------------------------------------------------------------------
+# --- the network -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["rtsp://127.0.0.1:1/a", "HTTP://127.0.0.1:1/a", "https://127.0.0.1:1"])
 def test_the_network_is_used_only_when_asked_for(opened, name, monkeypatch):
     monkeypatch.setattr(live_source.av, "open", None)
-    with pytest.raises(VideoError, match="only when asked for.*Add --allow-network"):
+    with pytest.raises(VideoError, match=r"only when asked for.*Add --allow-network"):
         opened(name)
 
 
@@ -176,11 +179,8 @@ def test_other_addresses_are_refused_with_and_without_the_flag(opened, name, mon
 
 
 @needs_ffmpeg
-def test_a_playlist_from_the_network_leads_nowhere_else(opened, tmp_path):
-    from functools import partial
-    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-
-    (tmp_path / "secret.ts").write_bytes(encode(container="mpegts", codec="mpeg2video", num_frames=20, fps=10))
+def test_a_playlist_from_the_network_leads_nowhere_else(opened, clip, tmp_path):
+    (tmp_path / "secret.ts").write_bytes(clip)
     (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXTINF:2,\n{tmp_path}/secret.ts\n#EXT-X-ENDLIST\n")
     asked = []
 
@@ -214,17 +214,18 @@ def test_an_http_stream_that_ends_however_leaves_its_frames(opened, sender, end)
 @needs_ffmpeg
 def test_an_rtsp_stream_is_watched(opened, sender, monkeypatch):
     """FFmpeg pushes; the source listens, which it does not otherwise."""
-    monkeypatch.setitem(live_source.STREAMS, "rtsp", live_source.STREAMS["rtsp"] | {"rtsp_flags": "listen"})
+    monkeypatch.setitem(
+        live_source.STREAMS, "rtsp", live_source.STREAMS["rtsp"] | {"rtsp_flags": "listen", "listen_timeout": "60"}
+    )
     address = f"rtsp://127.0.0.1:{free_port()}/live"
     found = []
-    waiting = threading.Thread(
-        target=lambda: found.append(opened(address, allow_network=True, fps=5.0, silence_seconds=20.0))
-    )
+    options = {"allow_network": True, "fps": 5.0, "silence_seconds": 60.0}
+    waiting = threading.Thread(target=lambda: found.append(opened(address, **options)))
     waiting.start()
-    while waiting.is_alive():
-        if sender.__closure__ and not found:
-            process = sender("-c:v", "mpeg4", "-g", "5", "-f", "rtsp", "-rtsp_transport", "tcp", address)
-        waiting.join(3)
+    while waiting.is_alive():  # a sender that comes before the listener gives up
+        process = sender("-c:v", "mpeg4", "-g", "5", "-f", "rtsp", "-rtsp_transport", "tcp", address)
+        while waiting.is_alive() and process.poll() is None:
+            waiting.join(0.1)
     [source] = found
     until(lambda: source.num_received >= 5)
     _, times = source.take()
@@ -233,7 +234,7 @@ def test_an_rtsp_stream_is_watched(opened, sender, monkeypatch):
     until(lambda: source.ending is not None)
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------------------------------
 
 
 def live_video(**options) -> LiveVideo:

@@ -9,6 +9,7 @@ import stat
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -115,7 +116,7 @@ class LiveSource:
         elif source.startswith("/dev/video"):
             options |= {"format": "v4l2", "container_options": {"protocol_whitelist": "file"}}
         else:
-            what = GrowingFile(source, self._stop, self.silence_seconds)
+            what = GrowingFile(source, lambda: self._stop.is_set() or self.silent_seconds > self.silence_seconds)
             options["io_open"] = _refuse_to_open
             options["container_options"] = {"format_whitelist": _FORMATS, "protocol_whitelist": "none"}
         with _translated_errors("This is no live video that FFmpeg can open.", VideoOpenError):
@@ -179,23 +180,25 @@ class LiveSource:
 
 
 class GrowingFile:
-    """A regular file that somebody writes to, as FFmpeg reads it: from its beginning, without a name or a way back. It
-    ends where nothing is added to it for `silence_seconds`."""
+    """A regular file that somebody writes to, as FFmpeg reads it: from its beginning, without a name or a way back.
+
+    has_ended: whether to wait no more for what may be added.
+    """
 
     name = "video"
 
-    def __init__(self, path: str, stop: threading.Event, silence_seconds: float) -> None:
+    def __init__(self, path: str, has_ended: Callable[[], bool]) -> None:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise VideoOpenError(f"{shown(path)} is neither a file nor a camera such as /dev/video0.")
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115  (read for as long as the process watches)
-        self._stop, self._silence_seconds = stop, silence_seconds
+        self._has_ended = has_ended
 
     def read(self, size: int) -> bytes:
-        began = time.monotonic()
-        while not (piece := self._file.read(size)):
-            if self._stop.wait(0.05) or time.monotonic() - began > self._silence_seconds:
-                return b""
-        return piece
+        while not self._has_ended():
+            if piece := self._file.read(size):
+                return piece
+            time.sleep(0.05)
+        return b""
 
 
 __all__ = ["LiveSource"]
