@@ -205,8 +205,10 @@ def test_what_cannot_be_added_or_asked_says_why_and_changes_nothing():
     live, frames = LiveVideo(model, processor), random_frames(3)
     with pytest.raises(ValueError, match="no frame to ask about yet"):
         ask(live)
+    with pytest.raises(ValueError, match="seconds from 0 to"):
+        live.add(frames, [-1.0, 0.0, 1.0])
     live.add(frames[:2], [1.0, 2.0])
-    for times in ([2.0], [1.5], [float("nan")], [float("inf")]):
+    for times in ([2.0], [1.5], [float("nan")], [float("inf")], [1e7]):
         with pytest.raises(ValueError, match="each later than the one before"):
             live.add(frames[2:], times)
     with pytest.raises(ValueError, match="as many times; got 1 and 2"):

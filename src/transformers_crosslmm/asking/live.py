@@ -13,7 +13,6 @@ Shapes: T frames in view, t new ones, N patches and s x s pooled tokens per fram
 
 from collections.abc import Sequence
 from itertools import pairwise
-from math import isfinite
 from typing import Any, NoReturn
 
 import torch
@@ -27,8 +26,8 @@ from ..processing_crosslmm import CrossLMMProcessor
 from ..video_processing_crosslmm import VideoStream
 from .conversation import Answer, VideoConversation, end_token_ids
 
-LONGEST_STAMP = "<9999999.9 seconds>"
-"""The timestamp of a frame after 115 days: `max_frames` of these have to fit."""
+LONGEST_SECONDS = 1e7
+"""Frames come before this, 115 days: no timestamp is longer, and `max_frames` of the longest fit."""
 QUESTION_TOKENS = 128
 """Positions of the context that no frame takes, for a question and its answer."""
 
@@ -88,10 +87,10 @@ class LiveVideo(VideoConversation):
         where the context ends.
         """
         moments = [float(time) for time in times]
-        if not all(map(isfinite, moments)) or any(a >= b for a, b in pairwise([*self.times[-1:], *moments])):
+        if not all(a < b < LONGEST_SECONDS for a, b in pairwise([*(self.times[-1:] or [-1e-9]), *moments])):
             raise ValueError(
-                f"`times` must be finite seconds, each later than the one before and than the last frame in view "
-                f"({self.times[-1:] or 'none'}); got {moments[:8]}. Call `forget` to begin anew."
+                f"`times` must be seconds from 0 to {LONGEST_SECONDS:g}, each later than the one before, that of the "
+                f"last frame in view included; got {moments[:8]}. Call `forget` to begin anew."
             )
         if not moments or len(frames) != len(moments):
             raise ValueError(
@@ -227,7 +226,9 @@ class LiveVideo(VideoConversation):
 
 def most_frames(model: CrossLMMForConditionalGeneration, processor: CrossLMMProcessor) -> int:
     """The largest `max_frames` that the context has room for."""
-    stamp = processor.tokenizer(LONGEST_STAMP, add_special_tokens=False)["input_ids"] * processor.add_timestamps
+    stamp = (
+        processor.tokenizer("<9999999.9 seconds>", add_special_tokens=False)["input_ids"] * processor.add_timestamps
+    )
     return (model.config.max_sequence_length - QUESTION_TOKENS) // (processor.tokens_per_frame + len(stamp))
 
 
