@@ -32,7 +32,21 @@ from transformers_crosslmm.checkpoints.inspect import count_costs
 from transformers_crosslmm.checkpoints.load import load_model, load_processor
 
 SECONDS, FPS = 5, 4
-COMMANDS = ("ask", "batch", "bench", "chat", "compose", "convert", "demo", "info", "look", "push", "serve", "train")
+COMMANDS = (
+    "ask",
+    "batch",
+    "bench",
+    "chat",
+    "compose",
+    "convert",
+    "demo",
+    "info",
+    "look",
+    "push",
+    "serve",
+    "train",
+    "watch",
+)
 
 
 @pytest.fixture(scope="module")

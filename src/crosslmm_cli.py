@@ -215,6 +215,55 @@ def chat(
 
 
 @app.command()
+def watch(
+    source: Annotated[
+        str, typer.Argument(help="/dev/video0, a file that is being written, or an address.", show_default=False)
+    ],
+    model: Model = None,
+    fps: Annotated[float, typer.Option(min=0.001, help="Look at this many frames per second.")] = 1.0,
+    max_frames: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most frames in view.", show_default="the checkpoint's limit, as far as they fit"),
+    ] = None,
+    allow_network: Annotated[
+        bool, typer.Option("--allow-network", help="Open rtsp, rtsps, http and https addresses, of any network.")
+    ] = False,
+    silence: Annotated[
+        float, typer.Option(min=0.5, help="Seconds without a picture after which the source counts as ended.")
+    ] = 10.0,
+    max_new_tokens: NewTokens = 256,
+    device: Device = None,
+) -> None:
+    """Watch a video that goes on, and answer what you type meanwhile. A line is a question; Ctrl-D ends.
+
+    Only the newest frames are looked at where the model is too slow for all of them, and the oldest are forgotten; the
+    state says how many. Each question stands alone.
+
+    Example: crosslmm watch rtsp://192.168.1.20/stream1 --allow-network
+    """
+    with Steps() as steps:
+        _import_package(steps)
+        from transformers_crosslmm.asking.live import LiveVideo, most_frames
+        from transformers_crosslmm.asking.live_source import LiveSource
+        from transformers_crosslmm.asking.watch import watch as go_on
+        from transformers_crosslmm.checkpoints.load import load_model, load_processor
+
+        checkpoint = _checkpoint(model)
+        processor = load_processor(checkpoint)
+        steps.begin("Opening the source")
+        options = {"fps": fps, "allow_network": allow_network, "silence_seconds": silence}
+        opened = LiveSource(source, processor, **options)  # type: ignore[arg-type]
+        steps.begin("Loading the model")
+        loaded = load_model(checkpoint, device=device)
+        most = max_frames or min(most_frames(loaded, processor), processor.video_processor.max_frames)
+        live = LiveVideo(loaded, processor, most)
+    try:
+        go_on(live, opened, max_new_tokens=max_new_tokens)
+    finally:
+        opened.close()
+
+
+@app.command()
 def batch(
     questions: Annotated[
         Path,

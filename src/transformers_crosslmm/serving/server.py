@@ -23,6 +23,7 @@ try:
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
     from prometheus_client.exposition import CONTENT_TYPE_LATEST
     from starlette.exceptions import HTTPException
+    from starlette.routing import WebSocketRoute
     from starlette.types import Message, Receive, Scope, Send
 except ImportError as error:
     raise ImportError(
@@ -33,10 +34,11 @@ from ..asking.answer_text import AnswerText
 from ..checkpoints.load import load_model, load_processor
 from .admission import GoneError, Places, RefusedError, ServerSettings, check_host, explained
 from .chat_request import ChatRequest, shortened
+from .live_sessions import LiveRoute
 from .remembered_videos import BoundedCache, Question, RememberingModel, SampledVideo
 from .strangers_videos import VideoReader
 
-CHAT_PATH, MODELS_PATH = "/v1/chat/completions", "/v1/models"
+CHAT_PATH, MODELS_PATH, LIVE_PATH = "/v1/chat/completions", "/v1/models", "/v1/live"
 
 COLDEST = 0.01
 """A lower temperature than this answers greedily, which is what it tends to; logits divided by it may overflow."""
@@ -219,6 +221,7 @@ def build_app(settings: ServerSettings) -> FastAPI:
     app = FastAPI(dependencies=[Depends(has_our_host)], docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
     app.add_route(CHAT_PATH, service, methods=["POST"])  # type: ignore[arg-type]
+    app.router.routes.append(WebSocketRoute(LIVE_PATH, LiveRoute(service)))
 
     @app.get(MODELS_PATH, response_model=None)
     async def models() -> JSONResponse:
