@@ -182,7 +182,7 @@ def test_a_model_that_is_nowhere_is_named_with_what_to_check(run, monkeypatch):
         for arguments in (("look", "clip.mp4", "--model", name), ("info", name)):
             result = run(*arguments)
             assert result.exit_code == 1
-            assert f"{name!r} is no folder here, and the Hub has no such model" in result.stderr
+            assert f"{name!r} is not a folder, and the Hub has no such model" in result.stderr
             assert "Check the name, the connection" in result.stderr
 
 
