@@ -733,8 +733,8 @@ def check(
         spelled, words = spelled_words(records, processor.tokenizer) if model is not None else (0, 0)
     if spelled > words / 4:
         typer.echo(
-            f"warning: the tokenizer of {model} spells {spelled:,} of {words:,} words of the answers byte by byte, and "
-            "the model will hardly learn them. Compose one with a larger vocabulary (docs/fine-tune.md).",
+            f"warning: {model} spells {spelled:,} of {words:,} words of the answers byte by byte, and will hardly "
+            "learn them. Compose a model with a language model that knows them (docs/fine-tune.md).",
             err=True,
         )
     typer.echo(f"{len(records):,} records, {num_broken:,} broken", err=True)

@@ -161,7 +161,7 @@ def test_a_link_out_of_the_folder_does_not_leave_the_house(hub, checkpoint, tmp_
     secret.write_bytes((checkpoint / name).read_bytes() if (checkpoint / name).exists() else b"secret")
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(secret)
-    with pytest.raises(ValueError, match="must be in its folder; .* is a link to"):
+    with pytest.raises(ValueError, match=r"must be in its folder; .* is a link to"):
         export_with_code(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     result = crosslmm("push", folder, REPO)

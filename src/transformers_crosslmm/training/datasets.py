@@ -191,9 +191,9 @@ def find_broken(
 
 
 def spelled_words(records: Any, tokenizer: Any, *, most: int = 1000) -> tuple[int, int]:
-    """How many words of the first `most` records' answers the tokenizer spells byte by byte, and of how many words.
+    """Counts the words of the first `most` records' answers that the tokenizer spells byte by byte, and all words.
 
-    A small model does not learn such words in a short training. Records that cannot be read are left out.
+    A small model does not learn such words in a short training. Unusable records are left out.
     """
     words: Counter[str] = Counter()
     for index in range(min(most, len(records))):
