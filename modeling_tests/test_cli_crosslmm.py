@@ -125,6 +125,21 @@ def test_every_command_shows_an_example(run, command):
     assert f"Example: crosslmm {command}" in result.output
 
 
+@pytest.mark.parametrize("command", ["ask", "batch", "chat", "demo", "info", "look", "serve"])
+def test_every_command_with_a_model_takes_it_as_an_option(run, command):
+    assert "--model " in run(command, "--help").output
+
+
+def test_a_model_is_named_by_an_option_or_an_argument_but_not_by_both(run, checkpoint):
+    by_option = run("info", "--model", checkpoint, "--json")
+    assert by_option.exit_code == 0
+    assert run("info", checkpoint, "--json").stdout == by_option.stdout
+    for command in ("info", "serve", "demo"):
+        twice = run(command, checkpoint, "--model", "another")
+        assert twice.exit_code == 2
+        assert "Name one model" in twice.stderr
+
+
 def test_the_help_documents_the_exit_codes(run):
     assert "Exit codes: 0 done; 1 failed" in run("--help").output
 
@@ -181,7 +196,7 @@ def test_a_model_that_is_nowhere_is_named_with_what_to_check(run, monkeypatch):
         for arguments in (("look", "clip.mp4", "--model", name), ("info", name)):
             result = run(*arguments)
             assert result.exit_code == 1
-            assert f"{name!r} is no folder here, and the Hub has no such model" in result.stderr
+            assert f"{name!r} is not a folder, and the Hub has no such model" in result.stderr
             assert "Check the name, the connection" in result.stderr
 
 

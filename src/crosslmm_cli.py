@@ -1,4 +1,4 @@
-"""The `crosslmm` command. It imports the package, which takes seconds, only when a command runs."""
+"""The `crosslmm` command. Each command imports the package, which takes seconds, only when it runs."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 
 class Commands(typer.core.TyperGroup):
-    """Ends every command with an exit code that says how it went."""
+    """Turns the errors of every command into a line on stderr and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -23,18 +23,18 @@ class Commands(typer.core.TyperGroup):
         except KeyboardInterrupt:
             typer.echo("\nInterrupted.", err=True)
             raise typer.Exit(130) from None
-        except BrokenPipeError:  # such as `head`, which has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still wants to flush
+        except BrokenPipeError:  # the reader of stdout has ended, such as `head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout when it exits
             raise typer.Exit(141) from None
         except Exception as error:
             if ctx.params["debug"]:
                 raise
-            typer.echo(f"error: {_reason(error)} (`crosslmm --debug …` shows where.)", err=True)
+            typer.echo(f"error: {_reason(error)} (`crosslmm --debug …` shows the traceback.)", err=True)
             raise typer.Exit(1) from error
 
 
 def _reason(error: Exception) -> str:
-    """What an error tells a person, in one line; our own errors have more where they list names."""
+    """The message of an error in one line. Messages of the package's own errors keep their line breaks."""
     if type(error).__module__.startswith("transformers_crosslmm."):
         return str(error)
     if isinstance(error, OSError) and error.strerror and error.filename:
@@ -55,32 +55,29 @@ app = typer.Typer(
 Video = Annotated[str, typer.Argument(help="A video file or URL.", show_default=False)]
 Model = Annotated[
     str | None,
-    typer.Option(help="A checkpoint folder, or its name on the Hub.", show_default="the tiny one of the package"),
+    typer.Option(help="A checkpoint folder, or its name on the Hub.", show_default="the package's tiny checkpoint"),
 ]
-ServedModel = Annotated[
-    str | None,
-    typer.Argument(help="A checkpoint folder, or its name on the Hub.", show_default="the tiny one of the package"),
-]
-Frames = Annotated[int | None, typer.Option(min=1, help="Look at this many frames, in equal steps.")]
+ModelArgument = Annotated[str | None, typer.Argument(metavar="MODEL", help="Short for --model.", show_default=False)]
+Frames = Annotated[int | None, typer.Option(min=1, help="Use this many frames, at equal intervals.")]
 Fps = Annotated[
-    float | None, typer.Option(min=0.001, help="Look at this many frames per second, up to the checkpoint's limit.")
+    float | None, typer.Option(min=0.001, help="Use this many frames per second, up to the checkpoint's limit.")
 ]
-Start = Annotated[float | None, typer.Option(min=0, help="Look from this second on.")]
-End = Annotated[float | None, typer.Option(min=0, help="Look up to this second.")]
+Start = Annotated[float | None, typer.Option(min=0, help="Begin at this second of the video.")]
+End = Annotated[float | None, typer.Option(min=0, help="End at this second of the video.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_default="a GPU if there is one")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
 class Counted(MofNCompleteColumn):
-    """The count of a step whose end is known; nothing for others."""
+    """Shows the count of a step whose total is known, and nothing for other steps."""
 
     def render(self, task: Any) -> Any:
         return super().render(task) if task.total else ""
 
 
 class Steps:
-    """Says on a terminal's stderr what is going on, as long as it goes on."""
+    """Shows the step that is running, if stderr is a terminal."""
 
     def __enter__(self) -> "Steps":
         columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), Counted()
@@ -106,24 +103,24 @@ class Steps:
 
 @app.callback()
 def crosslmm(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
-    """CrossLMM: language models that look back at long videos.
+    """CrossLMM: ask questions about long videos.
 
-    Exit codes: 0 done; 1 failed, and stderr says why and what helps; 2 wrong usage;
-    130 interrupted; 141 nobody reads the output any more.
+    Exit codes: 0 done; 1 failed, with the reason and a remedy on stderr; 2 wrong usage;
+    130 interrupted; 141 the reader of the output has ended.
     """
 
 
 @app.command()
 def ask(
     video: Video,
-    question: Annotated[str, typer.Argument(help="What you want to know.", show_default=False)],
+    question: Annotated[str, typer.Argument(help="A question about it; frames count from 1.", show_default=False)],
     model: Model = None,
     frames: Frames = None,
     fps: Fps = None,
     start: Start = None,
     end: End = None,
     timeline: Annotated[
-        Path | None, typer.Option(help="Draw into this file how much each frame weighed for each token of the answer.")
+        Path | None, typer.Option(help="Draw each frame's attention weight for each answer token into this picture.")
     ] = None,
     max_new_tokens: NewTokens = 256,
     device: Device = None,
@@ -155,7 +152,7 @@ def ask(
         labels = frame_labels(len(pictures), conversation.video.times)
         draw_timeline(pictures, labels, answer.tokens, answer.frame_weights).save(timeline)
         if not as_json:
-            typer.echo(f"Where it looked: {timeline}", err=True)
+            typer.echo(f"Attention weights by frame: {timeline}", err=True)
     if as_json:
         record = {
             "video": video,
@@ -180,7 +177,7 @@ def chat(
     max_new_tokens: NewTokens = 256,
     device: Device = None,
 ) -> None:
-    """Talk about a video, which is encoded only once. A line is a question; Ctrl-D or `exit` ends.
+    """Ask several questions about a video, which is encoded once. Each line is a question; Ctrl-D or `exit` ends.
 
     Example: crosslmm chat lecture.mp4 --fps 1 --start 60 --end 600
     """
@@ -188,9 +185,9 @@ def chat(
         conversation = _conversation(steps, video, model, device, frames=frames, fps=fps, start=start, end=end)
     is_person = sys.stdin.isatty()
     if is_person:
-        with contextlib.suppress(ImportError):  # Windows has its own
-            import readline  # noqa: F401  (input() takes its line editing from it)
-        hint = f"{conversation.video.num_frames} frames seen, counted from 1. Ask a question; Ctrl-D or exit ends."
+        with contextlib.suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401  (gives input() line editing)
+        hint = f"{conversation.video.num_frames} frames encoded, counted from 1. Ask a question; Ctrl-D or exit ends."
         typer.echo(hint, err=True)
     while True:
         try:
@@ -208,7 +205,7 @@ def chat(
             steps.begin("Answering")
             try:
                 conversation.ask(question, max_new_tokens=max_new_tokens, on_text=_printer(steps))
-            except ValueError as error:  # nothing was said yet, and the next question may be a better one
+            except ValueError as error:  # raised before any text; the conversation can continue
                 steps.end()
                 typer.echo(f"error: {error}", err=True, nl=False)
         typer.echo()
@@ -267,11 +264,11 @@ def watch(
 def batch(
     questions: Annotated[
         Path,
-        typer.Argument(help='JSON lines: {"video": …, "question": …} and, if you like, "id".', show_default=False),
+        typer.Argument(help='JSON lines: {"video": …, "question": …}, optionally with "id".', show_default=False),
     ],
-    out: Annotated[Path, typer.Option(help="A folder for the answers, Parquet files; again to go on.")],
+    out: Annotated[Path, typer.Option(help="Folder for the answers (Parquet files); give it again to resume.")],
     root: Annotated[
-        Path | None, typer.Option(help="Folder of the videos.", show_default="that of the questions")
+        Path | None, typer.Option(help="Folder of the videos.", show_default="the questions' folder")
     ] = None,
     model: Model = None,
     frames: Frames = None,
@@ -280,22 +277,21 @@ def batch(
     end: End = None,
     max_new_tokens: NewTokens = 256,
     engine: Annotated[
-        str, typer.Option(help="ray, on the cluster of RAY_ADDRESS or here; vllm, with vLLM in its workers; or local.")
+        str, typer.Option(help="ray (cluster of RAY_ADDRESS, or this machine), vllm (Ray with vLLM) or local.")
     ] = "ray",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="How many with Ray.", show_default="one per GPU, or else by CPUs")
+        int | None, typer.Option(min=1, help="Ray workers.", show_default="one per GPU, or else by CPUs")
     ] = None,
-    cpus_per_worker: Annotated[int, typer.Option(min=1, help="CPUs of each worker with Ray.")] = 1,
+    cpus_per_worker: Annotated[int, typer.Option(min=1, help="CPUs of each Ray worker.")] = 1,
     device: Device = None,
     retry_errors: Annotated[
-        bool, typer.Option("--retry-errors", help="Ask again what has an error for an answer.")
+        bool, typer.Option("--retry-errors", help="Ask questions again that have an error instead of an answer.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Answer a file of questions about many videos, each of which is looked at once.
+    """Answer a file of questions about many videos. Each video is decoded and encoded once.
 
-    What is answered stays answered: started again, the command goes on. A video that fails becomes a row with its
-    error.
+    The same command resumes a stopped run and keeps its answers. A video that fails gives rows with its error.
 
     Example: crosslmm batch questions.jsonl --out answers/ --frames 64 --workers 8
     """
@@ -305,7 +301,7 @@ def batch(
         from transformers_crosslmm.serving.corpus import answer_corpus
 
         steps.begin("Answering")
-        with contextlib.redirect_stdout(sys.stderr):  # Ray tells of a worker that died
+        with contextlib.redirect_stdout(sys.stderr):  # Ray prints the deaths of workers
             report = answer_corpus(
                 questions,
                 out,
@@ -325,12 +321,12 @@ def batch(
         return
     typer.echo(
         f"{out}: {report.questions} questions about {report.videos} videos, {report.answered_before} of them answered "
-        f"before; {report.failed} have an error for an answer"
+        f"before; {report.failed} have an error instead of an answer"
     )
     if report.failed == report.questions and report.first_error:
         typer.echo(f"All of them failed. The first error: {report.first_error}", err=True)
     if report.duplicates:
-        typer.echo(f"{report.duplicates} lines repeat an earlier one and were asked once.")
+        typer.echo(f"{report.duplicates} lines repeat an earlier question, which was asked once.")
 
 
 @app.command()
@@ -340,7 +336,7 @@ def evaluate(
         typer.Argument(help='JSON lines: {"video": …, "question": …, "answer": …}.', show_default=False),
     ],
     root: Annotated[
-        Path | None, typer.Option(help="Folder of the videos.", show_default="that of the questions")
+        Path | None, typer.Option(help="Folder of the videos.", show_default="the questions' folder")
     ] = None,
     model: Model = None,
     frames: Frames = None,
@@ -350,9 +346,9 @@ def evaluate(
     show_wrong: Annotated[bool, typer.Option("--show-wrong", help="Print the questions with wrong answers.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the share of right answers to your own questions.
+    """Measure a model's accuracy on your own questions and answers.
 
-    An answer is right if it equals the given one, apart from upper case, space around it and a final full stop.
+    An answer is right if it equals the given one, ignoring case, surrounding space and a final full stop.
 
     Example: crosslmm evaluate test.jsonl --model runs/mine --frames 8 --show-wrong
     """
@@ -396,7 +392,7 @@ def look(
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("contact_sheet.png"),
     as_json: AsJson = False,
 ) -> None:
-    """Draw the frames that the model would see, with their times.
+    """Draw the frames that the model would get, with their times.
 
     Example: crosslmm look clip.mp4 --frames 16 --out frames.png
     """
@@ -425,34 +421,34 @@ def look(
 @app.command()
 def bench(
     models: Annotated[
-        str, typer.Option(help="Their names, with commas between; a wrong one lists them.", show_default="all")
+        str, typer.Option(help="Names, with commas between; a wrong one lists the known ones.", show_default="all")
     ] = "",
     frames: Annotated[
-        str, typer.Option(help="Numbers of frames, with commas between.", show_default="32 to 256, and ours to 3600")
+        str, typer.Option(help="Frame counts, with commas between.", show_default="32 to 256, for CrossLMM to 3600")
     ] = "",
     size: Annotated[
-        Literal["full", "toy"], typer.Option(help="The models' real sizes, or small ones for a CPU's patience.")
+        Literal["full", "toy"], typer.Option(help="The models' real sizes, or small ones that a CPU can run.")
     ] = "full",
     device: Device = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds behind each median time.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; each time is their median.")] = 3,
     output: Annotated[
         Path | None,
-        typer.Option(help="A JSON file for all of it, part after part.", dir_okay=False, show_default="none"),
+        typer.Option(help="JSON file for all results, written after each part.", dir_okay=False, show_default="none"),
     ] = None,
 ) -> None:
-    """Count and time what a video costs, beside LLaVA-OneVision, Qwen2.5-VL and Qwen3-VL.
+    """Count and time the cost of a video, compared with LLaVA-OneVision, Qwen2.5-VL and Qwen3-VL.
 
-    Multiply-accumulates and bytes are counted without weights, on any machine. Times and peaks of memory are measured
-    on a GPU, or with --size toy; the models run in turn, with random weights, so nothing is downloaded.
+    Multiply-accumulates and bytes are counted from the network, on any machine. Times and peak memory are measured
+    on a GPU, or with --size toy. All models run in turns, with random weights, so nothing is downloaded.
 
     Example: crosslmm bench --models CrossLMM-7B,LLaVA-OneVision-7B --frames 32,256 --output cost.json
     """
     import json
 
     if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", frames):
-        raise typer.BadParameter(f"--frames takes numbers from 1 on with commas between; got {frames!r}.")
+        raise typer.BadParameter(f"--frames takes positive numbers, separated by commas; got {frames!r}.")
     if output is not None and not output.absolute().parent.is_dir():
-        raise typer.BadParameter(f"--output must lie in a folder that exists; got {str(output)!r}.")
+        raise typer.BadParameter(f"--output must be in a folder that exists; got {str(output)!r}.")
     with Steps() as steps:
         _import_package(steps)
         from transformers_crosslmm.measuring import cost
@@ -475,31 +471,31 @@ def bench(
     for name, *numbers in rows:
         typer.echo("  ".join([name.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])]))
     if "timed" not in results:
-        typer.echo("Not timed: that takes a GPU, or --size toy.", err=True)
+        typer.echo("Times need a GPU, or --size toy.", err=True)
 
 
 @app.command()
 def info(
-    name: Annotated[
-        str, typer.Argument(help="A checkpoint folder, a name on the Hub, or 2B, 7B, 7B-16.", show_default=False)
-    ],
+    name: ModelArgument = None,
+    model: Model = None,
     memory: Annotated[float, typer.Option(min=0, help="Memory of the GPU, in GiB.")] = 24.0,
     context: Annotated[
-        int | None, typer.Option(min=1, help="Positions of the context.", show_default="the checkpoint's")
+        int | None, typer.Option(min=1, help="Length of the context, in tokens.", show_default="the checkpoint's")
     ] = None,
-    fps: Annotated[float, typer.Option(min=0.001, help="Frames per second of the longest video.")] = 1.0,
+    fps: Annotated[float, typer.Option(min=0.001, help="Frames sampled per second of video.")] = 1.0,
     quantization: Annotated[
         Literal["nf4", "int8", "fp8"] | None,
-        typer.Option(help="Count the language model's weights in 4 or 8 bits.", show_default="none"),
+        typer.Option(help="Count the language model's linear layers in 4 or 8 bits.", show_default="none"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Count what a checkpoint is made of, what a frame costs, and how long a video may be.
+    """Count a checkpoint's parameters, its memory per frame, and the longest video that fits.
 
-    Loads no weights.
+    Nothing is loaded but the config. MODEL may also be a size of the paper: 2B, 7B or 7B-16.
 
     Example: crosslmm info 7B --memory 80 --context 131072
     """
+    model = _only(model, name)
     with Steps() as steps:
         _import_package(steps)
         from transformers_crosslmm import CrossLMMConfig
@@ -508,7 +504,7 @@ def info(
         from transformers_crosslmm.configuration_crosslmm import PRESETS
 
         steps.begin("Counting")
-        config = CrossLMMConfig.from_preset(name) if name in PRESETS else load_config(name)
+        config = CrossLMMConfig.from_preset(model) if model in PRESETS else load_config(_checkpoint(model))
         costs = count_costs(config, quantization=quantization)
     context = context or costs.max_positions
     in_context = costs.frames_in_context(context)
@@ -536,37 +532,37 @@ def info(
     for part, count in costs.parts.items():
         typer.echo(f"{part:<24}{count:>16,} parameters" if count else f"{part:<24}{'tied':>16}")
     typer.echo(f"{'together':<24}{sum(costs.parts.values()):>16,} parameters, {_size(costs.weight_bytes)} in {dtype}")
-    typer.echo(f"\nA frame takes {costs.tokens_per_frame} of {context:,} positions, and in the cache")
+    typer.echo(f"\nA frame takes {costs.tokens_per_frame} of {context:,} positions, and in the caches")
     for form, size in costs.cache_bytes_per_frame.items():
         typer.echo(
-            f"  {form:<12}{_size(size):>9}, and {_size(costs.language_bytes_per_frame)} of the language model's"
+            f"  {form:<12}{_size(size):>9}, and {_size(costs.language_bytes_per_frame)} in the language model's own"
         )
     typer.echo(f"\nLongest video at {fps:g} fps, with {costs.text_tokens(context)} positions left for text")
     for limit, count in {"context": in_context, **{f"memory, {form}": n for form, n in in_memory.items()}}.items():
         typer.echo(f"  {limit:<18}{count:>9,} frames{clock_time(count / fps):>14}")
     both = ", ".join(f"{clock_time(seconds)} with {form}" for form, seconds in longest.items())
     typer.echo(f"So at most {both}.")
-    typer.echo(f"Memory: {memory:g} GiB less the weights, at the end of the prefill. Temporary memory comes on top.")
+    typer.echo(f"Memory: {memory:g} GiB less the weights, at the end of the prefill. Activations are not counted.")
 
 
 FIELDS_BY_NAME = {"allow_extra_args": True, "ignore_unknown_options": True}
-"""Lets config fields through, which the package knows and this file does not."""
+"""Lets config fields through; `_config_fields` checks them, so that --help need not import the package."""
 
 Out = Annotated[Path, typer.Option(help="Folder for the new checkpoint.", show_default=False)]
-Vision = Annotated[str | None, typer.Option(help="Vision encoder, a folder or a name on the Hub.", show_default=False)]
+Vision = Annotated[str | None, typer.Option(help="Vision encoder: a folder or a name on the Hub.", show_default=False)]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     typer.Option(
-        help="Type of the weights. float16 ends at 65,504, which some language models come near.",
+        help="Type of the weights. Activations of some language models come near float16's largest number, 65,504.",
         show_default="the language model's",
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace the checkpoint that the folder holds.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the checkpoint in the folder.")]
 PushToHub = Annotated[
     str | None, typer.Option(help="Then publish it as YOU/NAME, as `crosslmm push` does.", show_default=False)
 ]
-Private = Annotated[bool, typer.Option("--private", help="On the Hub, for you alone.")]
-Untrained = Annotated[bool, typer.Option("--untrained", help="Publish what was never trained, and say so.")]
+Private = Annotated[bool, typer.Option("--private", help="Make a private repository.")]
+Untrained = Annotated[bool, typer.Option("--untrained", help="Publish untrained weights; the card says so.")]
 
 
 @app.command(context_settings=FIELDS_BY_NAME)
@@ -579,30 +575,30 @@ def compose(
     ] = None,
     vision: Vision = None,
     text: Annotated[
-        str | None, typer.Option(help="Language model, a folder or a name on the Hub.", show_default=False)
+        str | None, typer.Option(help="Language model: a folder or a name on the Hub.", show_default=False)
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Its tokenizer.", show_default="with the language model")
+        str | None, typer.Option(help="A folder or a name on the Hub.", show_default="the language model's")
     ] = None,
     flavour: Annotated[
         Literal["paper", "recommended"], typer.Option(help="The paper's options, or those we recommend.")
     ] = "paper",
     long_context: Annotated[
-        bool, typer.Option("--long-context", help="Qwen2.5: 131,072 positions by YaRN instead of 32,768.")
+        bool, typer.Option("--long-context", help="For Qwen2.5: 131,072 positions by YaRN instead of 32,768.")
     ] = False,
     dtype: Dtype = None,
-    seed: Annotated[int, typer.Option(help="Of the new weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the new weights.")] = 0,
     force: Force = False,
     push_to_hub: PushToHub = None,
     private: Private = False,
     untrained: Untrained = False,
 ) -> None:
-    """Put a CrossLMM to train together, from a vision encoder and a language model.
+    """Compose a CrossLMM from a vision encoder and a language model, to be trained.
 
-    A SigLIP, SigLIP2, CLIP, DINOv2 or DINOv3; and a Qwen2, Qwen3, Llama, Mistral, SmolLM3 or any decoder that the
-    cross-attention fits into. The tokenizer stays what it is, and the chat template where there is one.
-    Its gates are 0: until it is trained it answers as its language model does, and says nothing about the video.
-    Config fields go by their names, such as --pooled-grid-size 1 or --v2v-scope frame.
+    The encoder is a SigLIP, SigLIP2, CLIP, DINOv2 or DINOv3; the language model a Qwen2, Qwen3, Llama, Mistral,
+    SmolLM3 or another decoder that the cross-attention fits into. The tokenizer and its chat template are kept.
+    All gates are 0: before training, the answers are the language model's own and say nothing about the video.
+    Config fields are options too, such as --pooled-grid-size 1 or --v2v-scope frame.
 
     Example: crosslmm compose --preset 2B --flavour recommended --out crosslmm-2b
     """
@@ -632,27 +628,27 @@ def compose(
 @app.command(context_settings=FIELDS_BY_NAME)
 def convert(
     context: typer.Context,
-    source: Annotated[str, typer.Argument(help="The checkpoint, a folder or a name on the Hub.", show_default=False)],
+    source: Annotated[str, typer.Argument(help="The checkpoint: a folder or a name on the Hub.", show_default=False)],
     out: Out,
     name_table: Annotated[
         Path | None,
-        typer.Option(help="JSON: names of the cross-attention, {theirs: ours or null}.", show_default=False),
+        typer.Option(help="JSON of the tensors' names, {theirs: ours, or null to leave out}.", show_default=False),
     ] = None,
     reverse: Annotated[
-        bool, typer.Option("--reverse", help="From ours to LLaVA-NeXT's layout, as it was before.")
+        bool, typer.Option("--reverse", help="Write a CrossLMM checkpoint in LLaVA-NeXT's layout.")
     ] = False,
     vision: Vision = None,
     dtype: Dtype = None,
-    seed: Annotated[int | None, typer.Option(help="Of new weights.", show_default="0")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the new weights.", show_default="0")] = None,
     force: Force = False,
     push_to_hub: PushToHub = None,
     private: Private = False,
     untrained: Untrained = False,
 ) -> None:
-    """Take over a CrossLMM trained in LLaVA-NeXT's code base, bit for bit, or begin one from a LLaVA.
+    """Convert a CrossLMM trained in LLaVA-NeXT's code base, bit for bit, or start a CrossLMM from a LLaVA.
 
-    A LLaVA-OneVision or LLaVA-Video, in Transformers' form or LLaVA-NeXT's, gives its encoder, projector and language
-    model to a CrossLMM to train. Config fields go by their names, such as --pooled-grid-size 3.
+    A LLaVA-OneVision or LLaVA-Video, in Transformers' format or LLaVA-NeXT's, gives its encoder, projector and
+    language model to a CrossLMM to be trained. Config fields are options too, such as --pooled-grid-size 3.
 
     Example: crosslmm convert lmms-lab/LLaVA-Video-7B-Qwen2 --pooled-grid-size 3 --out crosslmm-7b
     """
@@ -662,7 +658,7 @@ def convert(
     fields = _config_fields(context)
     if reverse and (push_to_hub or fields or vision or dtype or seed is not None):
         raise typer.BadParameter(
-            "--reverse writes LLaVA-NeXT's layout as it is. Of the options only --name-table and --force go with it."
+            "--reverse changes nothing but the layout: only --name-table and --force can be given with it."
         )
     table = name_tables.read_name_table(name_table) if name_table else None
     if reverse:
@@ -679,7 +675,7 @@ def convert(
 
 
 def _config_fields(context: typer.Context) -> dict[str, Any]:
-    """The config fields among a command's words; anything else there is wrong usage."""
+    """The config fields among a command's unparsed arguments. Anything else there is wrong usage."""
     from transformers_crosslmm.checkpoints.commands import config_fields
 
     try:
@@ -690,15 +686,19 @@ def _config_fields(context: typer.Context) -> dict[str, Any]:
 
 @app.command()
 def push(
-    folder: Annotated[str, typer.Argument(help="A checkpoint folder: model and processor.")],
+    folder: Annotated[str, typer.Argument(help="A checkpoint folder, with model and processor.")],
     repo: Annotated[str, typer.Argument(help="Name of the repository on the Hub, YOU/NAME.")],
     private: Private = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to commit to, in a repository that may exist.")] = None,
-    with_code: Annotated[bool, typer.Option("--with-code", help="Loads without the package as well.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to commit to, such as main. Needed if the repository exists.")
+    ] = None,
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="Add the model's code, for loading without the package.")
+    ] = False,
     untrained: Untrained = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the files and their sizes.")] = False,
 ) -> None:
-    """Publish a checkpoint on the Hub: everything in one commit, or nothing.
+    """Publish a checkpoint on the Hub, in one commit or not at all.
 
     Example: crosslmm push runs/mine YOU/NAME --private
     """
@@ -725,13 +725,13 @@ def train(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A YAML file of options, or stage1_pretrain, stage2_instruct, adapt.")],
 ) -> None:
-    """Train, or go on where the same command stopped.
+    """Train a model, or resume where the same command stopped.
 
-    A recipe is a YAML file of options; options behind it win. They are those of Transformers' TrainingArguments (such
-    as --output_dir, --learning_rate, --max_steps, --report_to) and ours: --model to begin with, --train_data,
-    --media_root, --streaming; --num_frames, --fps, --max_frames of a video; --unusable samples (raise or skip),
-    --max_length; --trained_parts, --gate_learning_rate, --vision_learning_rate, --language_model_learning_rate,
-    --global_batch_size, --attn_implementation. What each means:
+    A recipe is a YAML file of options; options after the recipe override it. They are those of Transformers'
+    TrainingArguments (such as --output_dir, --learning_rate, --max_steps, --report_to) and these: --model (the first
+    checkpoint), --train_data, --media_root, --streaming; --num_frames, --fps and --max_frames of each video;
+    --unusable (raise or skip), --max_length; --trained_parts, --gate_learning_rate, --vision_learning_rate,
+    --language_model_learning_rate, --global_batch_size, --attn_implementation. To have them explained:
     python -m transformers_crosslmm.training.trainer --help
 
     Example: crosslmm train adapt --model MODEL --train_data chats.jsonl --media_root videos --output_dir runs/mine
@@ -743,21 +743,21 @@ def train(
     main([recipe, *context.args])
 
 
-data = typer.Typer(no_args_is_help=True, help="Look at training data.")
+data = typer.Typer(no_args_is_help=True, help="Check training data.")
 app.add_typer(data, name="data")
 
 
 @data.command()
 def check(
-    path: Annotated[str, typer.Argument(help="What --train_data names: .json, .jsonl, .yaml, or a dataset.")],
-    media_root: Annotated[str | None, typer.Option(help="Folder that the names of media files begin in.")] = None,
+    path: Annotated[str, typer.Argument(help="The value of --train_data: a .json, .jsonl or .yaml, or a dataset.")],
+    media_root: Annotated[str | None, typer.Option(help="Folder that media file names are relative to.")] = None,
     decode: Annotated[bool, typer.Option("--decode", help="Decode all media too, as training would.")] = False,
     model: Model = None,
 ) -> None:
-    """List the broken records, with file and line, and media files that do not exist.
+    """List broken records with file and line, and media files that do not exist.
 
-    With --decode also those whose media do not decode; the frames are those that --model samples. With --model it
-    warns if the model's tokenizer spells the words of the answers byte by byte.
+    With --decode, also list records whose media do not decode; frames are sampled by the processor of --model. With
+    --model, warn if the tokenizer splits the answers' words into single bytes.
 
     Example: crosslmm data check mixture.yaml --media-root videos
     """
@@ -768,7 +768,7 @@ def check(
 
         records = load_records(path)
         if len(records) == 0:
-            raise ValueError(f"{path} holds no records.")
+            raise ValueError(f"{path} has no records.")
         steps.begin(f"Checking {len(records):,} records")
         num_broken = 0
         processor = None
@@ -793,17 +793,18 @@ def check(
 
 @app.command()
 def serve(
-    model: ServedModel = None,
+    name: ModelArgument = None,
+    model: Model = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen at; others than this machine's are not safe.")
+        str, typer.Option(help="Address to listen at. Any but 127.0.0.1 lets other machines in, without a password.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
     allowed_folder: Annotated[
         list[Path] | None,
         typer.Option(
             exists=True,
             file_okay=False,
-            help="Requests may name videos in it by path. May be given again.",
+            help="Folder whose videos requests may name by path. Can be given several times.",
             show_default="none",
         ),
     ] = None,
@@ -811,22 +812,22 @@ def serve(
         bool, typer.Option("--allow-private-urls", help="Fetch videos from this machine and private networks too.")
     ] = False,
     max_running: Annotated[int, typer.Option(min=1, help="Requests whose videos may be in memory at once.")] = 2,
-    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; the next is told to retry.")] = 16,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; further ones get a 429.")] = 16,
     max_frames: Annotated[
-        int | None,
-        typer.Option(min=1, help="Frames that a request may have.", show_default="the checkpoint's limit"),
+        int | None, typer.Option(min=1, help="Most frames of a request.", show_default="the checkpoint's limit")
     ] = None,
     max_new_tokens: NewTokens = 1024,
-    max_body_mib: Annotated[float, typer.Option(min=0.01, help="Largest request, with the videos in it.")] = 64,
+    max_body_mib: Annotated[float, typer.Option(min=0.01, help="Largest request in MiB, videos included.")] = 64,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 300,
-    cache_gib: Annotated[float, typer.Option(min=0, help="Memory for what is remembered of videos.")] = 4,
-    cache_entries: Annotated[int, typer.Option(min=0, help="Most things remembered of videos.")] = 64,
+    cache_gib: Annotated[float, typer.Option(min=0, help="Memory for encoded and prefilled videos, in GiB.")] = 4,
+    cache_entries: Annotated[int, typer.Option(min=0, help="Most cached videos and prefills.")] = 64,
     device: Device = None,
 ) -> None:
-    """Answer OpenAI's chat requests about videos over HTTP.
+    """Answer chat requests about videos over HTTP, in the form of OpenAI's API.
 
-    Example: crosslmm serve runs/mine --allowed-folder /data/videos
+    Example: crosslmm serve --model runs/mine --allowed-folder /data/videos
     """
+    model = _only(model, name)
     with Steps() as steps:
         _import_package(steps)
         from transformers_crosslmm.serving import server
@@ -852,17 +853,21 @@ def serve(
 
 @app.command()
 def demo(
-    model: ServedModel = None,
+    name: ModelArgument = None,
+    model: Model = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen at; at others than this machine's, whoever reaches it may upload.")
+        str, typer.Option(help="Address to listen at. At all but 127.0.0.1, other machines may upload videos.")
     ] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(min=1, max=65535, show_default="a free one from 7860 on")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port to listen at.", show_default="a free one from 7860 on")
+    ] = None,
     device: Device = None,
 ) -> None:
-    """Open a web page that answers questions about uploaded videos and shows where the model looked.
+    """Open a web page for questions about uploaded videos, with the attention weights of their frames.
 
-    Example: crosslmm demo runs/mine
+    Example: crosslmm demo --model runs/mine
     """
+    model = _only(model, name)
     with Steps() as steps:
         _import_package(steps)
         from transformers_crosslmm.asking.web_page import build_page, serve_page
@@ -873,15 +878,15 @@ def demo(
 
 
 def _import_package(steps: Steps, *, with_bars: bool = False) -> None:
-    """The seconds that importing takes, and what libraries would say on the way.
+    """Imports the package, shown as a step, and silences libraries.
 
-    with_bars: leave the libraries their progress bars, on a terminal; the command then draws none itself.
+    with_bars: keep the libraries' progress bars, on a terminal; the command must draw none itself.
     """
     import gc
     import warnings
 
     steps.begin("Importing")
-    gc.disable()  # a third of the time would go into looking for garbage, of which imports leave next to none
+    gc.disable()  # imports leave almost no garbage, and looking for it takes a third of the time
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
@@ -889,24 +894,32 @@ def _import_package(steps: Steps, *, with_bars: bool = False) -> None:
 
     gc.freeze()
     gc.enable()
-    if not (with_bars and steps.progress.console.is_terminal):  # not stderr itself, which a live progress replaces
+    if not (with_bars and steps.progress.console.is_terminal):  # a live progress replaces sys.stderr: ask the console
         logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()  # it counts its retries aloud
+    hub_logging.set_verbosity_error()  # it logs every retry
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
+def _only(model: str | None, name: str | None) -> str | None:
+    """The model of `--model MODEL` or of the argument `MODEL`, which exclude each other."""
+    if model is not None and name is not None:
+        raise typer.BadParameter(f"Name one model; got {name!r} and --model {model!r}.")
+    return model if name is None else name
+
+
 def _checkpoint(model: str | None) -> str:
+    """The model named, or the package's tiny checkpoint."""
     from transformers_crosslmm import TINY_CHECKPOINT
 
     if model is not None:
         return model
     if not TINY_CHECKPOINT.is_dir():
-        raise FileNotFoundError(f"The package comes without its checkpoint {TINY_CHECKPOINT}; name one with --model.")
+        raise FileNotFoundError(f"This install lacks the checkpoint {TINY_CHECKPOINT}; name another with --model.")
     return str(TINY_CHECKPOINT)
 
 
 def _check_picture(path: Path) -> None:
-    """Tells before the work what would keep a picture from being written after it."""
+    """Raises before the work if a picture could not be written to this path."""
     from PIL import Image
 
     if path.suffix.lower() not in Image.registered_extensions():
@@ -918,15 +931,15 @@ def _check_picture(path: Path) -> None:
 
 
 def _check_video(video: str) -> None:
-    """Raises OSError for a path that leads nowhere, before the import that would take seconds to say so."""
-    if ":" not in video:  # no URL
+    """Raises OSError for a path that does not exist, before the import, which takes seconds."""
+    if ":" not in video:  # not a URL
         os.stat(video)
 
 
 def _sampling(
     *, frames: int | None, fps: float | None, start: float | None, end: float | None
 ) -> dict[str, int | float]:
-    """The video processor's words for our options, those that were given."""
+    """The options that were given, under the video processor's names."""
     if frames is not None and fps is not None:
         raise typer.BadParameter("--frames and --fps exclude each other; give one.")
     named = {"num_frames": frames, "fps": fps, "start_seconds": start, "end_seconds": end}
@@ -934,7 +947,7 @@ def _sampling(
 
 
 def _conversation(steps: Steps, video: str, model: str | None, device: str | None, **sampling: Any) -> Any:
-    """A `VideoConversation` about the video, which is checked and read before the model is loaded."""
+    """A `VideoConversation` about the video. The video is opened before the model is loaded."""
     wanted = _sampling(**sampling)
     _check_video(video)
     _import_package(steps)
@@ -947,12 +960,12 @@ def _conversation(steps: Steps, video: str, model: str | None, device: str | Non
     seen = read_video(processor, video, **wanted)
     steps.begin("Loading the model")
     loaded = load_model(checkpoint, device=device)
-    steps.begin("Looking at the frames")
+    steps.begin("Encoding frames")
     return VideoConversation(loaded, processor, seen, on_progress=steps.count)
 
 
 def _printer(steps: Steps) -> Any:
-    """What prints the pieces of an answer as they come, once nothing else writes to the terminal."""
+    """A function that ends `steps` and prints a piece of an answer at once."""
 
     def write(piece: str) -> None:
         steps.end()

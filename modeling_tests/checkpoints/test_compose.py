@@ -341,7 +341,7 @@ def test_marks_of_its_own_and_named_templates_are_kept(tmp_path, tower_folder):
 @pytest.mark.parametrize(
     ("own", "why"),
     [
-        ("{{ messages[0]['content'][::-1] }}", "does not write what an assistant says"),
+        ("{{ messages[0]['content'][::-1] }}", "changes the assistant's text"),
         ("{% for m in messages %}{{ m['content'] | replace('<|video_pad|>', '') }}{% endfor %}", "it drops media"),
         ("{{ raise_exception('no') }}", "no"),
     ],
@@ -399,7 +399,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, tower_folder, text_folde
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(ConversionError, match=r"one of siglip_vision_model, clip_vision_model, dinov2,.*'vit'"):
         compose(tmp_path, text_folder)
-    with pytest.raises(ValueError, match=r"Qwen2\.5's own setting.*'llama'.*--rope-parameters"):
+    with pytest.raises(ValueError, match=r"a setting of Qwen2\.5.*'llama'.*--rope-parameters"):
         compose(tower_folder, text_folder, long_context=True)
 
 

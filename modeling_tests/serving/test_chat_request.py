@@ -31,7 +31,7 @@ def nested(depth: int) -> bytes:
         (GOOD | {"messages": []}, "`messages`"),
         (GOOD | {"messages": "Hello!"}, "`messages`"),
         (GOOD | {"messages": [{"role": "user"}]}, "messages.0.content"),
-        (GOOD | {"messages": [{"role": "user", "content": ""}]}, "must say something"),
+        (GOOD | {"messages": [{"role": "user", "content": ""}]}, "must have content"),
         (GOOD | {"messages": [{"role": "robot", "content": "Hi"}]}, "messages.0.role"),
         (GOOD | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "video_url"),
         (GOOD | {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": "x"}]}]}, "video_url"),

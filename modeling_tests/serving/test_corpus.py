@@ -178,7 +178,7 @@ def test_a_video_outside_the_root_is_never_opened(folder, tmp_path, ask, monkeyp
     assert report.failed == len(outside) * len(QUESTIONS)
     errors = [row["error"] for row in rows_of(tmp_path / "answers") if row["video"] in outside]
     assert errors
-    assert all("must lie below" in error for error in errors)
+    assert all("must be in" in error for error in errors)
     assert set(opened) - {os.devnull} == {os.path.realpath(folder / "0.mp4")}
 
 
@@ -296,8 +296,8 @@ def test_a_machine_that_can_start_no_more_processes_ends_the_run_instead_of_fail
     ("options", "error", "message"),
     [
         ({"engine": "slurm"}, ValueError, '"ray", "local" or "vllm"'),
-        ({"workers": 2}, ValueError, "`workers` are Ray's"),
-        ({"engine": "ray", "device": "cuda"}, ValueError, "`device` is the local engine's"),
+        ({"workers": 2}, ValueError, "`workers` needs Ray"),
+        ({"engine": "ray", "device": "cuda"}, ValueError, "`device` is for the local engine"),
         ({"engine": "ray", "workers": 0}, ValueError, "`workers` must be at least 1"),
         ({"engine": "ray", "cpus_per_worker": 0}, ValueError, "`cpus_per_worker` must be at least 1"),
         ({"max_new_tokens": 0}, ValueError, "`max_new_tokens` must be at least 1"),
@@ -612,7 +612,9 @@ def test_the_command_answers_and_goes_on(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     again = CliRunner().invoke(crosslmm_cli.app, [os.fspath(part) for part in command[3:]])
     assert again.exit_code == 0
-    assert "4 questions about 2 videos, 4 of them answered before; 2 have an error for an answer" in again.stdout
+    assert (
+        "4 questions about 2 videos, 4 of them answered before; 2 have an error instead of an answer" in again.stdout
+    )
 
 
 def test_the_command_shows_the_first_error_where_all_fail(folder, tmp_path):

@@ -183,7 +183,7 @@ def test_who_can_reach_the_server_is_said_aloud(root, host, is_warned, capsys, m
     serve(ServerSettings(str(root / "checkpoint"), host=host, device="cpu"))
     said = capsys.readouterr().err
     assert "Serving checkpoint at http://" in said
-    assert ("WARNING: 0.0.0.0 can be reached from other machines" in said) == is_warned
+    assert ("WARNING: other machines can reach 0.0.0.0" in said) == is_warned
 
 
 def test_the_command_hands_its_options_on(root, monkeypatch):

@@ -35,7 +35,7 @@ def test_a_path_outside_of_the_allowed_folders_is_refused(server, root):
         root / "videos-of-others/missing.mp4",
         "/missing/altogether",
     ):
-        with pytest.raises(openai.PermissionDeniedError, match="must lie in a folder") as refused:
+        with pytest.raises(openai.PermissionDeniedError, match="must be in a folder") as refused:
             server.answer(QUESTIONS[0], path)
         told.add(refused.value.body["message"].replace(shortened(str(path)), "IT"))
     assert len(told) == 1

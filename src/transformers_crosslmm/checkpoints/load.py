@@ -1,4 +1,4 @@
-"""A model or a processor by the name of its folder or repository, ready to answer."""
+"""Loads models and processors from a folder or from the Hub."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 
 def caution(name: str | os.PathLike, config: CrossLMMConfig) -> str | None:
-    """What a person must know before believing an answer of this checkpoint; None if there is nothing."""
+    """A warning for checkpoints whose answers mean nothing, the tiny one and untrained ones; None for others."""
     if Path(name).resolve() == TINY_CHECKPOINT:
         return (
             "The bundled model is a toy: it knows coloured shapes and digits, and its answers about other videos mean "
@@ -29,10 +29,10 @@ def caution(name: str | os.PathLike, config: CrossLMMConfig) -> str | None:
 
 
 def load_model(name: str | os.PathLike, *, device: str | None = None) -> CrossLMMForConditionalGeneration:
-    """The model of a folder or a repository on the Hub, ready to answer.
+    """Loads a model for inference from a folder or a repository on the Hub.
 
-    device: "cuda", "cpu", …; a GPU where there is one, when not given. On a CPU the weights become float32, which is
-        the faster there; elsewhere they keep the type they were saved in.
+    device: "cuda", "cpu", …; None for a GPU if there is one. On a CPU the weights become float32, which is faster
+        there; elsewhere they keep their saved type.
 
     Logs the checkpoint's `caution`, once.
     """
@@ -48,7 +48,7 @@ def load_model(name: str | os.PathLike, *, device: str | None = None) -> CrossLM
 
 
 def load_processor(name: str | os.PathLike) -> CrossLMMProcessor:
-    """The processor of a folder or a repository. Raises ValueError for another model's, OSError for none."""
+    """Loads a processor from a folder or a repository. Raises ValueError for another model's, OSError for none."""
     load_config(name)
     return CrossLMMProcessor.from_pretrained(name)
 

@@ -1,4 +1,4 @@
-"""`crosslmm evaluate`: the share of a file of questions about videos that a checkpoint answers as the file says."""
+"""`crosslmm evaluate`: a checkpoint's accuracy on a file of questions about videos with their answers."""
 
 import json
 import os
@@ -21,9 +21,9 @@ class OwnQuestion:
 
 
 def read_own_questions(path: str | os.PathLike) -> list[OwnQuestion]:
-    """The questions of a JSON Lines file, `{"video": …, "question": …, "answer": …}` each; other keys are ignored.
+    """Reads a JSON Lines file of `{"video": …, "question": …, "answer": …}`; other keys are ignored.
 
-    Raises ValueError, with the number of the line, for a line that is no such object, and for a file without lines.
+    Raises ValueError, with the line number, for an invalid line, and for a file without questions.
     """
     found = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), start=1):
@@ -46,7 +46,7 @@ def read_own_questions(path: str | os.PathLike) -> list[OwnQuestion]:
 
 
 def is_right(answer: str, truth: str) -> bool:
-    """Whether both are the same apart from upper case, space around them and a full stop at the end."""
+    """Whether both are equal, ignoring case, surrounding space and a final full stop."""
     return answer.strip().rstrip(".").casefold() == truth.strip().rstrip(".").casefold()
 
 
@@ -59,10 +59,10 @@ def answers_to(
     max_new_tokens: int = 64,
     **sampling: Any,
 ) -> Iterator[tuple[OwnQuestion, str]]:
-    """Each question with the checkpoint's greedy answer, by video; a video is decoded and prefilled once.
+    """Yields each question with the greedy answer, grouped by video; each video is decoded and prefilled once.
 
     root: the folder that names of videos are relative to. sampling: as for `read_video`. Raises VideoError for a video
-    that cannot be decoded: to leave it out would change what the share is of.
+    that cannot be decoded, because leaving it out would change the accuracy.
     """
     for video, group in groupby(sorted(questions, key=lambda question: question.video), lambda item: item.video):
         prefilled = PrefilledVideo(model, processor, IsolatedStream(processor, os.path.join(root, video), **sampling))

@@ -1,4 +1,4 @@
-"""A worker of `answer_corpus` that asks vLLM: all questions about a video at once."""
+"""A worker of `answer_corpus` that answers with vLLM, all questions about a video at once."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +10,7 @@ from .media import CrossLMMVideoLoader
 
 
 class VllmVideoAnswerer(VideoAnswerer):
-    """As `VideoAnswerer`, which runs the model itself. A video with frames that cannot be decoded is an error."""
+    """`VideoAnswerer` with vLLM instead of the model. A video with frames that cannot be decoded is an error."""
 
     def _load(self, model: str, device: str | None) -> None:
         from vllm import LLM, SamplingParams
@@ -20,7 +20,7 @@ class VllmVideoAnswerer(VideoAnswerer):
         most = sampling.num_frames or sampling.max_frames or len(sampling.times or ())
         self.llm = LLM(
             model,
-            dtype="float32" if current_platform.is_cpu() else "auto",  # as `load_model`
+            dtype="float32" if current_platform.is_cpu() else "auto",  # like `load_model`
             limit_mm_per_prompt={"video": {"count": 1, "num_frames": most}, "image": 0},
         )
         self.options = SamplingParams(temperature=0, max_tokens=self.max_new_tokens, detokenize=False)
@@ -39,7 +39,7 @@ class VllmVideoAnswerer(VideoAnswerer):
         asked = [self._request(question, video) for question in questions]
         try:
             outputs = self.llm.generate(asked, self.options, use_tqdm=False)
-        except Exception as error:  # one that is too long refuses all; vLLM's errors have no class in common
+        except Exception as error:  # one question too long fails all; vLLM's errors share no class
             if len(questions) == 1:
                 yield _row(questions[0], error=_described(error))
             else:
@@ -47,7 +47,7 @@ class VllmVideoAnswerer(VideoAnswerer):
                     yield from self._ask([question], video)
             return
         for question, output in zip(questions, outputs, strict=True):
-            # vLLM's own text ends before a character that is cut off.
+            # vLLM's own text drops an incomplete last character.
             text = self.processor.decode(output.outputs[0].token_ids, skip_special_tokens=True)
             yield _row(question, answer=text.strip())
 
