@@ -303,7 +303,7 @@ def test_chunked_prefill_says_what_it_needs(given, idle_model):
     kwargs = {"use_cache": False}
     if given == "embeddings":
         kwargs = {"inputs_embeds": idle_model.get_input_embeddings()(inputs.pop("input_ids")).detach()}
-    with pytest.raises(ValueError, match="Chunked prefill works from `input_ids` and with a cache"):
+    with pytest.raises(ValueError, match="Chunked prefill needs `input_ids` and a cache"):
         idle_model.generate(**inputs, **kwargs, prefill_chunk_size=7, max_new_tokens=2)
 
 
@@ -339,7 +339,7 @@ def test_new_tokens_alone_need_a_mask_of_the_whole(mask, shared_model):
     inputs = model_inputs(make_sample(shared_model.config, *FIRST))
     cache = shared_model(**inputs, use_cache=True).past_key_values
     length = inputs["input_ids"].shape[1]
-    with pytest.raises(ValueError, match=f"has seen {length} tokens, and the 3 given hold no further ones"):
+    with pytest.raises(ValueError, match=f"has seen {length} tokens, and the 3 given are not new"):
         shared_model.generate(torch.tensor([[5, 6, 7]]), past_key_values=cache, max_new_tokens=2, **mask)
     whole = torch.ones(1, length + 3, dtype=torch.long)
     shared_model.generate(torch.tensor([[5, 6, 7]]), past_key_values=cache, attention_mask=whole, max_new_tokens=2)
