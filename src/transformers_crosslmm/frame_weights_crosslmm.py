@@ -61,20 +61,20 @@ class FrameWeights(LogitsProcessor):
 
     def __enter__(self) -> "FrameWeights":
         self.thread = threading.get_ident()
-        self.hooks = [branch.register_forward_hook(self._look) for branch in self.branches]
-        self.hooks.append(self.language_model.register_forward_pre_hook(self._begin))
+        self.hooks = [branch.register_forward_hook(self._record) for branch in self.branches]
+        self.hooks.append(self.language_model.register_forward_pre_hook(self._clear_latest))
         return self
 
     def __exit__(self, *error: Any) -> None:
         for hook in self.hooks:
             hook.remove()
 
-    def _begin(self, language_model: nn.Module, inputs: tuple) -> None:
+    def _clear_latest(self, language_model: nn.Module, inputs: tuple) -> None:
         """Hook: clears the weights of the previous call when a call begins."""
         if threading.get_ident() == self.thread:
             self.latest = {}
 
-    def _look(self, branch: Any, inputs: tuple, output: torch.Tensor) -> None:
+    def _record(self, branch: Any, inputs: tuple, output: torch.Tensor) -> None:
         """Hook: records the weights of the last token of each row, in one layer."""
         if threading.get_ident() == self.thread:
             self.latest[branch.layer_idx] = last_token_weights(branch, *inputs)
@@ -89,7 +89,7 @@ class FrameWeights(LogitsProcessor):
         )
         return scores
 
-    def added_to(
+    def add_to(
         self, output: GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput
     ) -> CrossLMMGenerateOutput | CrossLMMGenerateBeamOutput:
         """Adds `cross_attentions` to the output of `generate`."""
@@ -102,11 +102,11 @@ class FrameWeights(LogitsProcessor):
         return CrossLMMGenerateOutput(**output, cross_attentions=weights)
 
     def _of_beams(self, beams: list[int]) -> torch.Tensor:
-        """Weights (layers, H, tokens, F) of a sequence; row beams[i] wrote token i, and all these rows see F frames."""
+        """Weights (layers, H, tokens, F) of a sequence; row beams[i] wrote token i, and these rows see F frames."""
         seen = self.steps[-1][max(beams)]
-        looked = [step[beam] if beam >= 0 else seen[..., :0] for step, beam in zip(self.steps, beams, strict=False)]
+        recorded = [step[beam] if beam >= 0 else seen[..., :0] for step, beam in zip(self.steps, beams, strict=False)]
         # Zeros for a token without weights: the prompt ended with a placeholder, or the sequence ended before it.
-        return torch.stack([look if look.shape[-1] else torch.zeros_like(seen) for look in looked], dim=2)
+        return torch.stack([one if one.shape[-1] else torch.zeros_like(seen) for one in recorded], dim=2)
 
 
 def last_token_weights(
@@ -137,8 +137,8 @@ def last_token_weights(
             scores = _scores(branch, query, states, memory, cache_layer)
             per_patch = max(query[..., 0].numel(), branch.k_proj.in_features)
             frames = max(1, CHUNK_ELEMENTS // (patches_per_frame * per_patch))
-            looked = _sum_per_frame(scores, span, patches_per_frame, frames)
-            for row, summed in zip(last, looked, strict=True):
+            per_row = _sum_per_frame(scores, span, patches_per_frame, frames)
+            for row, summed in zip(last, per_row, strict=True):
                 weights[row // length] = summed
     return weights
 

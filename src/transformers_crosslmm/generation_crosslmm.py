@@ -101,7 +101,7 @@ class CrossLMMGenerationMixin(GenerationMixin):
         with FrameWeights(self) as weights:
             processors = [*(logits_processor or []), weights]
             output = super().generate(inputs, generation_config, processors, *args, **kwargs)
-        return weights.added_to(output)
+        return weights.add_to(output)
 
     def generate_batch(self, inputs, *args, **kwargs):
         """Generates as in Transformers, for text only. Raises ValueError for media or their placeholders."""
