@@ -151,7 +151,7 @@ def _scores(
     cache_layer: VisualCacheLayer | None,
 ) -> Callable[[int, int], torch.Tensor]:
     """Returns a function from patches [start, end) to the scores (R, H, patches) of `query` (R, H, E), in float32 or
-    better. Keys are cached, projected anew, or, in form "features", folded into the query."""
+    better. Keys are cached, projected here, or, in form "features", folded into the query."""
     precise = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(precise).unflatten(1, (branch.num_key_value_heads, -1)) * branch.scaling
 

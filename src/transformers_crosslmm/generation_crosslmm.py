@@ -199,10 +199,10 @@ class CrossLMMGenerationMixin(GenerationMixin):
     def _limit_to_context(
         self, options: "Options", num_given: int, prompt_length: int, cache: Cache | None
     ) -> dict[str, Any]:
-        """The arguments that make `generate` stop where the context ends. Raises ValueError if a static cache is full.
+        """The arguments that make `generate` stop at the end of the context.
 
         num_given: tokens that the caller passed; `max_length` includes them. The last new token needs no position;
-        each candidate of prompt lookup needs one.
+        each candidate of prompt lookup needs one. Raises ValueError if the prompt or a static cache does not fit.
         """
         longest, changed = self.config.max_sequence_length, {}
         room = max(longest - prompt_length + 1 - (options.get("prompt_lookup_num_tokens") or 0), 1)

@@ -168,7 +168,7 @@ def locate_media(
 
 
 def number_placeholders(masks: dict[str, torch.Tensor], modalities: Iterable[str]) -> torch.Tensor:
-    """Numbers the placeholders through all modalities: (B, L), the pooled token of each position, -1 for text."""
+    """Numbers the placeholders through all modalities: (B, L), the pooled token of each position, -1 for no token."""
     numbers, counted = None, 0
     for modality in modalities:
         mask = masks[modality]

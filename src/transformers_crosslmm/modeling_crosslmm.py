@@ -61,7 +61,7 @@ from .media_crosslmm import (
     number_placeholders,
 )
 from .quantization_crosslmm import leave_vision_unquantized
-from .ranks_crosslmm import is_sharded, look_at_a_black_frame, must_agree, run_encoder_equally_often
+from .ranks_crosslmm import black_frame_memory, is_sharded, must_run_every_module, run_encoder_equally_often
 from .vision_crosslmm import (
     CrossLMMMultiModalProjector,
     TokenNorm,
@@ -368,8 +368,8 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
             memory = self.remember(media, new, past_length, memory)
             if cache is not None:
                 memory = self.attach(memory, cache)
-        elif memory is None and cache is None and must_agree(self):
-            inputs_embeds, memory = look_at_a_black_frame(self, inputs_embeds)
+        elif memory is None and cache is None and must_run_every_module(self):
+            inputs_embeds, memory = black_frame_memory(self, inputs_embeds)
 
         context = None
         if memory is not None:
@@ -405,8 +405,8 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
     def remember(
         self, media: EncodedMedia, new: NewMedia, past_length: int | torch.Tensor, known: VisualMemory | None
     ) -> VisualMemory:
-        """Creates the memory of encoded media in the tokens from `past_length` on; `known` is the cache's memory, to
-        which it will be appended."""
+        """Creates the memory of encoded media in the tokens from `past_length` on; it will be appended to `known`, the
+        cache's memory, if there is one."""
         rows, original, frame_numbers, shown = locate_media(
             media, new.masks, int(past_length), tokens_per_frame=self.config.tokens_per_frame
         )
@@ -476,7 +476,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         scope, start = self.config.v2v_scope, int(past_length)
         v2v = memory.v2v_segments(start, length, scope, device)
         t2v = memory.t2v_segments(start, length, scope, tokens_of_mask(attention_mask, start, length), device)
-        if must_agree(self):
+        if must_run_every_module(self):
             v2v = v2v or Segments.placeholder(memory.num_patches, device)
             t2v = t2v or Segments.placeholder(memory.num_patches, device)
         return VisualContext(memory, v2v, t2v)

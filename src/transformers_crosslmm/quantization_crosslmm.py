@@ -7,7 +7,7 @@ from transformers.quantizers import AutoQuantizationConfig
 
 NOT_QUANTIZED = (r"(model\.)?vision_tower", r"(model\.)?multi_modal_projector", r".*\.cross_attention", "lm_head")
 """Name patterns of encoder, projector, cross-attention and head: a small part of the weights, and the first three
-process every frame. (Gates and norms are not linear layers.)"""
+carry all information about a video. (Gates and norms are not linear layers.)"""
 
 
 def leave_vision_unquantized(quantization_config: Any) -> Any:

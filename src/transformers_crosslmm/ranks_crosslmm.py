@@ -23,7 +23,7 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return is_fsdp or is_deepspeed_zero3_enabled()
 
 
-def must_agree(model: torch.nn.Module) -> bool:
+def must_run_every_module(model: torch.nn.Module) -> bool:
     """Whether a batch without media must still run every module."""
     return model.training or is_sharded(model)
 
@@ -43,7 +43,7 @@ def run_encoder_equally_often(model: Any, inputs_embeds: torch.Tensor, frames: l
     return inputs_embeds
 
 
-def look_at_a_black_frame(model: Any, inputs_embeds: torch.Tensor) -> tuple[torch.Tensor, VisualMemory]:
+def black_frame_memory(model: Any, inputs_embeds: torch.Tensor) -> tuple[torch.Tensor, VisualMemory]:
     """For a rank without media: returns `inputs_embeds` with zeros added, and a memory of one frame of no row."""
     inputs_embeds, original = _encode_black_frame(model, inputs_embeds)
     states, _ = model.normalise(original, torch.zeros(1), is_lazy=False)

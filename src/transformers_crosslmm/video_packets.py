@@ -336,7 +336,7 @@ class _LookAhead:
     def _serve_next(self, first: float, end: float):
         """Yields the next picture due in [first, end); returns False if there is none."""
         while (pts := (yield from self._find(None))) is not None and pts < first:
-            self._pass(pts)
+            self._advance(pts)
         if pts is None or pts >= end:
             return False
         yield from self._show(pts)
@@ -345,7 +345,7 @@ class _LookAhead:
     def _show(self, pts: int):
         if pts > self.careful_until:
             yield from self._jump(pts)
-        self._pass(pts)
+        self._advance(pts)
         self.pending.append(pts)
         if self.broken and not self.careful:
             raise _Damaged
@@ -354,7 +354,7 @@ class _LookAhead:
         else:
             yield from self._feed(pts)
 
-    def _pass(self, pts: int) -> None:
+    def _advance(self, pts: int) -> None:
         self.last = pts
         del self.due[: bisect.bisect_right(self.due, pts)]
         self.early = {early: frame for early, frame in self.early.items() if early >= pts}
@@ -399,8 +399,8 @@ class _LookAhead:
                 yield from self._feed_one(skip=wanted is not None and self.queue[0].pts < wanted)
 
     def _check_order(self) -> None:
-        """Checks pts = dts in all packets although the decoder reorders pictures: decodes the first packets and raises
-        `_Untrusted` if their pictures are output in another order."""
+        """Reads the first packets. If all have pts = dts although the decoder reorders pictures, decodes them and
+        raises `_Untrusted` if the pictures are output in another order."""
         while len(self.queue) < 4 * _MARGIN and not self.ended:
             self._read()
         if self.file.start is None:
@@ -448,13 +448,13 @@ class _LookAhead:
             if rewound or (self.queue and self.queue[0].pts <= pts):
                 break
             at, step = at - step, 2 * step
-        self._begun()
+        self._begin_group()
         if rewound:
             self.awaited = None
         if self.recent and self.recent[-1] <= behind:
             self.patience_seconds *= 2
 
-    def _begun(self) -> None:
+    def _begin_group(self) -> None:
         first = self.queue[0].pts if self.queue else None
         self.keyframe = -math.inf if first is None else first
         self.awaited = None if self.queue and self.queue[0].is_discard else first
@@ -479,7 +479,7 @@ class _LookAhead:
         for _ in range(found):
             self._drop_first()
         self._trust()
-        self._begun()
+        self._begin_group()
 
     def _trust(self) -> None:
         """Switches back to the strict decoder."""
@@ -518,7 +518,7 @@ class _LookAhead:
         self.fed = packet.pts
         self.leading |= packet.pts < self.keyframe
         if packet.is_corrupt:  # a transport stream numbers its packets, so losses are known
-            self._blame()
+            self._record_failure()
         if self.doubtful or packet.pts in self.broken:
             self.doubtful.add(packet.pts)
         skip = skip and not self.careful and not packet.is_keyframe and packet.pts not in self.pending
@@ -527,7 +527,7 @@ class _LookAhead:
     def _drain(self):
         if self.fed is not None:
             yield from self._decode(None)
-        yield from self._miss(math.inf)
+        yield from self._resolve_missing(math.inf)
         self._flush()
 
     def _decode(self, packet, *, skip: bool = False):
@@ -535,7 +535,7 @@ class _LookAhead:
             frames = self.file.decode(packet, skip=skip, lenient=self.careful)
         except av.error.FFmpegError:
             frames = []
-            self._blame()
+            self._record_failure()
         for frame in frames:
             pts = frame.pts
             if pts is None or (pts < self.out and not self.broken):
@@ -558,7 +558,7 @@ class _LookAhead:
         self.early.clear()
         self.out = -math.inf
 
-    def _blame(self) -> None:
+    def _record_failure(self) -> None:
         """Records where decoding failed: at the last packet, or, with threads, anywhere since the keyframe."""
         self.failed = True
         if self.file.reports_at_once:
@@ -573,7 +573,7 @@ class _LookAhead:
             raise _Damaged from None
 
     def _hand_out(self, pts: int, frame: av.VideoFrame):
-        yield from self._miss(pts)
+        yield from self._resolve_missing(pts)
         wanted = bool(self.pending) and self.pending[0] == pts
         if wanted and frame.is_corrupt and not self.careful:
             raise _Damaged
@@ -595,7 +595,7 @@ class _LookAhead:
         self.good |= valid and not self.careful
         return self.file.picture(self.file.seconds(frame.pts), frame, valid=valid)
 
-    def _miss(self, pts: float):
+    def _resolve_missing(self, pts: float):
         """Handles pictures pending before `pts`: output is in order, so they are missing. If a complete decode has no
         error, they are not meant to be shown, and the picture before them is due instead."""
         while self.pending and self.pending[0] < pts:
