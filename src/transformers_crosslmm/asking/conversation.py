@@ -106,7 +106,7 @@ class VideoConversation:
         decides how tokens are chosen.
         """
         if not question.strip():
-            raise ValueError("A question needs text; got none.")
+            raise ValueError("A question needs words; got none.")
         parts: list[dict[str, Any]] = [{"type": "text", "text": question}]
         if not self.messages:
             parts.insert(0, {"type": "video", "video": self.video.source})
