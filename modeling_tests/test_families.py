@@ -372,7 +372,7 @@ REFUSED = {
     "phi3": "has resid_attn_dropout, resid_mlp_dropout too",
     "stablelm": "has dropout too",
     "granite": "computes something else",
-    "nanochat": "whose head is one matrix; that of NanoChatForCausalLM makes 15 of 100",
+    "nanochat": "whose head is one matrix; that of NanoChatForCausalLM turns 100 into 15",
     "phimoe": "whose head is one matrix; that of PhimoeForCausalLM adds a bias",
 }
 EXTRA = {
@@ -389,7 +389,7 @@ def test_models_that_the_block_does_not_fit_into_are_refused_by_what_is_missing(
     config = tiny_config(text_config={"model_type": model_type, "pad_token_id": 0, **EXTRA.get(model_type, {})})
     with torch.device("meta"), pytest.raises(ValueError, match=re.escape(REFUSED[model_type])) as refused:
         CrossLMMForConditionalGeneration(config)
-    assert "Use a model like" in str(refused.value)
+    assert "Use a model such as" in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["visual_context", CACHE])

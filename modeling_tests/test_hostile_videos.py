@@ -443,7 +443,7 @@ def test_an_isolated_decode_raises_the_same_errors(clip):
         decode_video(b"nonsense" * 100, num_frames=2, isolated=True)
     with pytest.raises(VideoLimitError, match="max_frames=2"):
         decode_video(clip, num_frames=3, limits=VideoLimits(max_frames=2), isolated=True)
-    with pytest.raises(ValueError, match="must lie in the video"):
+    with pytest.raises(ValueError, match="must be within the video"):
         decode_video(clip, num_frames=3, start_seconds=50.0, isolated=True)
 
 

@@ -151,9 +151,9 @@ def test_encoded_media_say_which_frames_they_show_and_are_kept_with_it(tmp_path)
     ("index", "text"),
     [
         ([0, 0, 1, 1, 1, 2, 3], "add up to the 7 frames of `video_frame_index`"),
-        ([0, 0, 1, 1, 1, 2, 4, 4], "which of the 4 .* name each of them"),
-        ([0, 0, 1, 1, 1, 2, 2, 2], "name each of them"),
-        ([-1, 0, 1, 1, 1, 2, 3, 3], "name each of them"),
+        ([0, 0, 1, 1, 1, 2, 4, 4], "in the 4 frames .* use each of them"),
+        ([0, 0, 1, 1, 1, 2, 2, 2], "use each of them"),
+        ([-1, 0, 1, 1, 1, 2, 3, 3], "use each of them"),
         ([[0, 0, 1, 1, 1, 2, 3, 3]], r"of shape \(1, 8\)"),
         ([0.0, 0, 1, 1, 1, 2, 3, 3], "torch.float32"),
     ],

@@ -500,7 +500,7 @@ MISTAKES = {
         FRAME[None],
         {"video_metadata": {"fps": 1, "total_num_frames": 9}},
         ValueError,
-        "9 frames, the video holds 1",
+        "9 frames, the video has 1",
     ),
     "numbers of other frames": (
         FRAME[None],

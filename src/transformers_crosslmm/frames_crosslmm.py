@@ -1,5 +1,4 @@
-"""Videos and pictures in every form that people have them, as frames: what is given, which frames are looked at, and
-their pixels before anything is done to them.
+"""Videos and pictures in every supported form: reading their sources, sampling frames, decoding frames to pixels.
 
 Shapes: T frames of one video, (H, W) a frame's own size.
 """
@@ -24,26 +23,26 @@ from .video_decoding import DecodedVideo, FrameTransform, VideoLimits, VideoOpen
 from .video_packets import Request
 from .video_source import open_source, shown
 
-# Two moments closer than this are the same one: i / fps and start + k / f round differently.
+# Moments closer than this are equal, because i / fps and start + k / f round differently.
 SAME_MOMENT_SECONDS = 1e-6
 SAMPLING_KWARGS = ("num_frames", "fps", "max_frames", "times", "start_seconds", "end_seconds")
 QWEN_NAMES = {"nframes": "num_frames", "video_start": "start_seconds", "video_end": "end_seconds"}
-"""What qwen-vl-utils calls options of a video."""
+"""Names of video options in qwen-vl-utils, and ours."""
 VIDEO_OPTIONS = (*SAMPLING_KWARGS, *QWEN_NAMES, "sample_fps")
 SOURCES = ("path", "url", "base64", "bytes", "array")
-"""Where a mapping may hold its medium, besides "video" or "image"."""
+"""Keys under which a mapping may hold its source, besides "video" and "image"."""
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 @dataclass
 class CrossLMMVideoMetadata(VideoMetadata):
-    """Transformers' `VideoMetadata`, and where each sampled frame lies in the clip and in the model's input.
+    """Transformers' `VideoMetadata`, with the position of each sampled frame in the clip and in the model's input.
 
-    frame_times: seconds of each sampled frame from the start of the clip, None when the clip has no clock.
-    frames_valid: for each sampled frame of a file whether it could be decoded; the pixels of others are not right.
-        None for frames that somebody else decoded.
-    patch_grid, pooled_grid: (rows, columns) of patches, and of the tokens they are pooled to, per frame.
-    sample_index: the row of `input_ids` that holds the video; token_spans: per frame its tokens there, [start, end).
+    frame_times: seconds of each sampled frame from the start of the clip; None if the clip has no clock.
+    frames_valid: for each sampled frame of a file, whether it could be decoded; otherwise its pixels are wrong.
+        None for frames that were passed in decoded.
+    patch_grid, pooled_grid: (rows, columns) per frame, of patches and of pooled tokens.
+    sample_index: the row of `input_ids` with the video; token_spans: the tokens of each frame there, [start, end).
     """
 
     frame_times: list[float] | None = None
@@ -56,12 +55,12 @@ class CrossLMMVideoMetadata(VideoMetadata):
 
     @property
     def timestamps(self) -> list[float]:
-        """Seconds of the sampled frames, from the file's own clock where the base class divides by a constant rate."""
+        """Seconds of the sampled frames, from the file's clock if known; the base class assumes a constant rate."""
         return super().timestamps if self.frame_times is None else self.frame_times
 
 
 def is_frame(item: Any) -> bool:
-    """True for a PIL image, an array or tensor of rank 3, and a path or URI that names a picture file."""
+    """Whether an item is a PIL image, an array or tensor of rank 3, or a path or URI of a picture file."""
     if isinstance(item, str | os.PathLike):
         name = os.fspath(item)[:2000].lower() if isinstance(item, str) else os.fspath(item).lower()
         return name.startswith("data:image/") or name.partition("?")[0].endswith(PICTURE_SUFFIXES)
@@ -69,21 +68,21 @@ def is_frame(item: Any) -> bool:
 
 
 def is_video(item: Any) -> bool:
-    """True for one video given as a list of frames, or as a tuple of it and its metadata."""
+    """Whether an item is one video given as a list of frames, or as a tuple of a video and its metadata."""
     if _has_metadata(item):
         return True
     return isinstance(item, list | tuple) and len(item) > 0 and all(is_frame(frame) for frame in item)
 
 
 def _has_metadata(item: Any) -> bool:
-    """True for a tuple of anything and a mapping that is no video itself."""
+    """Whether an item is a tuple whose second entry is a mapping of metadata (one that is not a video itself)."""
     if not isinstance(item, tuple) or len(item) != 2 or not isinstance(item[1], Mapping):
         return False
     return all(item[1][name] is None for name in item[1] if name in ("video", *SOURCES))
 
 
 def is_nested(media: Any) -> bool:
-    """True for media in one list per sample (None or an empty list: a sample without any), false for a flat list."""
+    """Whether media are one list per sample (None or an empty list for a sample without media) and not a flat list."""
     return (
         isinstance(media, list | tuple)
         and len(media) > 0
@@ -93,7 +92,7 @@ def is_nested(media: Any) -> bool:
 
 
 def flatten_videos(videos: Any) -> list[Any]:
-    """One video, a list of videos, one list per sample, or an array (videos, T, ...) as a flat list of videos."""
+    """Flattens one video, a list of videos, one list per sample, or an array (videos, T, ...) to a list of videos."""
     if isinstance(videos, np.ndarray | Tensor) and videos.ndim == 5:
         return list(videos)
     if not isinstance(videos, list | tuple) or is_video(videos):
@@ -104,14 +103,14 @@ def flatten_videos(videos: Any) -> list[Any]:
 
 
 def source_in(medium: Mapping, kind: str, options: Sequence[str] = ()) -> tuple[Any, dict[str, Any]]:
-    """The source that a mapping holds, None if it holds none, and the options beside it; what is None is absent.
+    """Splits a mapping into its source (None if it has none) and its options. Entries that are None count as absent.
 
-    kind: "video" or "image", the key that may hold the source, as may `SOURCES`. Raises ValueError for two sources and
-    for what is neither source nor option, so that nothing is ignored in silence.
+    kind: "video" or "image"; the source is under this key or one of `SOURCES`. Raises ValueError for two sources and
+    for keys that are neither source nor option, so that nothing is ignored silently.
     """
     given = {key: value for key, value in medium.items() if value is not None and key not in ("type", "text")}
     sources = {key: given.pop(key) for key in (kind, *SOURCES) if key in given}
-    if sources.keys() == {"bytes", "path"}:  # `datasets` with decode=False: the path is where they once came from
+    if sources.keys() == {"bytes", "path"}:  # from `datasets` with decode=False: the path is the original place
         del sources["path"]
     if len(sources) > 1:
         raise ValueError(f"A part of a message holds one {kind}; got {', '.join(sources)}. Split it into parts.")
@@ -119,8 +118,8 @@ def source_in(medium: Mapping, kind: str, options: Sequence[str] = ()) -> tuple[
     if unknown:
         takes = f"a {kind} takes {', '.join(options)}" if options else f"an {kind} has no options"
         raise ValueError(
-            f"Beside its source {takes}; got {', '.join(unknown)}. Leave that out: every frame is resized to "
-            "the one size that the vision tower sees, and a number of frames is asked for by `num_frames`."
+            f"In addition to its source, {takes}; got {', '.join(unknown)}. Leave that out: every frame is resized to "
+            "the vision tower's size, and the number of frames is set by `num_frames`."
         )
     for name, source in sources.items():
         return (f"data:;base64,{source}" if name == "base64" else source), given
@@ -129,11 +128,11 @@ def source_in(medium: Mapping, kind: str, options: Sequence[str] = ()) -> tuple[
 
 @dataclass(frozen=True)
 class GivenVideo:
-    """A video as it was given, taken apart.
+    """One video of the caller, split into source, metadata and options.
 
-    source: what holds the frames. metadata: what was said of them; None: nothing. options: of `VIDEO_OPTIONS`, those
-    said of this video alone, under the names of `SAMPLING_KWARGS`. keeps_all: it was said that the frames are sampled
-    already.
+    source: the frames, or a file with them. metadata: given for the frames, or None. options: those of `VIDEO_OPTIONS`
+    given for this video, under the names in `SAMPLING_KWARGS`. keeps_all: the caller says that the frames are already
+    sampled.
     """
 
     source: Any
@@ -143,17 +142,17 @@ class GivenVideo:
 
     @classmethod
     def of(cls, video: Any) -> "GivenVideo":
-        """Raises ValueError for mappings without one source, and for options that contradict each other."""
+        """Parses a video. Raises ValueError for mappings without exactly one source, and for contradicting options."""
         if _has_metadata(video):
             if not isinstance(video[0], list | tuple | np.ndarray | Tensor):
-                raise ValueError("Metadata beside a video is that of frames in memory; a file brings its own.")
+                raise ValueError("Metadata can only be passed with frames in memory; a file has its own.")
             metadata = dict(video[1])
             return cls(video[0], metadata, keeps_all=metadata.pop("do_sample_frames", None) is False)
         options: dict[str, Any] = {}
         while isinstance(video, Mapping):
             video, said = source_in(video, "video", VIDEO_OPTIONS)
             if video is None:
-                raise ValueError(f"A video has a source: one of video, {', '.join(SOURCES)}. Name it.")
+                raise ValueError(f"A video needs a source: one of video, {', '.join(SOURCES)}. Pass one.")
             for name, value in said.items():
                 if options.setdefault(QWEN_NAMES.get(name, name), value) != value:
                     raise ValueError(f"`{QWEN_NAMES.get(name, name)}` of a video is given twice. Pass one.")
@@ -161,38 +160,38 @@ class GivenVideo:
         if taken_at is None:
             return cls(video, None, options)
         if not isinstance(video, list | tuple | np.ndarray | Tensor):
-            raise ValueError("`sample_fps` is the rate at which a list of frames was taken. For a file pass `fps`.")
+            raise ValueError("`sample_fps` is the rate at which a list of frames was sampled. For a file pass `fps`.")
         return cls(video, {"fps": taken_at}, options, keeps_all=not options)
 
 
 @dataclass(frozen=True)
 class FrameSampling(Request):
-    """Which moments of a clip to look at, never all; the words are those of `CrossLMMVideosKwargs`.
+    """The moments of a clip to sample (never every frame), with the fields of `CrossLMMVideosKwargs`.
 
-    needs_clock: the caller named seconds, so that a clip without a frame rate cannot serve.
+    needs_clock: the caller gave seconds, so the clip must have a frame rate.
     """
 
     needs_clock: bool
 
     def frames_of(self, numbers: Sequence[int], about: VideoMetadata) -> list[int]:
-        """Which of the frames with these numbers in their clip are sampled. Raises ValueError for seconds without a
-        frame rate."""
+        """Indices of the sampled frames, given the number of each frame in its clip. Raises ValueError for seconds
+        without a frame rate."""
         if about.fps is not None:
             clock = [number / about.fps for number in numbers]
             return self.frames_at(clock, about.duration or about.total_num_frames / about.fps)
         if self.needs_clock:
             raise ValueError(
-                "`fps`, `times`, `start_seconds` and `end_seconds` need to know when each frame was shown; got frames "
-                "without a frame rate. Pass `video_metadata` with `fps`, or sample by `num_frames`."
+                "`fps`, `times`, `start_seconds` and `end_seconds` need the time of each frame; got frames without a "
+                "frame rate. Pass `video_metadata` with `fps`, or sample by `num_frames`."
             )
-        # One frame a second is as good a clock as any for equal shares.
+        # For equal shares any clock works; this one has one frame per second.
         counts = (self.num_frames, self.max_frames, len(numbers))
         num_frames = next(count for count in counts if count is not None)
         uniform = replace(self, num_frames=num_frames, fps=None, max_frames=None)
         return uniform.frames_at(range(len(numbers)), float(len(numbers)))
 
     def frames_at(self, clock: Sequence[float], duration_seconds: float) -> list[int]:
-        """Indices of the frames shown at the moments, each once: the last with clock ≤ moment, else the first."""
+        """Indices, without repeats, of the frames shown at the moments: the last with clock ≤ moment, or the first."""
         moments = self.moments(duration_seconds) or ()
         shown = [bisect_right(clock, moment + SAME_MOMENT_SECONDS) - 1 for moment in moments]
         return sorted({max(0, index) for index in shown})
@@ -200,11 +199,11 @@ class FrameSampling(Request):
 
 @dataclass(frozen=True)
 class FrameChunk:
-    """Frames of one video that follow each other: (t, 3, H, W), and where they come from.
+    """Consecutive frames of one video, (t, 3, H, W), with their metadata.
 
-    expected_num_frames: how many the whole video will give, as far as can be told beforehand.
-    frame_index: where unchanged frames are skipped, for each frame of the chunk which of the video's distinct ones it
-        shows, counted from the video's first; `frames` then holds those that are new. None: every frame is there.
+    expected_num_frames: the estimated number of frames of the whole video.
+    frame_index: with unchanged frames skipped, for each frame of the chunk its index in the video's distinct frames;
+        `frames` then holds the new ones only. None if no frame is skipped.
     """
 
     frames: Tensor
@@ -214,10 +213,10 @@ class FrameChunk:
 
 
 class UnchangedFrames:
-    """Leaves out of a video's chunks, one after the other, the frames that show what the last one kept shows.
+    """Removes unchanged frames from a video's chunks, which are passed in order.
 
-    level: what no pixel may differ by from the frame shown instead, in grey levels. Comparing with that frame rather
-    than with the one before keeps slow changes from adding up.
+    level: the largest difference of a pixel, in grey levels, from the last kept frame. Comparing with that frame, and
+    not with the previous one, prevents slow changes from adding up.
     """
 
     def __init__(self, level: float) -> None:
@@ -226,7 +225,7 @@ class UnchangedFrames:
         self.num_distinct = 0
 
     def __call__(self, chunk: FrameChunk) -> FrameChunk:
-        """The chunk with its new frames and what each frame shows. Keeps one frame, and not the chunk."""
+        """Returns the chunk with its new frames and `frame_index`. Stores one frame and not the chunk."""
         new: list[int] = []
         index: list[int] = []
         for number, frame in enumerate(chunk.frames):
@@ -242,19 +241,19 @@ class UnchangedFrames:
     def _shows_the_same(self, frame: Tensor, shown: Tensor) -> bool:
         if self.level == 0 or frame.shape != shown.shape:
             return torch.equal(frame, shown)
-        # Unsigned bytes have no negative differences.
+        # uint8 cannot hold negative differences.
         return bool((torch.maximum(frame, shown) - torch.minimum(frame, shown)).max() <= self.level)
 
 
 FrameReader = Callable[[FrameSampling | None, FrameTransform, int | None], Iterator[FrameChunk]]
-"""Reads the sampled frames of a video (all without a sampling), each transformed as soon as it is decoded, and stacks
-at most so many (None: all). At least one chunk, none kept once it is given."""
+"""Reads the sampled frames of a video (all frames without a sampling), transforms each when it is decoded, and yields
+chunks of at most the given size (None: one chunk). It yields at least one chunk and stores none."""
 
 
 class FramesInMemory:
-    """A video whose frames somebody has decoded: an array (T, ...), a list of frames or of image files.
+    """A video passed as frames: an array (T, ...), a list of frames or of image files.
 
-    Its clock is `metadata.fps` (with `metadata.frames_indices`, if they number these frames); without it, none.
+    Its clock is `metadata.fps`, with `metadata.frames_indices` if given; without `fps` it has no clock.
     """
 
     def __init__(
@@ -293,18 +292,18 @@ class FramesInMemory:
                 f"`frames_indices` of `video_metadata` needs one number per frame; got {len(self.numbers)} for "
                 f"{len(frames)} frames."
             )
-        # The clip goes on at least to the last frame that is known.
+        # The clip is at least as long as its last known frame.
         self.metadata = VideoMetadata(**{"total_num_frames": max(self.numbers) + 1} | said)
         if numbers is None and self.metadata.total_num_frames != len(frames):
             raise ValueError(
-                f"`video_metadata` speaks of {self.metadata.total_num_frames} frames, the video holds "
-                f"{len(frames)}. Pass `frames_indices` with the number of each frame in the clip."
+                f"`video_metadata` has {self.metadata.total_num_frames} frames, the video has {len(frames)}. "
+                "Pass `frames_indices` with the number of each frame in the clip."
             )
 
     def read(
         self, sampling: FrameSampling | None, transform: FrameTransform, chunk_size: int | None
     ) -> Iterator[FrameChunk]:
-        """A `FrameReader`. Raises ValueError for seconds asked of frames without a clock."""
+        """A `FrameReader`. Raises ValueError for a sampling in seconds of frames without a clock."""
         chosen = list(range(len(self.frames))) if sampling is None else sampling.frames_of(self.numbers, self.metadata)
         fps, total = self.metadata.fps, self.metadata.total_num_frames
         first = self.frame(chosen[0])
@@ -328,7 +327,7 @@ class FramesInMemory:
             yield FrameChunk(_stack(list(islice(frames, len(part)))), metadata, len(chosen))
 
     def frame(self, index: int) -> Tensor:
-        """(3, H, W) uint8, or float32 where the values are taken as they are."""
+        """One frame as (3, H, W) uint8, or float32 if floats are not rescaled."""
         frame, scales, channels_last = self.frames[index], self.scales, self.channels_last
         if not isinstance(frame, np.ndarray | Tensor):
             frame = read_picture(frame, self.limits)
@@ -344,8 +343,8 @@ class FramesInMemory:
 def _read_decoder(
     decoder: Any, sampling: FrameSampling | None, transform: FrameTransform, chunk_size: int | None
 ) -> Iterator[FrameChunk]:
-    """A `FrameReader` of a torchcodec `VideoDecoder`, as `datasets` hands them out: known by its methods, never
-    imported. Frames are asked for one by one, so that full-size ones do not pile up."""
+    """A `FrameReader` of a torchcodec `VideoDecoder`, as `datasets` returns it; torchcodec is not imported. Frames are
+    decoded one by one, so that only one is in memory at full size."""
     about = decoder.metadata
     begin = about.begin_stream_seconds or 0.0
     duration = about.duration_seconds
@@ -358,7 +357,7 @@ def _read_decoder(
         if moments is None:
             decoded = map(decoder.get_frame_at, range(len(decoder)))
         else:
-            latest = begin + duration - SAME_MOMENT_SECONDS  # the end itself is past the last frame
+            latest = begin + duration - SAME_MOMENT_SECONDS  # the end itself is after the last frame
             asked = (begin + max(0.0, moment) + SAME_MOMENT_SECONDS for moment in moments)
             decoded = (decoder.get_frame_played_at(min(moment, latest)) for moment in asked)
         last = -math.inf
@@ -369,7 +368,7 @@ def _read_decoder(
                 pixels = frame.data.permute(2, 0, 1) if _is_channels_last(frame.data, None) else frame.data
                 yield time, transform(pixels.cpu())
         if last == -math.inf:
-            raise ValueError("A video needs at least one frame; the decoder holds none.")
+            raise ValueError("A video needs at least one frame; the decoder has none.")
 
     def chunk(timed: list[tuple[float, Tensor]]) -> FrameChunk:
         fps, times = about.average_fps, [time for time, _ in timed]
@@ -391,7 +390,7 @@ def _read_decoder(
 
 
 def frame_chunk(decoded: DecodedVideo, moments: Sequence[float] | None) -> FrameChunk:
-    """Frames as they came from the decoder, with their metadata. `moments`: those sampled; None for all frames."""
+    """Converts decoded frames to a chunk with metadata. moments: those sampled; None for all frames."""
     expected = decoded.total_num_frames if moments is None else min(decoded.total_num_frames, len(moments))
     metadata = CrossLMMVideoMetadata(
         total_num_frames=decoded.total_num_frames,
@@ -417,7 +416,7 @@ def read_file(
     limits: VideoLimits,
     isolated: bool = False,
 ) -> Iterator[FrameChunk]:
-    """A `FrameReader` of anything that `decode_video` opens; see there for the options and what is raised."""
+    """A `FrameReader` of any source that `decode_video` opens; see there for options and errors."""
     options: dict[str, Any] = {"frame_transform": transform, "strict": strict, "limits": limits, "isolated": isolated}
     if sampling is not None:
         options |= {name: getattr(sampling, name) for name in SAMPLING_KWARGS}
@@ -433,7 +432,7 @@ def read_file(
 def open_video(
     video: GivenVideo, *, layout: str | None, do_rescale: bool, strict: bool, limits: VideoLimits
 ) -> FrameReader:
-    """What reads this video; whatever can be checked without decoding is checked here."""
+    """Returns the reader for a video. Raises TypeError or ValueError for anything found wrong without decoding."""
     source = video.source
     if isinstance(source, list | tuple):
         for frame in source:
@@ -459,7 +458,7 @@ def _is_file(source: Any) -> bool:
 
 
 def flatten_metadata(metadata: Any, *, num_videos: int) -> list[Mapping | None]:
-    """One entry per video, from none at all, one mapping, a flat list or one list per sample."""
+    """Flattens metadata (None, one mapping, a flat list or one list per sample) to one entry per video."""
     if metadata is None:
         return [None] * num_videos
     entries = [metadata] if isinstance(metadata, Mapping) else list(metadata)
@@ -472,7 +471,7 @@ def flatten_metadata(metadata: Any, *, num_videos: int) -> list[Mapping | None]:
 
 
 def _is_channels_last(frames: np.ndarray | Tensor, layout: str | None) -> bool:
-    """Whether (..., H, W, 3) rather than (..., 3, H, W); channels first where both fit, as in Transformers."""
+    """Whether frames are (..., H, W, 3) and not (..., 3, H, W); channels first if both fit, as in Transformers."""
     is_last = frames.shape[-3] != 3 if layout is None else ChannelDimension(layout) == ChannelDimension.LAST
     if frames.shape[-1 if is_last else -3] != 3 or 0 in frames.shape[-3:]:
         raise ValueError(
@@ -484,16 +483,17 @@ def _is_channels_last(frames: np.ndarray | Tensor, layout: str | None) -> bool:
 
 @dataclass(frozen=True)
 class Scales:
-    """What turns values into grey levels of 0..255: floats (None: they are left as they are) and integers."""
+    """Factors that turn floats (None: they are not changed) and integers into grey levels of 0..255."""
 
     of_floats: float | None
     of_integers: float
 
 
 def _scales_of(arrays: Sequence[np.ndarray | Tensor], *, do_rescale: bool) -> Scales:
-    """Floats lie in 0..1 or 0..255, integers in 0..255, those of 16 bits without a sign in 0..255 or 0..65535.
+    """Finds the value range: floats in 0..1 or 0..255, integers in 0..255, unsigned 16-bit ones also in 0..65535.
 
-    Decided once per video, so that a dark frame is not taken for one of the smaller range. Raises for other values.
+    Decided once per video, so that a dark frame is not mistaken for one of the smaller range. Raises TypeError for
+    other dtypes, ValueError for other values.
     """
     brightest = {True: 0.0, False: 0.0}  # of floats, of integers
     for array in arrays:
@@ -525,10 +525,10 @@ def _as_tensor(frame: np.ndarray | Tensor) -> Tensor:
 
 
 def read_picture(source: Any, limits: VideoLimits) -> np.ndarray:
-    """(H, W, 3), upright, of a PIL image or of any source that holds a picture file; grey of more than 8 bits, and
-    floats, keep their values.
+    """Reads a PIL image or any source of a picture file as (H, W, 3), upright; grey pictures of more than 8 bits or of
+    floats keep their values.
 
-    Raises VideoError where it cannot be read. A string that is no path may be base64.
+    Raises VideoError if it cannot be read. A string that is not a path may be base64.
     """
     if not isinstance(source, Image.Image):
         if isinstance(source, str) and len(source) > 64 and ":" not in source and not os.path.exists(source):
@@ -544,18 +544,18 @@ def read_picture(source: Any, limits: VideoLimits) -> np.ndarray:
                 source.load()
             except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
                 what = shown(os.fspath(source)) if isinstance(source, str | os.PathLike) else "The data"
-                raise VideoOpenError(f"{what} cannot be read as a picture. Check that it is one.") from error
+                raise VideoOpenError(f"{what} cannot be read as a picture. Check the file format.") from error
     picture = ImageOps.exif_transpose(source)
     if picture.mode not in ("I", "F") and not picture.mode.startswith("I;16"):
         return np.asarray(picture.convert("RGB"))
     grey = np.asarray(picture)
-    if picture.mode == "I" and grey.min() >= 0 and grey.max() <= 65535:  # how PIL holds some pictures of 16 bits
+    if picture.mode == "I" and grey.min() >= 0 and grey.max() <= 65535:  # PIL opens some 16-bit pictures so
         grey = grey.astype(np.uint16)
     return np.stack([grey] * 3, axis=-1)
 
 
 def picture_pixels(picture: Any, *, layout: str | None, do_rescale: bool, limits: VideoLimits) -> Tensor:
-    """(3, H, W) of one picture, by the rules for a frame of a video: uint8, or float32 with floats left as they are.
+    """Converts one picture to (3, H, W) by the rules for a frame of a video: uint8, or float32 if not rescaled.
 
     picture: a PIL image, an array or tensor (H, W, 3) or (3, H, W), a path, URI, URL, base64 string, bytes, a file
     object, or a mapping that holds one of them.

@@ -1,7 +1,7 @@
-"""`isolated=True`: decoding in a process of its own, whose memory and time are limited.
+"""Decodes in a separate process with limited memory and time (`isolated=True`).
 
 The caller's side is `read_video_in_worker`, the worker's side is `main`. The worker imports the standard library, PyAV
-and the files beside this one, neither torch nor Transformers, so it starts quickly and can be given little memory.
+and the files in this folder, but not torch or Transformers, so it starts quickly and needs little memory.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ decoder.__path__ = [sys.argv[1]]
 sys.path.append(sys.argv[2])
 importlib.import_module("decoder.video_worker").main(int(sys.argv[3]))
 """
-"""Imports the worker as a part of a package that holds nothing but the files of its folder, wherever that lies: the
-package's own `__init__` does not run. `python -I` ignores the current folder, PYTHONPATH and the user's settings."""
+"""Imports the worker as part of an empty package whose path is this folder, so that the package's own `__init__` does
+not run. `python -I` ignores the current folder, PYTHONPATH and the user's settings."""
 
 
 def read_video_in_worker(
     opened: BinaryIO, request: Request, limits: VideoLimits, num_threads: int, on_wait: OnWait | None = None
 ):
-    """`read_video` in a process that may use `max_memory_bytes` and `max_decode_seconds`, and is killed beyond.
+    """Runs `read_video` in a process that is killed if it exceeds `max_memory_bytes` or `max_decode_seconds`.
 
-    It gets the file, already open, and nothing else; pictures come back as bytes, a line of JSON before each.
-    on_wait: called every `WAIT_SECONDS` while the process is waited for; what it raises ends both.
+    The process gets only the open file. It returns pictures as bytes, each after a line of JSON.
+    on_wait: called every `WAIT_SECONDS` while the call waits for the process; an exception from it ends both.
     """
     if sys.platform == "win32":
         raise NotImplementedError("`isolated=True` needs the resource limits of POSIX, which Windows lacks.")
@@ -88,7 +88,7 @@ def read_video_in_worker(
             size = header.pop("size")
             height, line_size = header["height"], header["line_size"]
             if size and not 0 < 3 * header["width"] * height <= size == abs(line_size) * height:
-                raise VideoDecodeError("The decoder process sends a picture of the wrong size.")
+                raise VideoDecodeError("The decoder process sent a picture of the wrong size.")
             header["orientation"] = tuple(header["orientation"])
             picture = Picture(pixels=memoryview(pipe.take(size)) if size else None, **header)
             with clock.paused():
@@ -102,10 +102,10 @@ def read_video_in_worker(
 
 @contextmanager
 def _as_real_file(opened: BinaryIO):
-    """A file that another process can read from its start."""
+    """Yields a file that another process can read from its start; copies it if necessary."""
     opened.seek(0, os.SEEK_END)
     try:
-        # What unpacks as it reads, such as gzip's files, has the descriptor of what it unpacks.
+        # A file that unpacks while it reads, such as gzip's, has the descriptor of the packed file.
         is_real = os.fstat(opened.fileno()).st_size == opened.tell()
     except (OSError, AttributeError):
         is_real = False
@@ -120,7 +120,7 @@ def _as_real_file(opened: BinaryIO):
 
 
 class _Pipe:
-    """What the worker writes, with an eye on the clock and on its end."""
+    """Reads the worker's output and checks the clock and the worker's end while it waits."""
 
     def __init__(self, worker: subprocess.Popen, clock: Clock):
         self._worker, self._clock = worker, clock
@@ -142,7 +142,7 @@ class _Pipe:
     def line(self) -> bytes:
         while (end := self._buffer.find(b"\n")) < 0:
             if len(self._buffer) > 2**16:
-                raise VideoDecodeError("The decoder process sends no header.")
+                raise VideoDecodeError("The decoder process sent no header.")
             self._more()
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
@@ -157,7 +157,7 @@ class _Pipe:
 
 
 def main(descriptor: int) -> None:
-    """The worker's side of `read_video_in_worker`: the file is open as `descriptor`, the task comes in as JSON."""
+    """The worker's side of `read_video_in_worker`: the file is open as `descriptor`, stdin has the task as JSON."""
     import resource
 
     task = json.load(sys.stdin)
