@@ -75,9 +75,8 @@ def versions() -> str:
         demo = "answers" if row["demo"] else "fails"
         rows.append([row["transformers"], row["torch"], demo, what, counts, row["commit"]])
     table = markdown(["Transformers", "torch", "`make demo`", "tests", "result", "commit"], rows)
-    return (
-        f"{table}\n`make test-versions`, for another torch with `TORCH=2.15.0`; on a 2-core CPU shared with other work.\n"
-    )
+    return f"{table}\n`make test-versions`, for another torch with `TORCH=2.15.0`; on a 2-core CPU shared with "
+        "other work.\n"
 
 
 def counted_costs() -> str:
@@ -149,7 +148,9 @@ def backbones() -> str:
         "cost",
     ]
     return (
-        markdown(head, rows) + f'\nFrom "LLM" on, the figures are per frame. `{results["command"]}`, commit {results["commit"]}.\n'
+        markdown(head, rows)
+        + f'\nFrom "LLM" on, the figures are per frame. '
+        f'`{results["command"]}`, commit {results["commit"]}.\n'
     )
 
 
@@ -216,7 +217,13 @@ def where_it_looked() -> str:
                 share(numbers["mean_weight"]),
             ]
         )
-    head = ["question", "asked", "its frame has the most weight", "the same, if the answer is right", "mean weight of its frame"]
+    head = [
+        "question",
+        "asked",
+        "its frame has the most weight",
+        "the same, if the answer is right",
+        "mean weight of its frame",
+    ]
     return (
         f"{markdown(head, rows)}\nChance is {share(results['chance'])}. `python benchmarks/where_it_looked.py`, "
         f"commit {results['commit']}, {results['machine']}; weights {results['weights_sha256']}.\n"
@@ -280,7 +287,8 @@ def video_conformance() -> str:
     }
     rows = [[words[outcome], f"{number:,}"] for outcome, number in about["outcomes"].items()]
     return (
-        f"{markdown(['public file', 'files'], rows)}\n{about['files']:,} different files; differences without a reason: "
+        f"{markdown(['public file', 'files'], rows)}\n{about['files']:,} different files; differences without a "
+        "reason: "
         f"{about['differ_without_a_reason']}. `{about['command']}`, commit {about['commit'][:7]}; {about['ffmpeg']}; "
         f"PyAV {about['pyav']}, FFmpeg {about['its_ffmpeg']}.\n"
     )

@@ -210,8 +210,8 @@ def test_ctrl_c_ends_cleanly(folder):
     code = (
         "import signal, crosslmm_cli\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # jobs in a shell's background inherit none
-        "crosslmm_cli._checkpoint = lambda model: signal.raise_signal(signal.SIGINT)\n"
-        "crosslmm_cli._import_package = lambda steps: None\n"
+        "crosslmm_cli.asking.chosen_checkpoint = lambda model: signal.raise_signal(signal.SIGINT)\n"
+        "crosslmm_cli.asking.import_package = lambda steps: None\n"
         "crosslmm_cli.app(['look', 'clip.mp4'])"
     )
     # What the command imports is of no interest here, and takes seconds.
@@ -223,7 +223,7 @@ def test_ctrl_c_ends_cleanly(folder):
     (stand_in / "asking" / "conversation.py").write_text("read_video = None")
     (stand_in / "asking" / "pictures.py").write_text("draw_contact_sheet = frame_labels = frame_pictures = None")
     (stand_in / "checkpoints" / "load.py").write_text("load_processor = None")
-    path = os.pathsep.join([str(stand_in.parent), str(Path(crosslmm_cli.__file__).parent)])
+    path = os.pathsep.join([str(stand_in.parent), str(Path(crosslmm_cli.__file__).parents[1])])
     finished = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -256,10 +256,10 @@ def test_bars_of_libraries_show_on_a_terminal_alone(monkeypatch, is_terminal):
     monkeypatch.setattr("warnings.formatwarning", None)
     enable_progress_bars()
     with crosslmm_cli.Steps() as steps:
-        crosslmm_cli._import_package(steps, with_bars=True)
+        crosslmm_cli.base.import_package(steps, with_bars=True)
     assert are_progress_bars_disabled() is not is_terminal
     with crosslmm_cli.Steps() as steps:
-        crosslmm_cli._import_package(steps)
+        crosslmm_cli.base.import_package(steps)
     assert are_progress_bars_disabled()
 
 
