@@ -75,8 +75,8 @@ def versions() -> str:
         demo = "answers" if row["demo"] else "fails"
         rows.append([row["transformers"], row["torch"], demo, what, counts, row["commit"]])
     table = markdown(["Transformers", "torch", "`make demo`", "tests", "result", "commit"], rows)
-    return f"{table}\n`make test-versions`, for another torch with `TORCH=2.15.0`; on a 2-core CPU shared with "
-        "other work.\n"
+    machine = "on a 2-core CPU shared with other work"
+    return f"{table}\n`make test-versions`, for another torch with `TORCH=2.15.0`; {machine}.\n"
 
 
 def counted_costs() -> str:
@@ -148,9 +148,8 @@ def backbones() -> str:
         "cost",
     ]
     return (
-        markdown(head, rows)
-        + f'\nFrom "LLM" on, the figures are per frame. '
-        f'`{results["command"]}`, commit {results["commit"]}.\n'
+        markdown(head, rows) + f'\nFrom "LLM" on, the figures are per frame. '
+        f"`{results['command']}`, commit {results['commit']}.\n"
     )
 
 
