@@ -75,8 +75,7 @@ def versions() -> str:
         demo = "answers" if row["demo"] else "fails"
         rows.append([row["transformers"], row["torch"], demo, what, counts, row["commit"]])
     table = markdown(["Transformers", "torch", "`make demo`", "tests", "result", "commit"], rows)
-    machine = "on a 2-core CPU shared with other work"
-    return f"{table}\n`make test-versions`, for another torch with `TORCH=2.15.0`; {machine}.\n"
+    return f"{table}\n`make test-versions`, for another torch with `TORCH=2.15.0`; on a 2-core CPU shared with other work.\n"
 
 
 def counted_costs() -> str:
@@ -148,8 +147,8 @@ def backbones() -> str:
         "cost",
     ]
     return (
-        markdown(head, rows) + f'\nFrom "LLM" on, the figures are per frame. '
-        f"`{results['command']}`, commit {results['commit']}.\n"
+        markdown(head, rows)
+        + f'\nFrom "LLM" on, the figures are per frame. `{results["command"]}`, commit {results["commit"]}.\n'
     )
 
 
@@ -286,8 +285,7 @@ def video_conformance() -> str:
     }
     rows = [[words[outcome], f"{number:,}"] for outcome, number in about["outcomes"].items()]
     return (
-        f"{markdown(['public file', 'files'], rows)}\n{about['files']:,} different files; differences without a "
-        "reason: "
+        f"{markdown(['public file', 'files'], rows)}\n{about['files']:,} different files; differences without a reason: "
         f"{about['differ_without_a_reason']}. `{about['command']}`, commit {about['commit'][:7]}; {about['ffmpeg']}; "
         f"PyAV {about['pyav']}, FFmpeg {about['its_ffmpeg']}.\n"
     )
