@@ -26,7 +26,7 @@ INK = "#1f2937"
 def draw_bars(place: Any, rows: list[dict[str, Any]]) -> None:
     """MB that a frame keeps, of each model at its largest number of frames."""
     most = {row["model"]: row for row in rows}
-    for place_of_model, (model, (name, colour)) in enumerate(MODELS.items()):
+    for place_of_model, (model, (_, colour)) in enumerate(MODELS.items()):
         kept = most[model]["cache_bytes"] / most[model]["frames"] / 1e6
         place.barh(place_of_model, kept, 0.62, color=colour)
         place.text(kept + 0.15, place_of_model, f"{kept:.1f}", va="center")

@@ -75,7 +75,9 @@ def versions() -> str:
         demo = "answers" if row["demo"] else "fails"
         rows.append([row["transformers"], row["torch"], demo, what, counts, row["commit"]])
     table = markdown(["Transformers", "torch", "`make demo`", "tests", "result", "commit"], rows)
-    return f"{table}\n`make test-versions`, for another torch with `TORCH=2.15.0`; on a 2-core CPU shared with other work.\n"
+    return (
+        f"{table}\n`make test-versions`, for another torch with `TORCH=2.15.0`; a 2-core CPU shared with other work.\n"
+    )
 
 
 def counted_costs() -> str:
@@ -285,8 +287,8 @@ def video_conformance() -> str:
     }
     rows = [[words[outcome], f"{number:,}"] for outcome, number in about["outcomes"].items()]
     return (
-        f"{markdown(['public file', 'files'], rows)}\n{about['files']:,} different files; differences without a reason: "
-        f"{about['differ_without_a_reason']}. `{about['command']}`, commit {about['commit'][:7]}; {about['ffmpeg']}; "
+        f"{markdown(['public file', 'files'], rows)}\n{about['files']:,} different files; differences without a "
+        f"reason: {about['differ_without_a_reason']}. `{about['command']}`, commit {about['commit'][:7]}; {about['ffmpeg']}; "
         f"PyAV {about['pyav']}, FFmpeg {about['its_ffmpeg']}.\n"
     )
 
