@@ -288,8 +288,8 @@ def video_conformance() -> str:
     rows = [[words[outcome], f"{number:,}"] for outcome, number in about["outcomes"].items()]
     return (
         f"{markdown(['public file', 'files'], rows)}\n{about['files']:,} different files; differences without a "
-        f"reason: {about['differ_without_a_reason']}. `{about['command']}`, commit {about['commit'][:7]}; {about['ffmpeg']}; "
-        f"PyAV {about['pyav']}, FFmpeg {about['its_ffmpeg']}.\n"
+        f"reason: {about['differ_without_a_reason']}. `{about['command']}`, commit {about['commit'][:7]}; "
+        f"{about['ffmpeg']}; PyAV {about['pyav']}, FFmpeg {about['its_ffmpeg']}.\n"
     )
 
 
