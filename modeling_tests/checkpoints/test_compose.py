@@ -219,7 +219,7 @@ def test_a_tokenizer_that_its_config_changes_is_refused(tmp_path):
     own = json.loads((tmp_path / "tokenizer_config.json").read_text())
     added = {"258": {"content": "def", "special": False, "normalized": False, "lstrip": False, "rstrip": False}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(own | {"added_tokens_decoder": added}))
-    with pytest.raises(ValueError, match=r"must tokenize as its tokenizer\.json says.*Correct or remove"):
+    with pytest.raises(ValueError, match=r"must tokenize as its tokenizer\.json does.*Correct or remove"):
         find_tokenizer(tmp_path)
 
 

@@ -404,7 +404,7 @@ def test_a_full_disk_is_told_before_anything_is_sent(hub, checkpoint, monkeypatc
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: (folder / "config.json").unlink(), "must hold config.json"),
+        (lambda folder: (folder / "config.json").unlink(), "must have config.json"),
         (lambda folder: (folder / "processor_config.json").unlink(), "must have its processor"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has neither"),
         (lambda folder: change(folder, "vision_feature_layer", -1), "the checkpoint does not:"),

@@ -305,7 +305,7 @@ def test_a_machine_that_can_start_no_more_processes_ends_the_run_instead_of_fail
         ({"fps": 2.0}, ValueError, "exclude each other"),
         ({"start_seconds": 3.0, "end_seconds": 2.0}, ValueError, "before `end_seconds`"),
         ({"model": "no/such/model/here"}, OSError, "no/such/model"),
-        ({"root": "nowhere"}, NotADirectoryError, "none"),
+        ({"root": "nowhere"}, NotADirectoryError, "must be a folder"),
     ],
     ids=str,
 )

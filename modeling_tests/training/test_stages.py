@@ -262,7 +262,7 @@ def test_a_shipped_recipe_runs_as_it_is_on_a_cpu(recipe, run_folder, tmp_path, m
 def test_a_run_of_a_few_steps_says_what_to_change(run_folder, tmp_path, caplog):
     options = {"max_steps": -1, "num_train_epochs": 2, "global_batch_size": 4, "save_strategy": "no"}
     train(arguments_of(run_folder, tmp_path, **options))
-    assert "8 records, 2 times, 4 samples a step: the run makes 4 steps" in caplog.text
+    assert "8 records, 2 epochs, 4 samples a step: the run makes 4 steps" in caplog.text
     assert "Lower `global_batch_size`, or raise `num_train_epochs`" in caplog.text
 
 

@@ -78,8 +78,8 @@ def write(
     conversion = plan()
     if push_to_hub and conversion.config.untrained and not untrained:
         raise ValueError(
-            "The new checkpoint would be published untrained. Train it first, or add --untrained; its card and config "
-            "then say that it is untrained."
+            "The new checkpoint was never trained as a CrossLMM. Train it first, or add --untrained; its card and "
+            "config then say that it is untrained."
         )
     is_new = bool(conversion.initialised)
     yield from report_lines(

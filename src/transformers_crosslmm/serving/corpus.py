@@ -322,7 +322,7 @@ class AnswerFiles:
         if earlier != settings:
             raise ValueError(
                 f"{self.folder} has answers made with {earlier}; this run has {settings}. Answers of different "
-                "settings cannot share a folder: name another."
+                "settings do not mix: name another folder."
             )
 
     def finished(self) -> dict[str, tuple[str, str, bool]]:
@@ -509,8 +509,8 @@ def _run(
         is_same_video = video == question.video or _locate(video, corpus.root) == _locate(question.video, corpus.root)
         if text != question.question or not is_same_video:
             raise ValueError(
-                f"{files.folder} has another question with the id {question.id!r}: {text!r} about {video!r}; the file "
-                f"has {question.question!r} about {question.video!r}. Name another folder, or give the question "
+                f"{files.folder} has another question under the id {question.id!r}: {text!r} about {video!r}; the "
+                f"file has {question.question!r} about {question.video!r}. Name another folder, or give the question "
                 "another id."
             )
         failed += is_failed
