@@ -5,7 +5,7 @@
 
 "tiny": an hour at 1 frame per second on the bundled checkpoint, asked once a minute; with scope "causal" too, for
 which it was not trained. "wide": widths of SigLIP2-so400m at 384 pixels and of Qwen2.5-1.5B with random weights, few
-layers of each; with `max_frames`, and, as long as that takes no longer, without. Each is a process of one thread.
+layers of each; with `max_frames`, and, for fewer frames, without. Each is a process of one thread.
 """
 
 import json
@@ -22,8 +22,8 @@ PICTURE = HERE.parent / "docs" / "images" / "live_memory.svg"
 RUNS = {
     "tiny, frame": {"frames": 3600, "max_frames": 96, "ask_every": 60},
     "tiny, causal": {"frames": 3600, "max_frames": 96, "ask_every": 60},
-    "wide, causal": {"frames": 128, "max_frames": 16, "ask_every": 16},
-    "wide, causal, no max_frames": {"frames": 48, "max_frames": None, "ask_every": 16},
+    "wide, causal": {"frames": 48, "max_frames": 8, "ask_every": 8},
+    "wide, causal, no max_frames": {"frames": 24, "max_frames": None, "ask_every": 8},
 }
 
 
@@ -104,7 +104,7 @@ def draw(results: dict) -> None:
         for name, run in results["runs"].items():
             if not name.startswith(kind):
                 continue
-            width = max(1, (results["summary"][name]["max_frames"] or 16) // 4)
+            width = max(1, (results["summary"][name]["max_frames"] or 8) // 4)
             means = [
                 sum(run["seconds"][i : i + width]) / width for i in range(0, len(run["seconds"]) - width + 1, width)
             ]
@@ -118,7 +118,7 @@ def draw(results: dict) -> None:
     rows[0][0].set_ylabel("CPU seconds per frame,\nmean over a quarter of the frames in view", fontsize=8)
     rows[1][0].set_ylabel("memory of the process, MB", fontsize=8)
     rows[0][0].set_title("tiny checkpoint, 96 frames in view", fontsize=10)
-    rows[0][1].set_title("real widths, few layers, 16 frames in view", fontsize=10)
+    rows[0][1].set_title("real widths, few layers, 8 frames in view", fontsize=10)
     figure.tight_layout()
     PICTURE.parent.mkdir(exist_ok=True)
     figure.savefig(PICTURE, metadata={"Date": None, "Title": "Seconds per frame and memory of a live video"})
@@ -131,18 +131,22 @@ def main() -> None:
     if len(sys.argv) > 1:
         print(json.dumps(measure(sys.argv[1], **RUNS[sys.argv[1]])))
         return
-    runs = {}
-    for name in RUNS:
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"about": about(), "summary": {}, "runs": {}}
+    for name, options in RUNS.items():
+        if name in results["runs"]:  # from a command that was interrupted; delete the file to begin anew
+            continue
         answer = subprocess.run([sys.executable, __file__, name], stdout=subprocess.PIPE, text=True, check=True)
-        runs[name] = json.loads(answer.stdout.splitlines()[-1])
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
-    about = {"command": "python benchmarks/live_memory.py", "commit": commit, "cores": os.cpu_count()}
-    about |= {"machine": platform.machine(), "note": "CPU seconds of one thread"}
-    short = {name: summary(run, RUNS[name]["max_frames"]) for name, run in runs.items()}
-    results = {"about": about, "summary": short, "runs": runs}
-    RESULTS.write_text(json.dumps(results) + "\n")
+        results["runs"][name] = run = json.loads(answer.stdout.splitlines()[-1])
+        results["summary"][name] = summary(run, options["max_frames"])
+        RESULTS.write_text(json.dumps(results) + "\n")
     draw(results)
-    print(json.dumps(short, indent=1))
+    print(json.dumps(results["summary"], indent=1))
+
+
+def about() -> dict:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
+    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "note": "CPU seconds of one thread"}
+    return {"command": "python benchmarks/live_memory.py", "commit": commit} | machine
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import socket
 import threading
 from contextlib import contextmanager
 
@@ -282,13 +283,13 @@ def test_out_of_memory_ends_the_session_and_nothing_else(connect, expected, monk
 def test_over_a_real_socket_a_client_that_dies_frees_its_place(started, expected):
     client = pytest.importorskip("websockets.sync.client", reason="uvicorn speaks WebSocket through `websockets`")
     server = started(max_new_tokens=8)
-    session = client.connect(f"ws://127.0.0.1:{server.port}/v1/live")
-    for frame, seconds in zip(FRAMES, TIMES, strict=True):
-        session.send(json.dumps({"type": "frame", "seconds": seconds, "image": picture(frame)}))
-    session.send(json.dumps({"type": "ask", "question": "What?"}))
-    while (message := json.loads(session.recv(60)))["type"] != "answer":
-        assert message["type"] != "error"
-    assert message["text"] == expected()
-    assert server.health()["running"] == 1
-    session.socket.close()
-    wait_until(lambda: server.health()["running"] == 0)
+    with client.connect(f"ws://127.0.0.1:{server.port}/v1/live", close_timeout=0.1) as session:
+        for frame, seconds in zip(FRAMES, TIMES, strict=True):
+            session.send(json.dumps({"type": "frame", "seconds": seconds, "image": picture(frame)}))
+        session.send(json.dumps({"type": "ask", "question": "What?"}))
+        while (message := json.loads(session.recv(60)))["type"] != "answer":
+            assert message["type"] != "error"
+        assert message["text"] == expected()
+        assert server.health()["running"] == 1
+        session.socket.shutdown(socket.SHUT_RDWR)  # without a word
+        wait_until(lambda: server.health()["running"] == 0)

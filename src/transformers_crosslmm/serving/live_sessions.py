@@ -28,7 +28,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from ..asking.live import LONGEST_SECONDS, LiveVideo, most_frames
 from ..video_processing_crosslmm import _resize
-from .admission import GoneError, Places, RefusedError, Visit, check_host, explained, stopping, too_late
+from .admission import GoneError, Places, RefusedError, Visit, check_host, explained, too_late
 
 MAX_PENDING = 16
 """Frames of a session that may wait for the model; the next one takes the place of the oldest."""
@@ -59,32 +59,17 @@ class LiveRoute:
             await socket.close()  # before it is accepted: HTTP 403
             return
         await socket.accept()
-        client, failure = Client(socket), None
+        client = Client(socket)
         try:
-            failure = await self._hold_session(client)
-        except asyncio.CancelledError:
-            if not places.is_stopping:
-                raise
-            failure = stopping()
-        if failure is not None:
-            await client.tell("error", message=str(explained(failure, places.settings)))
-            await client.close()
-
-    async def _hold_session(self, client: "Client") -> BaseException | None:
-        """What ended it, None for the client."""
-        failure: BaseException | None = None
-        try:
-            async with self.service.places.visit(client) as visit, asyncio.TaskGroup() as tasks:
-                session = LiveSession(self.service, client, visit)
-                tasks.create_task(session.listen())
-                tasks.create_task(session.work())
-        except* GoneError:
+            async with places.visit(client) as visit:  # type: ignore[arg-type]
+                await LiveSession(self.service, client, visit).run()
+        except GoneError:
             pass
-        except* Exception as group:
-            failure = group
-            while isinstance(failure, BaseExceptionGroup):
-                failure = failure.exceptions[0]
-        return failure
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and not places.is_stopping:
+                raise
+            await client.tell("error", message=str(explained(error, places.settings)))
+            await client.close()
 
 
 def check_origin(socket: WebSocket) -> None:
@@ -136,6 +121,18 @@ class LiveSession:
         self.questions: deque[str] = deque()
         self.num_dropped, self.newest, self.must_forget = 0, -1.0, False
         self.stopped, self.wake = threading.Event(), asyncio.Event()
+
+    async def run(self) -> None:
+        """Until the client or the server leaves, or the session fails."""
+        tasks = [asyncio.ensure_future(self.listen()), asyncio.ensure_future(self.work())]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def listen(self) -> None:
         """Raises GoneError after `request_seconds` without a message."""
