@@ -3,9 +3,9 @@
     python benchmarks/live_memory.py            # -> benchmarks/live_memory.json, docs/images/live_memory.svg
     python benchmarks/live_memory.py --draw     # the picture alone
 
-"tiny": an hour at 1 frame per second on the bundled checkpoint, asked once a minute; with scope "causal" too, for
-which it was not trained. "wide": widths of SigLIP2-so400m at 384 pixels and of Qwen2.5-1.5B with random weights, few
-layers of each; with `max_frames`, and, for fewer frames, without. Each is a process of one thread.
+"tiny": an hour at 1 frame per second on the bundled checkpoint, asked once a minute, with scope "causal", for which it
+was not trained. "wide": widths of SigLIP2-so400m at 384 pixels and of Qwen2.5-1.5B with random weights, few
+layers of each. Each is a process of one thread.
 """
 
 import json
@@ -20,14 +20,12 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "live_memory.json"
 PICTURE = HERE.parent / "docs" / "images" / "live_memory.svg"
 RUNS = {
-    "tiny, frame": {"frames": 3600, "max_frames": 96, "ask_every": 60},
     "tiny, causal": {"frames": 3600, "max_frames": 96, "ask_every": 60},
-    "wide, causal": {"frames": 48, "max_frames": 8, "ask_every": 8},
-    "wide, causal, no max_frames": {"frames": 24, "max_frames": None, "ask_every": 8},
+    "wide, causal": {"frames": 24, "max_frames": 8, "ask_every": 8},
 }
 
 
-def live_video(name: str, max_frames: int | None):
+def live_video(name: str, max_frames: int):
     import torch
 
     from transformers_crosslmm import TINY_CHECKPOINT, CrossLMMConfig, CrossLMMForConditionalGeneration
@@ -39,7 +37,7 @@ def live_video(name: str, max_frames: int | None):
     processor.add_timestamps = True
     if name.startswith("tiny"):
         model = load_model(TINY_CHECKPOINT, device="cpu")
-        model.config.v2v_scope = "causal" if "causal" in name else "frame"
+        model.config.v2v_scope = "causal"
         return LiveVideo(model, processor, max_frames)
     config = CrossLMMConfig.from_preset("2B")
     tokenizer = processor.tokenizer
@@ -55,7 +53,7 @@ def live_video(name: str, max_frames: int | None):
     return LiveVideo(model, wide, max_frames)
 
 
-def measure(name: str, frames: int, max_frames: int | None, ask_every: int) -> dict:
+def measure(name: str, frames: int, max_frames: int, ask_every: int) -> dict:
     import numpy as np
 
     live = live_video(name, max_frames)
@@ -76,7 +74,7 @@ def measure(name: str, frames: int, max_frames: int | None, ask_every: int) -> d
     return {"frames_in_view": len(live.times), "seconds": seconds, "answer_seconds": answer_seconds, "mb": megabytes}
 
 
-def summary(run: dict, max_frames: int | None) -> dict:
+def summary(run: dict, max_frames: int) -> dict:
     """The run's second quarter, when `max_frames` are in view for the first time, beside its last."""
     count = len(run["seconds"])
     early, late = slice(count // 4, count // 2), slice(3 * count // 4, count)
@@ -104,7 +102,7 @@ def draw(results: dict) -> None:
         for name, run in results["runs"].items():
             if not name.startswith(kind):
                 continue
-            width = max(1, (results["summary"][name]["max_frames"] or 8) // 4)
+            width = max(1, results["summary"][name]["max_frames"] // 4)
             means = [
                 sum(run["seconds"][i : i + width]) / width for i in range(0, len(run["seconds"]) - width + 1, width)
             ]
