@@ -40,7 +40,6 @@ class LiveVideo(VideoConversation):
         memory, and the mean time per frame, stay what they are for ever. None: frames are kept until the context is
         full.
     num_seen, num_forgotten: frames ever encoded, and those in view no more; `times` are the seconds of the rest.
-
     An answer equals, up to rounding, that to the same frames given at once with these times. Timestamps and the time
     instruction are written if the processor says so; every frame is kept, whatever its `skip_unchanged` says. A
     question knows nothing of earlier ones: what was true then may have changed.
