@@ -197,17 +197,20 @@ def draw(curves: dict) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.2))
+    figure, axes = pyplot.subplots(figsize=(5.2, 4.6))
     for name, curve in curves.items():
-        points = {int(frames): megabytes for frames, megabytes in curve["peak_mb"].items()}
-        label = f"{name}: {curve['growth_without_it']:.2f} MB per frame"
-        axes.plot(list(points), list(points.values()), marker="o", label=label)
-    axes.plot(FRAMES, [GOAL * frames for frames in FRAMES], "k:", label=f"the goal's slope: {GOAL} MB per frame")
-    axes.set(xlabel="frames", ylabel="peak memory over the model's, MB", ylim=(0, None))
-    axes.legend(fontsize=8)
+        if name.startswith("7B"):
+            points = {int(frames): megabytes for frames, megabytes in curve["peak_mb"].items()}
+            [line] = axes.plot(list(points), list(points.values()), marker="o")
+            end = (max(points) + 25, points[max(points)])
+            label = name.removeprefix("7B, ").replace(", ", ",\n")
+            axes.annotate(label, end, va="center", color=line.get_color(), fontsize=11)
+    axes.set(xlabel="frames", ylim=(0, None), xlim=(min(FRAMES) - 50, max(FRAMES) + 310), xticks=FRAMES)
+    axes.set_title("7B: peak MB, without the model", loc="left", fontsize=12, fontweight="bold")
+    axes.tick_params(labelsize=11)
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(CHART, dpi=120)
+    figure.savefig(CHART, dpi=140)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import threading
 import time
 from pathlib import Path
 
-import httpx2
 from serving_load import (
     Case,
     Client,
@@ -30,6 +29,7 @@ from serving_load import (
     chat,
     good_cases,
     hostile_cases,
+    make_case,
     make_videos,
     memory_mb,
     served,
@@ -71,37 +71,7 @@ def strangers_cases(video: str, dripping: str) -> list[Case]:
         "a link-local address": (chat("Fetch.", "http://[fe80::1%25lo]/a.mp4"), 400),
         "gone in the middle of a large request": (zeros, None),
     }
-    return [
-        Case("hostile", name, body if isinstance(body, bytes) else json.dumps(body).encode(), expected)
-        for name, (body, expected) in bodies.items()
-    ]
-
-
-class SoakClient(Client):
-    """A patient client, whose cases may allow several statuses."""
-
-    def __init__(self, port: int) -> None:
-        super().__init__(port)
-        self.openai = self.openai.with_options(timeout=900)
-
-    def send(self, case: Case) -> None:
-        began = time.monotonic()
-        try:
-            got = self._got(case)
-        except Exception as error:
-            got = repr(error)
-        expected = case.expected if isinstance(case.expected, tuple) else (case.expected,)
-        if got not in expected:
-            self.wrong.append(f"{case.kind}, {case.name}: {str(got)[:200]} instead of {case.expected!r}"[:500])
-        elif case.kind == "good":
-            self.seconds.append(time.monotonic() - began)
-        self.counts[f"{case.kind}, {case.name}"] += 1
-
-    def _post(self, case: Case) -> tuple[int, int, float]:
-        headers = {"Content-Type": "application/json"}
-        reply = httpx2.post(f"{self.base}/v1/chat/completions", content=case.body, headers=headers, timeout=900)
-        assert reply.status_code == 200 or reply.json()["error"]["message"]
-        return reply.status_code, reply.status_code, float(reply.headers.get("Retry-After", 0))
+    return [make_case("hostile", name, *what) for name, what in bodies.items()]
 
 
 def look(pid: int) -> dict:
@@ -130,7 +100,7 @@ def main() -> None:
             "hostile": hostile + strangers_cases(str(paths[0]), dripping),
         }
         with served(folder, folder / "log", "--allow-private-urls", "--timeout", "900") as (process, port):
-            clients = [SoakClient(port) for _ in range(AT_ONCE)]
+            clients = [Client(port, timeout=900) for _ in range(AT_ONCE)]
             began, samples = time.monotonic(), []
             end = began + 60 * given.minutes
 
@@ -171,7 +141,7 @@ def _idle_seconds(client: Client) -> float:
     return round(time.monotonic() - began, 1)
 
 
-def summary(clients: list[SoakClient], samples: list[dict], log: str) -> dict:
+def summary(clients: list[Client], samples: list[dict], log: str) -> dict:
     counts: dict[str, int] = {}
     for client in clients:
         for name, count in client.counts.items():

@@ -245,20 +245,23 @@ def draw(sizes: dict) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    figure, axes = pyplot.subplots(figsize=(5.2, 4.4))
     for (preset, ways), colour in zip(sizes.items(), ("#4f46e5", "#d97706"), strict=True):
         for name, style in (("plain", "--"), ("checkpointing", "-")):
             line = ways[name]
-            label = f"{preset}, {name}: {line['megabytes_per_frame']:g} MB per frame"
+            label = f"{preset}, {name}"
             points = line["gigabytes"]
             axes.plot(
                 [int(frames) for frames in points], list(points.values()), style, color=colour, marker="o", label=label
             )
-    axes.set(xlabel="frames", ylabel="GB kept for the backward pass", yscale="log", xticks=FRAMES)
-    axes.legend(fontsize=9)
+    axes.set(xlabel="frames", yscale="log", xticks=FRAMES)
+    axes.set_title("GB kept for the backward pass", loc="left", fontsize=12, fontweight="bold")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.tick_params(labelsize=11)
+    axes.legend(fontsize=11, loc="center right")
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(CHART, dpi=120)
+    figure.savefig(CHART, dpi=140)
 
 
 def main() -> None:

@@ -10,13 +10,11 @@ or, in "by_layer", over the heads of one layer; chance is one in as many frames 
 """
 
 import argparse
-import hashlib
 import json
 import platform
 import re
 import subprocess
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,9 @@ import torch
 import transformers
 
 from transformers_crosslmm import TINY_CHECKPOINT, __version__
+from transformers_crosslmm.checkpoints.folder import checksum
 from transformers_crosslmm.checkpoints.load import load_model, load_processor
-from transformers_crosslmm.measuring.quality import VideoQuestion, interval, read_questions
+from transformers_crosslmm.measuring.quality import VideoQuestion, batches_of, interval, read_questions
 
 KINDS = ("which_frame", "colour", "shape", "place")
 NUM_FRAMES = 8
@@ -43,29 +42,7 @@ def frame_of(question: VideoQuestion) -> int:
 @torch.no_grad()
 def looks(model: Any, processor: Any, questions: Sequence[VideoQuestion]) -> Iterator[tuple[VideoQuestion, str, Any]]:
     """Each question with its answer and the weights (layers, T) of the frames."""
-    for video, group in groupby(questions, key=lambda question: question.video):
-        asked = list(group)
-        chats = [
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "video", "path": str(video)}, {"type": "text", "text": question.question}],
-                }
-            ]
-            for question in asked
-        ]
-        inputs = processor.apply_chat_template(
-            chats,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            processor_kwargs={
-                "num_frames": NUM_FRAMES,
-                "padding": True,
-                "padding_side": "left",
-                "return_tensors": "pt",
-            },
-        )
+    for asked, inputs in batches_of(processor, questions, num_frames=NUM_FRAMES):
         output = model.generate(
             **inputs,
             max_new_tokens=8,
@@ -108,11 +85,6 @@ def measure(found: Sequence[tuple[VideoQuestion, str, torch.Tensor]]) -> dict[st
     return report
 
 
-def weights_digest(folder: Path) -> str:
-    """Which weights were measured, to tell an old report from a new one."""
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="How often the frame in question gets the most weight.")
     parser.add_argument("--checkpoint", default=str(TINY_CHECKPOINT))
@@ -124,7 +96,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     report = {
         "checkpoint": Path(arguments.checkpoint).name,
-        "weights_sha256": weights_digest(Path(arguments.checkpoint)),
+        "weights_sha256": checksum(Path(arguments.checkpoint) / "model.safetensors")[:16],
         "chance": 1 / NUM_FRAMES,
         "results": measure(list(looks(model, processor, questions))),
         "machine": platform.processor() or platform.machine(),

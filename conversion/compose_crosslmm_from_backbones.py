@@ -1,4 +1,4 @@
-"""Put a trainable CrossLMM together from a vision encoder and a language model: `crosslmm compose`.
+"""Compose an untrained CrossLMM from a vision encoder and a language model: `crosslmm compose`.
 
 python conversion/compose_crosslmm_from_backbones.py --preset 2B --out crosslmm-2b
 """

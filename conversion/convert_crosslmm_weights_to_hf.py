@@ -1,4 +1,4 @@
-"""Take over a CrossLMM that was trained in LLaVA-NeXT's code base, or give one back to it: `crosslmm convert`.
+"""Convert a CrossLMM trained in LLaVA-NeXT's code base, or convert one back: `crosslmm convert`.
 
 python conversion/convert_crosslmm_weights_to_hf.py TRAINED --name-table names.json --out crosslmm-7b
 """

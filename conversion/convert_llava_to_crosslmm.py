@@ -1,4 +1,4 @@
-"""Begin a CrossLMM from a LLaVA-OneVision or LLaVA-Video: `crosslmm convert`.
+"""Start a CrossLMM from a LLaVA-OneVision or LLaVA-Video: `crosslmm convert`.
 
 python conversion/convert_llava_to_crosslmm.py llava-hf/llava-onevision-qwen2-0.5b-ov-hf --out crosslmm-ov-0.5b
 """

@@ -118,18 +118,18 @@ def draw() -> None:
         found = [(words, effect(runs, arm, against)) for words, arm, against in pairs]
         done = [(words, result[0]) for words, result in found if result is not None]
         rows += [(heading, None), *done] if done else []
-    figure, axes = pyplot.subplots(figsize=(9.5, 0.27 * len(rows) + 1.1))
-    for row, (words, values) in enumerate(rows):
+    figure, axes = pyplot.subplots(figsize=(5.4, 0.36 * len(rows) + 1.1))
+    for row, (words, values) in enumerate(rows):  # the words stand above their interval, to be read on a phone too
         is_heading = values is None
-        axes.text(
-            -0.02,
-            row,
+        label = axes.text(
+            0 if is_heading else 0.03,
+            row if is_heading else row - 0.38,
             words,
-            ha="right",
             va="center",
             transform=axes.get_yaxis_transform(),
             fontweight="bold" if is_heading else "normal",
         )
+        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
         if values is not None:
             mean, low, high = 100 * values[:, -1]
             axes.plot([low, high], [row, row], color=COLOUR, linewidth=2, solid_capstyle="round")
@@ -137,12 +137,14 @@ def draw() -> None:
     axes.axvline(0, color=GREY, linewidth=1)
     axes.grid(axis="x", color="#e5e7eb")
     axes.set_axisbelow(True)
-    axes.set(ylim=(len(rows) - 0.4, -0.8), yticks=[], xlabel="more right answers, percentage points (95 % interval)")
+    axes.set(ylim=(len(rows) - 0.4, -0.8), yticks=[], xlabel="more right answers, percentage points")
     for side in ("left", "top", "right"):
         axes.spines[side].set_visible(False)
-    figure.suptitle(f"What each choice changes after {about['steps']} steps", fontweight="bold", fontsize=12)
+    figure.suptitle(
+        f"What each choice changes, with 95 % intervals ({about['steps']} steps)", fontweight="bold", fontsize=10.5
+    )
     figure.subplots_adjust(
-        left=0.42, right=0.98, top=1 - 0.5 / figure.get_figheight(), bottom=0.55 / figure.get_figheight()
+        left=0.02, right=0.98, top=1 - 0.5 / figure.get_figheight(), bottom=0.55 / figure.get_figheight()
     )
     figure.savefig(PICTURE, metadata={"Date": None, "Title": "Effects of the ablation with 95 % intervals"})
 

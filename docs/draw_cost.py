@@ -1,6 +1,7 @@
-"""Draws docs/images/cost.png, after the paper's Figure 4: memory, multiply-accumulates and prefill time of 7B models.
+"""Draws docs/images/cost.png: memory kept per frame, and multiply-accumulates of a prefill, of 7B models.
 
 python docs/draw_cost.py [RESULTS.json PICTURE.png]  # results of `crosslmm bench`; the kept ones, if none are given
+Times of a prefill are a third chart, if the results have them at full size.
 """
 
 import json
@@ -8,72 +9,85 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from transformers_crosslmm.measuring.cost import FRAMES, PAPER
+from transformers_crosslmm.measuring.cost import FRAMES
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PICTURE = ROOT / "benchmarks" / "cost_counted.json", ROOT / "docs" / "images" / "cost.png"
-COLOURS = {
-    "CrossLMM-7B video features": "#4f46e5",
-    "CrossLMM-7B frame features": "#a5a8ef",
-    "LLaVA-OneVision-7B": "#b45309",
-    "Qwen2.5-VL-7B": "#0f766e",
-    "Qwen3-VL-8B": "#6b7280",
+MODELS = {
+    "CrossLMM-7B video features": ('CrossLMM-7B,\n"features"', "#4f46e5"),
+    "CrossLMM-7B video kv": ('CrossLMM-7B,\n"kv" (default)', "#4f46e5"),
+    "Qwen2.5-VL-7B": ("Qwen2.5-VL-7B", "#0f766e"),
+    "Qwen3-VL-8B": ("Qwen3-VL-8B", "#6b7280"),
+    "LLaVA-OneVision-7B": ("LLaVA-\nOneVision-7B", "#b45309"),
 }
-PAPER_COLOURS = {"CrossLMM-7B": "#4f46e5", "LLaVA-OneVision-7B": "#b45309"}
-INK, GREY = "#1f2937", "#6b7280"
+INK = "#1f2937"
 
 
-def lines(results: dict[str, Any]) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
-    """Per panel and model: frames, and what it came to."""
-    timed = results.get("timed", []) if results["size"] == "full" else []
-    values = {
-        "memory": [(row, row["cache_bytes"] / 1e6) for row in results["counted"]],
-        "macs": [(row, row["macs"]["total"] / 1e12) for row in results["counted"]],
-        "prefill": [(row, row["seconds"]["prefill"] * 1000) for row in timed],
-    }
-    panels: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
-    for panel, points in values.items():
-        panels[panel] = {}
-        for row, value in points:
-            if row["model"] in COLOURS and row["frames"] in FRAMES:
-                frames, found = panels[panel].setdefault(row["model"], ([], []))
-                frames.append(row["frames"])
-                found.append(value)
-    return panels
+def draw_bars(place: Any, rows: list[dict[str, Any]]) -> None:
+    """MB that a frame keeps, of each model at its largest number of frames."""
+    most = {row["model"]: row for row in rows}
+    for place_of_model, (model, (_, colour)) in enumerate(MODELS.items()):
+        kept = most[model]["cache_bytes"] / most[model]["frames"] / 1e6
+        place.barh(place_of_model, kept, 0.62, color=colour)
+        place.text(kept + 0.15, place_of_model, f"{kept:.1f}", va="center")
+    place.set(yticks=range(len(MODELS)), yticklabels=[name for name, _ in MODELS.values()], xlim=(0, 12.9), xticks=[])
+    place.invert_yaxis()
+    place.tick_params(left=False)
+    place.spines["bottom"].set_visible(False)
+
+
+def draw_lines(place: Any, points: dict[str, dict[int, float]]) -> None:
+    for model, values in points.items():
+        name, colour = MODELS[model]
+        name = name.split(",")[0].replace("\n", "")
+        place.plot(list(values), list(values.values()), marker="o", markersize=5, color=colour)
+        place.annotate(
+            name,
+            (FRAMES[-1], values[FRAMES[-1]]),
+            (8, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            fontsize=11,
+        )
+    place.set(yscale="log", xscale="log", xlabel="frames", xticks=FRAMES, xticklabels=[str(n) for n in FRAMES])
+    place.set_xlim(FRAMES[0] * 0.9, FRAMES[-1] * 3.6)
+    place.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    place.minorticks_off()
+    place.grid(color="#e5e7eb", linewidth=0.8)
 
 
 def draw(results: dict[str, Any], picture: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
-    matplotlib.rcParams |= {"font.family": ["DejaVu Sans"], "font.size": 10, "text.color": INK}
+    matplotlib.rcParams |= {"font.family": ["DejaVu Sans"], "font.size": 12, "text.color": INK}
     from matplotlib import pyplot
 
-    titles = {
-        "memory": ("MB: counted, what a prefill keeps;\nthe paper's, measured, with activations"),
-        "macs": "T multiply-accumulates of a prefill,\nevery term counted",
-        "prefill": "ms of a prefill",
+    def points(rows: list[dict[str, Any]], value: Any) -> dict[str, dict[int, float]]:
+        found: dict[str, dict[int, float]] = {}
+        for row in rows:
+            if row["model"] in MODELS and "kv" not in row["model"] and row["frames"] in FRAMES:
+                found.setdefault(row["model"], {})[row["frames"]] = value(row)
+        return found
+
+    timed = results.get("timed", []) if results["size"] == "full" else []
+    charts: dict[str, dict[str, dict[int, float]] | None] = {
+        "MB kept per frame, bfloat16": None,
+        "T multiply-accumulates of a prefill": points(results["counted"], lambda row: row["macs"]["total"] / 1e12),
     }
-    panels = lines(results)
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 4.6))
-    for place, (panel, title) in zip(axes, titles.items(), strict=True):
-        for model, (frames, found) in panels[panel].items():
-            place.plot(frames, found, marker="o", markersize=4, color=COLOURS[model], label=f"{model}, here")
-        for model, colour in PAPER_COLOURS.items():
-            style = {"linestyle": ":", "marker": "s", "markersize": 5, "markerfacecolor": "white"}
-            place.plot(FRAMES, PAPER[model][panel], color=colour, label=f"{model}, the paper's", **style)
-        place.set(yscale="log", xscale="log", xlabel="frames", xticks=FRAMES, xticklabels=[str(n) for n in FRAMES])
-        place.set_title(title, fontsize=10)
-        place.minorticks_off()
-        place.grid(color="#e5e7eb", linewidth=0.8)
+    if timed:
+        charts["ms of a prefill"] = points(timed, lambda row: row["seconds"]["prefill"] * 1000)
+    figure, axes = pyplot.subplots(len(charts), 1, figsize=(5.2, 3.9 * len(charts)), layout="constrained")
+    for place, (title, lines) in zip(axes, charts.items(), strict=True):
+        if lines is None:
+            draw_bars(place, [row for row in results["counted"] if row["frames"] in FRAMES])
+        else:
+            draw_lines(place, lines)
+        place.set_title(title, fontsize=12.5, fontweight="bold", loc="left")
         for side in ("top", "right"):
             place.spines[side].set_visible(False)
-    if not panels["prefill"]:
-        axes[2].set_title("ms of a prefill, the paper's on an H800;\nours: not measured, no GPU yet", fontsize=10)
-    handles, names = axes[1].get_legend_handles_labels()
-    figure.legend(handles, names, loc="lower center", ncols=4, frameon=False, fontsize=9)
-    figure.subplots_adjust(left=0.05, right=0.99, top=0.88, bottom=0.25, wspace=0.18)
-    figure.savefig(picture, dpi=120, metadata={"Software": None})
+    figure.savefig(picture, dpi=140, metadata={"Software": None})
 
 
 if __name__ == "__main__":

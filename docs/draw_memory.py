@@ -23,9 +23,9 @@ def bars() -> list[tuple[str, float, float]]:
     kept = costs.cache_bytes_per_frame
     gigabytes = FRAMES / 1e9
     return [
-        ("all 729 patches of a frame\nin the context", everything * gigabytes, 0.0),
-        ('CrossLMM,\ncross_attention_cache="kv"', own * gigabytes, kept["kv"] * gigabytes),
-        ('CrossLMM,\ncross_attention_cache="features"', own * gigabytes, kept["features"] * gigabytes),
+        ("all 729 patches of a frame in the context", everything * gigabytes, 0.0),
+        ('CrossLMM, cross_attention_cache="kv" (default)', own * gigabytes, kept["kv"] * gigabytes),
+        ('CrossLMM, cross_attention_cache="features"', own * gigabytes, kept["features"] * gigabytes),
     ]
 
 
@@ -47,34 +47,34 @@ def draw() -> None:
     from matplotlib import pyplot
 
     weights = count_costs(CrossLMMConfig.from_preset("7B")).weight_bytes / 1e9
-    figure, axes = pyplot.subplots(figsize=(10, 4.1))
-    height = 0.56
+    figure, axes = pyplot.subplots(figsize=(5.6, 4.4))
+    height = 0.36
     for row, ((name, context, patches), label) in enumerate(zip(bars(), labels(), strict=True)):
         axes.barh(row, weights, height, color=WEIGHTS_COLOUR)
         axes.barh(row, context, height, left=weights, color=TEXT_COLOUR)
         axes.barh(row, patches, height, left=weights + context, color=PATCH_COLOUR)
         end = axes.text(weights + context + patches + 2, row, label, va="center", fontweight="bold")
         end.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
-        axes.text(-2, row, name, va="center", ha="right")
+        axes.text(0, row - 0.32, name, va="center").set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
     for memory in (24, 80, 141):
-        axes.vlines(memory, -0.45, 2.4, color=GREY, linestyle=(0, (2, 3)), linewidth=1, zorder=0)
-        axes.text(memory, -0.62, f"{memory} GB", color=GREY, ha="center", fontsize=10)
-    axes.text(-2, -0.62, "a GPU's memory", color=GREY, ha="right", fontsize=10)
-    axes.set(xlim=(0, 196), ylim=(2.95, -0.85), yticks=[], xticks=[])
+        axes.vlines(memory, -0.55, 2.3, color=GREY, linestyle=(0, (2, 3)), linewidth=1, zorder=0)
+        axes.text(memory, -0.72, f"{memory} GB", color=GREY, ha="center", fontsize=10)
+    axes.text(0, -0.95, "memory of a GPU:", color=GREY, fontsize=10)
+    axes.set(xlim=(0, 200), ylim=(3.35, -1.1), yticks=[], xticks=[])
     for side in axes.spines.values():
         side.set_visible(False)
-    axes.vlines(0, -0.45, 2.4, color=GREY, linewidth=1)
-    left = 0.0
-    for colour, words, width in (
-        (WEIGHTS_COLOUR, f"weights: {weights:.1f} GB", 42),
-        (TEXT_COLOUR, "keys and values of the context", 66),
-        (PATCH_COLOUR, "kept of the original tokens", 0),
+    axes.vlines(0, -0.55, 2.3, color=GREY, linewidth=1)
+    for row, (colour, words) in enumerate(
+        (
+            (WEIGHTS_COLOUR, f"weights: {weights:.1f} GB"),
+            (TEXT_COLOUR, "keys and values of the context"),
+            (PATCH_COLOUR, "original tokens, or T2V's keys and values of them"),
+        )
     ):
-        axes.add_patch(pyplot.Rectangle((left, 2.6), 3.5, 0.2, color=colour))
-        axes.text(left + 5, 2.7, words, va="center", fontsize=10)
-        left += width
+        axes.add_patch(pyplot.Rectangle((0, 2.5 + 0.3 * row), 5, 0.2, color=colour))
+        axes.text(8, 2.6 + 0.3 * row, words, va="center", fontsize=10)
     figure.suptitle(f"One hour of video, {FRAMES:,} frames, 7B in bfloat16", fontweight="bold", fontsize=13, y=0.97)
-    figure.subplots_adjust(left=0.285, right=0.99, top=0.92, bottom=0.02)
+    figure.subplots_adjust(left=0.02, right=0.98, top=0.92, bottom=0.02)
     figure.savefig(PICTURE, metadata={"Date": None, "Title": "What an hour of video takes while a 7B answers"})
 
 

@@ -21,6 +21,8 @@ PAGES = [
         "gpu.md",
         "ablation.md",
         "memory-and-speed.md",
+        "video-decoding.md",
+        "serving.md",
     )
 ] + [ROOT / "README.md", ROOT / "src" / "transformers_crosslmm" / "tiny" / "crosslmm-tiny" / "README.md"]
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -74,7 +76,7 @@ def versions() -> str:
         rows.append([row["transformers"], row["torch"], demo, what, counts, row["commit"]])
     table = markdown(["Transformers", "torch", "`make demo`", "tests", "result", "commit"], rows)
     return (
-        f"{table}\n`make test-versions`, for another torch with `TORCH=2.15.0`; a 2-core CPU with other work on it.\n"
+        f"{table}\n`make test-versions`, for another torch with `TORCH=2.15.0`; a 2-core CPU shared with other work.\n"
     )
 
 
@@ -137,17 +139,18 @@ def backbones() -> str:
     head = [
         "",
         "parameters",
-        "of them new",
+        "new parameters",
         "weights, bf16",
         "context",
-        "frames in it",
+        "frames in the context",
         "LLM",
         '"features"',
         '"kv"',
         "cost",
     ]
     return (
-        markdown(head, rows) + f'\nA frame each from "LLM" on. `{results["command"]}`, commit {results["commit"]}.\n'
+        markdown(head, rows)
+        + f'\nFrom "LLM" on, the figures are per frame. `{results["command"]}`, commit {results["commit"]}.\n'
     )
 
 
@@ -214,7 +217,13 @@ def where_it_looked() -> str:
                 share(numbers["mean_weight"]),
             ]
         )
-    head = ["question", "asked", "its frame weighs most", "where the answer is right", "mean weight of its frame"]
+    head = [
+        "question",
+        "asked",
+        "its frame has the most weight",
+        "the same, if the answer is right",
+        "mean weight of its frame",
+    ]
     return (
         f"{markdown(head, rows)}\nChance is {share(results['chance'])}. `python benchmarks/where_it_looked.py`, "
         f"commit {results['commit']}, {results['machine']}; weights {results['weights_sha256']}.\n"
@@ -271,16 +280,16 @@ def video_conformance() -> str:
     about = kept("video_conformance.json")["about"]
     words = {
         "agrees": "the same frames, times and pixels",
-        "differs": "something differs, with the reason in the kept results",
-        "only ffmpeg": "only ffmpeg shows pictures (encrypted ones as noise)",
+        "differs": "a difference; the kept results name the reason",
+        "only ffmpeg": "only ffmpeg shows pictures (of encrypted files, noise)",
         "only here": "only this decoder shows pictures",
-        "neither": "no video for either",
+        "neither": "neither finds a video",
     }
     rows = [[words[outcome], f"{number:,}"] for outcome, number in about["outcomes"].items()]
     return (
-        f"{markdown(['public file', 'files'], rows)}\n{about['files']:,} different files; without a reason: "
-        f"{about['differ_without_a_reason']}. `{about['command']}`, commit {about['commit'][:7]}; {about['ffmpeg']}; "
-        f"PyAV {about['pyav']}, FFmpeg {about['its_ffmpeg']}.\n"
+        f"{markdown(['public file', 'files'], rows)}\n{about['files']:,} different files; differences without a "
+        f"reason: {about['differ_without_a_reason']}. `{about['command']}`, commit {about['commit'][:7]}; "
+        f"{about['ffmpeg']}; PyAV {about['pyav']}, FFmpeg {about['its_ffmpeg']}.\n"
     )
 
 
@@ -304,11 +313,11 @@ def streaming_memory() -> str:
     peaks, growth, about = results["peak_mb"], results["growth_mb_per_frame"], results["about"]
     lengths = [name.removeprefix("pixels, ") for name in peaks if name.startswith("pixels")]
     rows = [[length, *(f"{peaks[f'{way}, {length}']:,.0f} MB" for way in ("pixels", "stream"))] for length in lengths]
-    rows.append(["**each frame more**", *(f"**{growth[way]:.2f} MB**" for way in ("pixels", "stream"))])
+    rows.append(["**each further frame**", *(f"**{growth[way]:.2f} MB**" for way in ("pixels", "stream"))])
     return (
         f"{markdown(['', 'all pixels, then the encoder', 'encoded while decoded'], rows)}\n"
-        f"`{about['command']}`, commit {about['commit'][:7]}, {about['machine']}. Features stay: "
-        f"{about['features_mb_per_frame']:.3f} MB of a frame, the encoder being 16 wide.\n"
+        f"`{about['command']}`, commit {about['commit'][:7]}, {about['machine']}. Features are kept: "
+        f"{about['features_mb_per_frame']:.3f} MB per frame, with an encoder of width 16.\n"
     )
 
 
@@ -340,7 +349,7 @@ def conversion_memory() -> str:
         ["written", f"{results['bytes_written'] / 1e9:.2f} GB"],
         ["largest shard", f"{results['largest_shard_bytes'] / 1e9:.2f} GB"],
         ["**most memory held**", f"**{results['peak_resident_bytes'] / 1e9:.2f} GB**"],
-        ["of which the libraries", f"{results['peak_resident_bytes_of_imports_alone'] / 1e9:.2f} GB"],
+        ["of it, the libraries", f"{results['peak_resident_bytes_of_imports_alone'] / 1e9:.2f} GB"],
     ]
     return (
         f"{markdown(['composing a 2B', ''], rows)}\n`{results['command']}`, commit {results['commit']}, "
@@ -527,7 +536,7 @@ def cost_full_size_cpu() -> str:
     about, rows = results["about"], results["rows"]
     [ours] = [row for row in rows if row["model"] == "CrossLMM-7B video features"]
     whats = {"prefill": "prefill", "second question": "second_question", "each further token": "decode_step"}
-    head = [f"{about['frames']} frames, full size", "multiply-accumulates", *whats, "peak beside weights and pixels"]
+    head = [f"{about['frames']} frames, full size", "multiply-accumulates", *whats, "peak, without weights and pixels"]
     cells = [
         [
             row["model"],
@@ -544,13 +553,13 @@ def cost_full_size_cpu() -> str:
 
 
 def cpu_speed() -> str:
-    """Time of ours over LLaVA-OneVision's; for a prefill also of the kernels that multiply, and of all beside them."""
+    """Time of ours over LLaVA-OneVision's; for a prefill also of its kernels, and of everything outside them."""
     results = kept("cpu_speed.json")
     before, now = results["before"], results["now"]
     forms = {"CrossLMM, kv": '"kv"', "CrossLMM, features": '"features"'}
     words = {
-        "prefill, kernels": "prefill, kernels alone",
-        "prefill, beside": "prefill, beside kernels",
+        "prefill, kernels": "prefill, kernels only",
+        "prefill, beside": "prefill, outside kernels",
         "decode": "step",
     }
     rows = []
@@ -584,7 +593,7 @@ def memory_curve() -> str:
     *_, last = curves.values()
     frames, about = ", ".join(f"{int(count):,}" for count in last["peak_mb"]), last["about"]
     return (
-        f"{markdown(['MB per frame', 'growth', 'of which the language model keeps', 'the rest'], rows)}\n"
+        f"{markdown(['MB per frame', 'growth', 'kept by the language model', 'the rest'], rows)}\n"
         f"`{about['command']}`, commit {about['commit'][:7]}, {about['machine']}; torch {about['torch']}; {frames} "
         "frames.\n"
     )
@@ -602,7 +611,7 @@ def training_memory() -> str:
     sizes = results["sizes"].values()
     rows = [[word, *(f"{ways[way]['megabytes_per_frame']:.1f}" for ways in sizes)] for way, word in words.items()]
     head = [f"{ways['checkpointing']['head_and_loss_megabytes_per_frame']:.1f}" for ways in sizes]
-    rows.append(["in each case on top: logits in float32, for the loss", *head])
+    rows.append(["added in each case: logits in float32, for the loss", *head])
     about = results["about"]
     return (
         f"{markdown(['MB per frame', *results['sizes']], rows)}\n`{about['command']}`, commit {about['commit'][:7]}; "

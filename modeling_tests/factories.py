@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import Qwen2Tokenizer
+from transformers import CompileConfig, Qwen2Tokenizer
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from transformers_crosslmm import (
@@ -20,6 +20,16 @@ from transformers_crosslmm import (
     CrossLMMVideoProcessor,
 )
 from transformers_crosslmm.configuration_crosslmm import CROSS_ATTENTION_FIELDS
+
+VISION = {
+    "hidden_size": 20,
+    "intermediate_size": 28,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 33,
+    "patch_size": 6,
+}
+"""Fields of the vision encoder of `tiny_config()`."""
 
 
 def tiny_config(
@@ -42,14 +52,6 @@ def tiny_config(
         "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
         "tie_word_embeddings": False,
     }
-    vision = {
-        "hidden_size": 20,
-        "intermediate_size": 28,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "image_size": 33,
-        "patch_size": 6,
-    }
     top = {"image_token_id": 127, "video_token_id": 128, "pooled_grid_size": 3, "vision_chunk_size": 4} | overrides
     own = {name: value for name, value in (text_config or {}).items() if name not in CROSS_ATTENTION_FIELDS}
     top |= {name: value for name, value in (text_config or {}).items() if name in CROSS_ATTENTION_FIELDS}
@@ -57,7 +59,7 @@ def tiny_config(
         top.setdefault("cross_attention_interval", 2)
     model_type = own.get("model_type", "qwen2")
     return CrossLMMConfig(
-        text_config=text | own | {"model_type": model_type}, vision_config=vision | (vision_config or {}), **top
+        text_config=text | own | {"model_type": model_type}, vision_config=VISION | (vision_config or {}), **top
     )
 
 
@@ -87,6 +89,23 @@ def random_model(
                 value = noise / fan_in**0.5  # keeps the size of what goes through
             parameter.copy_(value)
     return model
+
+
+def shake(model: torch.nn.Module) -> torch.nn.Module:
+    """Every parameter away from where Transformers' initialisation leaves it, so that none can be confused."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def traced() -> dict[str, Any]:
+    """Options with which `generate` traces its step with Dynamo, without a break, and runs what was traced."""
+    torch.compiler.reset()
+    compile_config = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    compile_config._compile_all_devices = True  # CPUs too
+    return {"cache_implementation": "static", "compile_config": compile_config}
 
 
 def tiny_tokenizer() -> Qwen2Tokenizer:

@@ -164,13 +164,13 @@ CASES = [
     (a_frame_lost, ValueError, "holds 45 video.*fill 36"),
     (a_frame_too_many, ValueError, "holds 45 video.*fill 54"),
     (text_truncated, ValueError, "without truncation"),
-    (text_within_a_frame, ValueError, r"9 placeholders of a frame must follow each other.*frame 4 of this call"),
+    (text_within_a_frame, ValueError, r"9 placeholders of a frame must be consecutive.*frame 4 of this call"),
     (counts_that_do_not_add_up, ValueError, r"add up to the 5 frames.*got \[3, 3\]"),
     (an_empty_video, ValueError, r"positive.*got \[5, 0\]"),
     (a_negative_count, ValueError, r"positive.*got \[6, -1\]"),
     (counts_as_floats, ValueError, r"integers.*got \[3.0, 2.0\]"),
     (counts_of_rank_2, ValueError, r"\(videos,\).*got \[\[3, 2\]\]"),
-    (no_counts, ValueError, r"45 placeholders of one video must stand in one row.*rows \[0, 1\]"),
+    (no_counts, ValueError, r"45 placeholders of one video must be in one row.*rows \[0, 1\]"),
     (counts_of_the_other_rows, ValueError, r"27 placeholders of one video.*rows \[0, 1\]"),
     (five_dimensions, ValueError, r"`pixel_values_videos` must be \(frames, 3, 33, 33\).*got \(1, 5, 3, 33, 33\)"),
     (another_size, ValueError, r"got \(5, 3, 30, 33\)"),
@@ -185,8 +185,8 @@ CASES = [
     (an_unknown_form, ValueError, "'kv', 'features'; got 'values'"),
     (longer_than_the_context, ValueError, "context of 100 positions; got 127.*rope scaling"),
     (given_twice, ValueError, "Pass either .* not both"),
-    (a_tensor_as_encoded, TypeError, "`get_video_features` returns; got Tensor"),
-    (given_encoded(pooler_output=None), TypeError, "`get_video_features` returns"),
+    (a_tensor_as_encoded, TypeError, "output of `get_video_features`; got Tensor"),
+    (given_encoded(pooler_output=None), TypeError, "output of `get_video_features`"),
     (given_encoded(last_hidden_state=None), ValueError, r"\(5, 25, 20\); got None"),
     (given_encoded(last_hidden_state=torch.zeros(5, 25, 24)), ValueError, r"\(5, 25, 20\); got \(5, 25, 24\)"),
     (given_encoded(last_hidden_state=torch.zeros(4, 25, 20)), ValueError, r"\(5, 25, 20\); got \(4, 25, 20\)"),
@@ -303,7 +303,7 @@ def test_chunked_prefill_says_what_it_needs(given, idle_model):
     kwargs = {"use_cache": False}
     if given == "embeddings":
         kwargs = {"inputs_embeds": idle_model.get_input_embeddings()(inputs.pop("input_ids")).detach()}
-    with pytest.raises(ValueError, match="Chunked prefill works from `input_ids` and with a cache"):
+    with pytest.raises(ValueError, match="Chunked prefill needs `input_ids` and a cache"):
         idle_model.generate(**inputs, **kwargs, prefill_chunk_size=7, max_new_tokens=2)
 
 
@@ -339,7 +339,7 @@ def test_new_tokens_alone_need_a_mask_of_the_whole(mask, shared_model):
     inputs = model_inputs(make_sample(shared_model.config, *FIRST))
     cache = shared_model(**inputs, use_cache=True).past_key_values
     length = inputs["input_ids"].shape[1]
-    with pytest.raises(ValueError, match=f"has seen {length} tokens, and the 3 given hold no further ones"):
+    with pytest.raises(ValueError, match=f"has seen {length} tokens, and the 3 given are not new"):
         shared_model.generate(torch.tensor([[5, 6, 7]]), past_key_values=cache, max_new_tokens=2, **mask)
     whole = torch.ones(1, length + 3, dtype=torch.long)
     shared_model.generate(torch.tensor([[5, 6, 7]]), past_key_values=cache, attention_mask=whole, max_new_tokens=2)

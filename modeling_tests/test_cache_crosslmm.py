@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 from transformers import (
     Cache,
-    CompileConfig,
     DynamicCache,
     EncoderDecoderCache,
     QuantizedCache,
     StaticCache,
 )
 
-from factories import random_model, tiny_config
+from factories import random_model, tiny_config, traced
 from numerics import assert_close_to_scale
 from test_modeling_crosslmm import INTERLEAVED, NORM_AND_TIME, ONE_VIDEO, make_sample, model_inputs
 
@@ -95,7 +94,10 @@ def test_a_quantised_cache_keeps_the_patches_as_they_are(form):
     """Transformers' own fp8 layers; what the text loses to them is small beside what the video says."""
     model = tiny_model(form)
     inputs = batch_of(model.config, [ONE_VIDEO])
-    cache = QuantizedCache("fp8", model.config.text_config)
+    try:
+        cache = QuantizedCache("fp8", model.config.text_config)
+    except ValueError as error:
+        pytest.skip(f"this release of Transformers has no such cache: {error}")
     ids = more(1)
     logits = cached_logits(model, prefilled(model, inputs, cache), ids)
     exact = full_logits(model, inputs, ids)
@@ -495,14 +497,11 @@ def test_a_model_without_cross_attention_reads_its_prompt_in_chunks(length, form
 
 def test_generation_compiles_without_graph_breaks():
     """Traced by Dynamo with fullgraph=True, and run as traced; both forms of the cache go through one test below."""
-    torch.compiler.reset()
     model = shallow_model("kv")
     inputs = batch_of(model.config, [INTERLEAVED, (9,), ONE_VIDEO])
     options = {"do_sample": False, "max_new_tokens": 5}
     expected = model.generate(**inputs, **options)
-    compile_config = CompileConfig(backend="eager", mode=None, fullgraph=True)
-    compile_config._compile_all_devices = True
-    options |= {"cache_implementation": "static", "compile_config": compile_config}
+    options |= traced()
     assert model.generate(**inputs, **options).tolist() == expected.tolist()
     assert hasattr(model, "_compiled_call")
     assert model.generate(**inputs, **options, prefill_chunk_size=7).tolist() == expected.tolist()

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import crosslmm_cli
 from factories import mp4_of, random_frames, save_checkpoint
-from transformers_crosslmm import CrossLMMConfig, encode_video
+from transformers_crosslmm import TINY_CHECKPOINT, CrossLMMConfig, encode_video
 from transformers_crosslmm.asking import conversation
 from transformers_crosslmm.asking.answer_text import AnswerText
 from transformers_crosslmm.asking.conversation import VideoConversation, read_video
@@ -32,7 +32,21 @@ from transformers_crosslmm.checkpoints.inspect import count_costs
 from transformers_crosslmm.checkpoints.load import load_model, load_processor
 
 SECONDS, FPS = 5, 4
-COMMANDS = ("ask", "batch", "bench", "chat", "compose", "convert", "demo", "info", "look", "push", "serve", "train")
+COMMANDS = (
+    "ask",
+    "batch",
+    "bench",
+    "chat",
+    "compose",
+    "convert",
+    "demo",
+    "info",
+    "look",
+    "push",
+    "serve",
+    "train",
+    "watch",
+)
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +103,41 @@ def test_help_takes_less_than_a_second_and_imports_nothing_heavy():
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
+@pytest.mark.parametrize(
+    "arguments", [["ask", "nothing.mp4", "Why?"], ["chat", "nothing.mp4"], ["look", "nothing.mp4"]]
+)
+def test_a_missing_file_is_named_before_anything_heavy_is_imported(arguments):
+    code = (
+        "import sys, crosslmm_cli\n"
+        "try: crosslmm_cli.app(sys.argv[1:])\n"
+        "finally: assert not {'torch', 'transformers', 'av', 'transformers_crosslmm'} & set(sys.modules)"
+    )
+    finished = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("error: No such file or directory: 'nothing.mp4'. Check the path;")
+    assert finished.stderr.count("\n") == 1  # no assertion failed
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_shows_an_example(run, command):
     result = run(command, "--help")
     assert result.exit_code == 0
     assert f"Example: crosslmm {command}" in result.output
+
+
+@pytest.mark.parametrize("command", ["ask", "batch", "chat", "demo", "info", "look", "serve"])
+def test_every_command_with_a_model_takes_it_as_an_option(run, command):
+    assert "--model " in run(command, "--help").output
+
+
+def test_a_model_is_named_by_an_option_or_an_argument_but_not_by_both(run, checkpoint):
+    by_option = run("info", "--model", checkpoint, "--json")
+    assert by_option.exit_code == 0
+    assert run("info", checkpoint, "--json").stdout == by_option.stdout
+    for command in ("info", "serve", "demo"):
+        twice = run(command, checkpoint, "--model", "another")
+        assert twice.exit_code == 2
+        assert "Name one model" in twice.stderr
 
 
 def test_the_help_documents_the_exit_codes(run):
@@ -152,7 +196,7 @@ def test_a_model_that_is_nowhere_is_named_with_what_to_check(run, monkeypatch):
         for arguments in (("look", "clip.mp4", "--model", name), ("info", name)):
             result = run(*arguments)
             assert result.exit_code == 1
-            assert f"{name!r} is no folder here, and the Hub has no such model" in result.stderr
+            assert f"{name!r} is not a folder, and the Hub has no such model" in result.stderr
             assert "Check the name, the connection" in result.stderr
 
 
@@ -166,8 +210,8 @@ def test_ctrl_c_ends_cleanly(folder):
     code = (
         "import signal, crosslmm_cli\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # jobs in a shell's background inherit none
-        "crosslmm_cli._checkpoint = lambda model: signal.raise_signal(signal.SIGINT)\n"
-        "crosslmm_cli._import_package = lambda steps: None\n"
+        "crosslmm_cli.asking.chosen_checkpoint = lambda model: signal.raise_signal(signal.SIGINT)\n"
+        "crosslmm_cli.asking.import_package = lambda steps: None\n"
         "crosslmm_cli.app(['look', 'clip.mp4'])"
     )
     # What the command imports is of no interest here, and takes seconds.
@@ -179,9 +223,13 @@ def test_ctrl_c_ends_cleanly(folder):
     (stand_in / "asking" / "conversation.py").write_text("read_video = None")
     (stand_in / "asking" / "pictures.py").write_text("draw_contact_sheet = frame_labels = frame_pictures = None")
     (stand_in / "checkpoints" / "load.py").write_text("load_processor = None")
-    path = os.pathsep.join([str(stand_in.parent), str(Path(crosslmm_cli.__file__).parent)])
+    path = os.pathsep.join([str(stand_in.parent), str(Path(crosslmm_cli.__file__).parents[1])])
     finished = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": path},
     )
     assert finished.returncode == 130
     assert finished.stderr.strip() == "Interrupted."
@@ -208,10 +256,10 @@ def test_bars_of_libraries_show_on_a_terminal_alone(monkeypatch, is_terminal):
     monkeypatch.setattr("warnings.formatwarning", None)
     enable_progress_bars()
     with crosslmm_cli.Steps() as steps:
-        crosslmm_cli._import_package(steps, with_bars=True)
+        crosslmm_cli.base.import_package(steps, with_bars=True)
     assert are_progress_bars_disabled() is not is_terminal
     with crosslmm_cli.Steps() as steps:
-        crosslmm_cli._import_package(steps)
+        crosslmm_cli.base.import_package(steps)
     assert are_progress_bars_disabled()
 
 
@@ -282,6 +330,17 @@ def test_chat_answers_every_line_and_survives_a_question_that_is_too_long(run, c
     assert "error: The sequence must fit the context" in result.stderr
     again = run("chat", "clip.mp4", *arguments, stdin="What is it?\nAnd now?\n")
     assert result.stdout.replace("\n", "") == again.stdout.replace("\n", "")
+
+
+@pytest.mark.parametrize(("answer", "warns"), [("it stays shut until evening", True), ("red", False)])
+def test_a_model_that_spells_the_answers_is_warned_of(run, folder, answer, warns):
+    record = {"video": "clip.mp4", "question": "What?", "answer": answer}
+    (folder / "records.jsonl").write_text(json.dumps(record) + "\n")
+    checked = ("data", "check", "records.jsonl", "--media-root", ".")
+    result = run(*checked, "--model", str(TINY_CHECKPOINT))
+    assert result.exit_code == 0, result.output
+    assert ("byte by byte" in result.stderr) == warns
+    assert "byte by byte" not in run(*checked).stderr
 
 
 def test_too_many_frames_are_told_before_one_is_encoded(run, checkpoint, folder, monkeypatch):

@@ -352,6 +352,24 @@ def test_each_of_two_gpus_gets_one_copy_of_the_original_tokens(form, monkeypatch
         assert len({id(norm) for norm in norms if norm is not None}) == 2
 
 
+@torch.no_grad()
+def test_segments_lie_on_the_gpu_of_the_layer_that_reads_them(monkeypatch):
+    """Flash attention gets their ends from there; what the layers of one GPU share is not handed to the other."""
+    places, attention = [], cross_attention_crosslmm.packed_attention
+
+    def noted(function, module, query, key, value, segments):
+        places.append((str(query.device), str(segments.ends([1]).device)))
+        return attention(function, module, query, key, value, segments)
+
+    monkeypatch.setattr(cross_attention_crosslmm, "packed_attention", noted)
+    model = random_model(tiny_config())
+    inputs = two_rows(model.config)
+    with pretend_gpus():
+        spread(model)
+        model(**moved(inputs, "cuda:0"))
+    assert set(places) == {("cuda:0", "cuda:0"), ("cuda:1", "cuda:1")}
+
+
 def test_a_model_on_two_gpus_trains():
     model = random_model(tiny_config()).train()
     inputs = two_rows(model.config)

@@ -227,7 +227,7 @@ def test_metadata_may_say_that_frames_are_sampled_already(video_processor):
 
 
 def test_metadata_beside_a_file_is_refused(video_processor):
-    with pytest.raises(ValueError, match="a file brings its own"):
+    with pytest.raises(ValueError, match="a file has its own"):
         video_processor(("clip.mp4", {"fps": 2.0}))
 
 
@@ -269,10 +269,10 @@ def test_sample_fps_is_the_clock_of_frames_that_are_all_kept(video_processor, fi
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_frames": 4}, "got min_frames. Leave that out.*asked for by `num_frames`"),
+        ({"min_frames": 4}, "got min_frames. Leave that out.*is set by `num_frames`"),
         ({"max_pixels": 99, "resized_height": 3}, "got max_pixels, resized_height"),
         ({"fsp": 2}, "takes num_frames, fps, .*; got fsp"),
-        ({"sample_fps": 2}, "rate at which a list of frames was taken. For a file pass `fps`"),
+        ({"sample_fps": 2}, "rate at which a list of frames was sampled. For a file pass `fps`"),
         ({"nframes": 2, "num_frames": 3}, "`num_frames` of a video is given twice"),
         ({"nframes": 2, "fps": 3}, "exclude each other"),
         ({"fps": "A" * 60_000}, "`fps` of a video takes numbers; got 'AAA"),

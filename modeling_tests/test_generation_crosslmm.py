@@ -711,7 +711,7 @@ def test_generation_stops_where_the_context_ends(kwargs, caplog):
     model = tiny_model(max_position_embeddings=42)
     inputs = model_inputs(make_sample(model.config, *ONE_VIDEO))
     ids = written(model, inputs, max_new_tokens=30, **kwargs)
-    assert re.search(r"stops after \d new tokens.*context of 42 positions.*30 were asked", caplog.text)
+    assert re.search(r"stops after \d new tokens.*context of 42 positions.*30 were requested", caplog.text)
     assert ids.shape[1] == (3 if "prompt_lookup_num_tokens" in kwargs else 6)
     assert_greedy(model, inputs, ids)
     assert written(model, inputs, max_new_tokens=None, max_length=100, **kwargs).tolist() == ids.tolist()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
-import http.server
 import io
 import json
 import math
@@ -22,11 +22,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import pytest
 import torch
 
+from loopback import DrippingServer, Handler, served_by
 from transformers_crosslmm import video_decoding, video_file, video_packets, video_source, video_worker
 from transformers_crosslmm.video_decoding import (
     VideoDecodeError,
@@ -68,7 +70,7 @@ def server(clip):
     """A server on this machine that notes what it is asked for."""
     asked = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Hostile(Handler):
         def do_GET(self):
             asked.append(self.path)
             if self.path.startswith("/redirect/"):
@@ -91,22 +93,10 @@ def server(clip):
                 except OSError:
                     pass
             else:
-                body = clip.read_bytes()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
+                self.answer(clip.read_bytes())
 
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.url = asked, f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with served_by(Hostile) as url:
+        yield SimpleNamespace(asked=asked, url=url)
 
 
 # Files that refer to others
@@ -289,34 +279,6 @@ def test_public_addresses_are_public(address):
     assert _is_public(address)
 
 
-class Dripping:
-    """A server that answers a byte every twentieth of a second, without end, and knows when it is left."""
-
-    def __init__(self, begin: bytes) -> None:
-        self.begin, self.left, self.has_sent = begin, threading.Event(), threading.Event()
-        self.listening = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listening.getsockname()[1]
-        threading.Thread(target=self._drip, daemon=True).start()
-
-    def _drip(self) -> None:
-        connection, _ = self.listening.accept()
-        connection.settimeout(0.05)
-        try:
-            connection.sendall(self.begin)
-            while True:
-                try:
-                    if not connection.recv(4096):
-                        break
-                except TimeoutError:
-                    pass
-                if self.begin:
-                    connection.sendall(b"x")
-                self.has_sent.set()
-        except OSError:
-            pass
-        self.left.set()
-
-
 DRIPS = {
     "silence": ("http", b""),
     "status line": ("http", b"HTTP/1.1 "),
@@ -330,11 +292,11 @@ DRIPS = {
 @pytest.mark.parametrize("kind", DRIPS)
 def test_a_server_that_drips_has_no_more_time_than_another(kind):
     scheme, begin = DRIPS[kind]
-    server = Dripping(begin)
+    server = DrippingServer(begin)
     limits = VideoLimits(allow_private_addresses=True, max_decode_seconds=0.5)
     began = time.monotonic()
     with pytest.raises(VideoTimeoutError, match="max_decode_seconds"):
-        decode_video(f"{scheme}://127.0.0.1:{server.port}/clip.mp4", num_frames=2, limits=limits)
+        decode_video(f"{scheme}://{server.address}/clip.mp4", num_frames=2, limits=limits)
     assert time.monotonic() - began < 10
     assert server.left.wait(10), "the connection stays open"
 
@@ -342,7 +304,7 @@ def test_a_server_that_drips_has_no_more_time_than_another(kind):
 @pytest.mark.parametrize("kind", DRIPS)
 def test_a_download_that_nobody_wants_any_more_is_left(kind):
     scheme, begin = DRIPS[kind]
-    server = Dripping(begin)
+    server = DrippingServer(begin)
 
     def leave() -> None:
         if server.has_sent.is_set():
@@ -350,7 +312,7 @@ def test_a_download_that_nobody_wants_any_more_is_left(kind):
 
     limits = VideoLimits(allow_private_addresses=True)
     with pytest.raises(LookupError, match="gone"):
-        decode_video(f"{scheme}://127.0.0.1:{server.port}/clip.mp4", num_frames=2, limits=limits, on_wait=leave)
+        decode_video(f"{scheme}://{server.address}/clip.mp4", num_frames=2, limits=limits, on_wait=leave)
     assert server.left.wait(10), "the connection stays open"
 
 
@@ -468,12 +430,20 @@ def test_an_isolated_decode_gives_the_same(clip, folder):
             assert getattr(plain, name) == getattr(isolated, name), name
 
 
+def test_an_isolated_decode_reads_what_a_file_object_gives_and_not_what_lies_behind_it(clip, tmp_path):
+    (tmp_path / "clip.gz").write_bytes(gzip.compress(clip.read_bytes()))
+    with gzip.open(tmp_path / "clip.gz") as file:
+        assert torch.equal(
+            decode_video(file, num_frames=3, isolated=True).frames, decode_video(clip, num_frames=3).frames
+        )
+
+
 def test_an_isolated_decode_raises_the_same_errors(clip):
     with pytest.raises(VideoOpenError, match="cannot open this as a video"):
         decode_video(b"nonsense" * 100, num_frames=2, isolated=True)
     with pytest.raises(VideoLimitError, match="max_frames=2"):
         decode_video(clip, num_frames=3, limits=VideoLimits(max_frames=2), isolated=True)
-    with pytest.raises(ValueError, match="must lie in the video"):
+    with pytest.raises(ValueError, match="must be within the video"):
         decode_video(clip, num_frames=3, start_seconds=50.0, isolated=True)
 
 

@@ -38,7 +38,8 @@ def imported_modules(path: Path) -> set[Path]:
             candidates = [PACKAGE.parent.joinpath(*alias.name.split(".")) for alias in node.names]
         else:
             continue
-        found |= {file for file in (candidate.with_suffix(".py") for candidate in candidates) if file.is_file()}
+        files = [file for path in candidates for file in (path.with_suffix(".py"), path / "__init__.py")]
+        found |= {file for file in files if file.is_file()}
     return {file for file in found if PACKAGE in file.parents}
 
 

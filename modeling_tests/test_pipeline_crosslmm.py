@@ -176,7 +176,7 @@ def test_the_callers_own_options_are_left_alone(pipe):
         ({}, "Nothing to answer"),
         ({"videos": []}, "Nothing to answer"),
         ({"text": [], "videos": None}, "Nothing to answer"),
-        ({"images": "a.png", "text": "Why?"}, "`images` is no argument here. Put images into a chat"),
+        ({"images": "a.png", "text": "Why?"}, "`images` is not an argument of this pipeline. Put images into a chat"),
         ({"videos": "data:video/mp4;base64," + "A" * 60_000}, "A question is missing: pass `text`"),
         ({"videos": np.zeros((2, 8, 8, 3), np.uint8)}, "One input is a chat .* got ndarray"),
         ({"videos": ["a.mp4", "b.mp4"], "text": ["Why?"]}, "1 questions for 2 videos"),

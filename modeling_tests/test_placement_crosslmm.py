@@ -157,8 +157,10 @@ def compare_with_one_process(rank: int, folder: str) -> None:
         assert (grad - expected[name]).norm() <= 1e-3 * expected[name].norm() + 1e-5 * largest, name
 
 
-def test_two_processes_that_share_the_heads_equal_one(checkpoint, tmp_path):
-    run_on_two_ranks(compare_with_one_process, tmp_path, str(checkpoint))
+def test_two_processes_that_share_the_heads_equal_one(tmp_path):
+    """With an even vocabulary: before 5.20 Transformers divides the head's rows without a remainder."""
+    random_model(tiny_config(text_config={"vocab_size": 134})).save_pretrained(tmp_path / "checkpoint")
+    run_on_two_ranks(compare_with_one_process, tmp_path, str(tmp_path / "checkpoint"))
 
 
 # -- sharded training -------------------------------------------------------------------------------------------------
@@ -167,6 +169,8 @@ def test_two_processes_that_share_the_heads_equal_one(checkpoint, tmp_path):
 def test_sharding_in_bfloat16_gives_each_gate_a_group_of_its_own(checkpoint):
     """FSDP2 wants one dtype per group; where Transformers makes the groups, what stays in float32 is apart."""
     model = load(checkpoint, dtype=torch.bfloat16)
+    if not hasattr(model, "_resolve_parallel_plans"):
+        pytest.skip("this release of Transformers makes the groups elsewhere")
     plan = {"model.language_model.layers.*": "free_full_weight"}
     _, _, groups = model._resolve_parallel_plans(DistributedConfig(fsdp_size=2, fsdp_plan=plan))
     gates = {name for name, module in model.named_modules() if name.endswith(".gate")}

@@ -280,7 +280,7 @@ def test_timestamps_of_several_videos_in_a_batch(mp4):
 
 
 def test_times_that_nobody_knows_are_not_invented(processor):
-    with pytest.raises(ValueError, match=r"`add_timestamps` needs to know when.*`video_metadata` with `fps`"):
+    with pytest.raises(ValueError, match=r"`add_timestamps` needs the time of each.*`video_metadata` with `fps`"):
         processor(text=VIDEO, videos=random_frames(2), add_timestamps=True)
     with pytest.warns(UserWarning, match="counted by `fps`=2"):
         inputs = processor(text=VIDEO, videos=random_frames(3), add_timestamps=True, do_sample_frames=False, fps=2)

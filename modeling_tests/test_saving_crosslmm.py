@@ -254,22 +254,20 @@ def untie_the_text_config_after_loading(folder):
     return model
 
 
-def untie_and_resize(folder):
-    model = untie_after_loading(folder)
-    model.resize_token_embeddings(140, mean_resizing=False)
-    return model
-
-
 def tie_after_loading(folder):
     model = load(folder)
     model.config.tie_word_embeddings = True
     return model
 
 
-def tie_and_resize(folder):
-    model = tie_after_loading(folder)
-    model.resize_token_embeddings(140, mean_resizing=False)
-    return model
+def then_resize(change):
+    def changed(folder):
+        model = change(folder)
+        model.resize_token_embeddings(140, mean_resizing=False)
+        return model
+
+    changed.__name__ = f"{change.__name__} and resize"
+    return changed
 
 
 def give_the_head_a_tensor_of_its_own(folder):
@@ -303,9 +301,9 @@ CHANGES = [
     untie_by_a_config,
     untie_after_loading,
     untie_the_text_config_after_loading,
-    untie_and_resize,
+    then_resize(untie_after_loading),
     tie_after_loading,
-    tie_and_resize,
+    then_resize(tie_after_loading),
     give_the_head_a_tensor_of_its_own,
     with_ends_trained_by_peft("lm_head"),
     with_ends_trained_by_peft("embed_tokens"),

@@ -180,6 +180,21 @@ def test_the_processor_encodes_with_the_model_in_place_of_pixels(processor, mode
     assert torch.equal(answer, model.generate(**inputs.to("cpu"), **options))  # encode once, ask again
 
 
+@pytest.mark.parametrize("counts", [[1, 4, 2], [3, 3]], ids=str)
+@torch.no_grad()
+def test_of_unchanged_frames_one_is_kept_and_each_has_its_tokens(processor, model, counts):
+    still = np.repeat(random_frames(len(counts)), counts, axis=0)
+    videos = (still, random_frames(2, seed=3), still)
+    names = ("pixel_values_videos", "video_num_frames", "video_frame_index")
+    plain = inputs_of(processor, *videos, skip_unchanged=True)
+    expected = model.get_video_features(**{name: plain[name] for name in names})
+    encoded = inputs_of(processor, *videos, skip_unchanged=True, encode_with=model)["mm_encoder_outputs"]["video"]
+    for tokens, expected_tokens in zip(encoded.pooler_output, expected.pooler_output, strict=True):
+        torch.testing.assert_close(tokens, expected_tokens, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encoded.last_hidden_state, expected.last_hidden_state)
+    assert list(encoded.frame_index) == plain["video_frame_index"].tolist()
+
+
 def test_an_image_may_stand_beside_an_encoded_video(processor, model, mp4):
     image = random_frames(1, seed=9)[0]
     text = "<|vision_start|><|image_pad|><|vision_end|> or <|vision_start|><|video_pad|><|vision_end|>?"

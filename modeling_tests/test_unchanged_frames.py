@@ -7,9 +7,10 @@ from transformers.cache_utils import StaticCache
 
 from factories import random_model, tiny_config
 from numerics import assert_close_to_scale
-from test_modeling_crosslmm import NORM_AND_TIME, make_sample, model_inputs
+from test_modeling_crosslmm import FLOAT64, NORM_AND_TIME, Sample, in_dtype, make_sample, model_inputs, reference
 from transformers_crosslmm import load_encoded_media, save_encoded_media
 from transformers_crosslmm.cache_crosslmm import memory_in
+from transformers_crosslmm.dialect_crosslmm import cache_of
 
 OPTIONS = [
     pytest.param({"v2v_scope": scope, **options}, id=f"{scope}-{'recommended' if options else 'paper'}")
@@ -20,29 +21,34 @@ SHOWN = [0, 0, 1, 1, 1, 2, 3, 3]
 """Eight frames of two videos, five and three, of which four are distinct: 0 0 1 1 1 | 2 3 3."""
 
 
-def both(config, *, with_image: bool = True) -> tuple[dict, dict]:
-    """Inputs with every frame, and the same without the frames that repeat the one before."""
+def sample_and_reduced(config, *, with_image: bool = True) -> tuple[Sample, dict]:
+    """A sample with every frame, and its inputs without the frames that repeat the one before."""
     image = (("image", 1), 2) if with_image else ()
     sample = make_sample(config, 3, ("video", 5), 2, *image, ("video", 3), 4)
     videos = [frames for kind, frames in sample.media if kind == "video"]
     distinct = torch.cat(videos)[:4]
     full = iter(distinct[SHOWN].split([5, 3]))
     media = [(kind, next(full) if kind == "video" else frames) for kind, frames in sample.media]
-    everything = model_inputs(sample._replace(media=media))
-    reduced = everything | {"pixel_values_videos": distinct, "video_frame_index": torch.tensor(SHOWN)}
-    return everything, reduced
+    sample = sample._replace(media=media)
+    return sample, model_inputs(sample) | {"pixel_values_videos": distinct, "video_frame_index": torch.tensor(SHOWN)}
+
+
+def both(config, *, with_image: bool = True) -> tuple[dict, dict]:
+    """Inputs with every frame, and the same without the frames that repeat the one before."""
+    sample, reduced = sample_and_reduced(config, with_image=with_image)
+    return model_inputs(sample), reduced
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_logits_are_those_of_the_full_computation(options, use_cache):
-    model = random_model(tiny_config(text_config=options))
-    everything, reduced = both(model.config)
-    expected = model(**everything, use_cache=use_cache).logits
-    assert_close_to_scale(model(**reduced, use_cache=use_cache).logits, expected, relative=1e-5)
+    model = random_model(tiny_config(text_config=options)).double()
+    sample, reduced = sample_and_reduced(model.config)
+    expected, reduced = reference(model, sample).logits, in_dtype(reduced, torch.float64)
+    assert_close_to_scale(model(**reduced, use_cache=use_cache).logits[0], expected, relative=FLOAT64)
     reduced["video_frame_index"] = reduced["video_frame_index"].flip(0)
-    assert not torch.allclose(model(**reduced).logits, expected, atol=1e-2)  # the index matters
+    assert not torch.allclose(model(**reduced).logits[0], expected, atol=1e-2)  # the index matters
 
 
 @torch.no_grad()
@@ -50,18 +56,14 @@ def test_logits_are_those_of_the_full_computation(options, use_cache):
 @pytest.mark.parametrize("form", ["kv", "features"])
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 def test_decoding_is_that_of_the_full_computation(options, form, static):
-    model = random_model(tiny_config(text_config={**options, "cross_attention_cache": form}))
-    everything, reduced = both(model.config)
-    more = torch.tensor([[5, 9, 11]])
-    logits = []
-    for inputs in (everything, reduced):
-        text_config = model.config.text_config
-        cache = StaticCache(text_config, max_cache_len=200) if static else DynamicCache(config=text_config)
-        model(**inputs, past_key_values=cache)
-        logits.append(
-            torch.cat([model(input_ids=more[:, [i]], past_key_values=cache).logits for i in range(3)], dim=1)
-        )
-    assert_close_to_scale(logits[1], logits[0], relative=1e-5)
+    model = random_model(tiny_config(text_config={**options, "cross_attention_cache": form})).double()
+    sample, reduced = sample_and_reduced(model.config)
+    more, text_config = torch.tensor([5, 9, 11]), model.config.text_config
+    cache = StaticCache(text_config, max_cache_len=200) if static else DynamicCache(config=text_config)
+    model(**in_dtype(reduced, torch.float64), past_key_values=cache)
+    logits = torch.cat([model(input_ids=token.view(1, 1), past_key_values=cache).logits[0] for token in more])
+    whole = sample._replace(token_ids=torch.cat([sample.token_ids, more]))
+    assert_close_to_scale(logits, reference(model, whole).logits[-3:], relative=1e-5)
 
 
 @torch.no_grad()
@@ -71,7 +73,10 @@ def test_generate_writes_the_same_and_does_not_keep_a_frame_twice(kwargs, form):
     model = random_model(tiny_config(text_config=NORM_AND_TIME))
     everything, reduced = both(model.config)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "cross_attention_cache": form, **kwargs}
-    assert model.generate(**reduced, **options).tolist() == model.generate(**everything, **options).tolist()
+    output = model.generate(**reduced, **options, return_dict_in_generate=True)
+    assert output.sequences.tolist() == model.generate(**everything, **options).tolist()
+    if form == "features" and kwargs.get("use_cache", True):  # of two videos four frames, and an image
+        assert memory_in(cache_of(output)).states.untyped_storage().nbytes() == (4 + 1) * 25 * 20 * 4
 
 
 @torch.no_grad()
@@ -146,9 +151,9 @@ def test_encoded_media_say_which_frames_they_show_and_are_kept_with_it(tmp_path)
     ("index", "text"),
     [
         ([0, 0, 1, 1, 1, 2, 3], "add up to the 7 frames of `video_frame_index`"),
-        ([0, 0, 1, 1, 1, 2, 4, 4], "which of the 4 .* name each of them"),
-        ([0, 0, 1, 1, 1, 2, 2, 2], "name each of them"),
-        ([-1, 0, 1, 1, 1, 2, 3, 3], "name each of them"),
+        ([0, 0, 1, 1, 1, 2, 4, 4], "in the 4 frames .* use each of them"),
+        ([0, 0, 1, 1, 1, 2, 2, 2], "use each of them"),
+        ([-1, 0, 1, 1, 1, 2, 3, 3], "use each of them"),
         ([[0, 0, 1, 1, 1, 2, 3, 3]], r"of shape \(1, 8\)"),
         ([0.0, 0, 1, 1, 1, 2, 3, 3], "torch.float32"),
     ],

@@ -95,7 +95,7 @@ def test_fps_sampling_starts_at_the_start_and_turns_uniform_beyond_max_frames():
         ({"num_frames": 0}, "at least 1"),
         ({"fps": 0.0}, "positive"),
         ({"fps": 1.0, "max_frames": 0}, "at least 1"),
-        ({"fps": 1.0, "start_seconds": 11.0}, "must lie in the video"),
+        ({"fps": 1.0, "start_seconds": 11.0}, "must be within the video"),
         ({"fps": 1.0, "start_seconds": 5.0, "end_seconds": 5.0}, "before `end_seconds`"),
     ],
 )
@@ -112,8 +112,8 @@ def test_sampling_that_makes_no_sense_is_refused(arguments, message):
         ({"times": [2.0, 1.0]}, "ascending"),
         ({"times": [float("nan")]}, "ascending"),
         ({"num_frames": 0}, "at least 1"),
-        ({"start_seconds": 100.0}, "must lie in the video"),
-        ({"num_frames": 3, "start_seconds": 100.0}, "must lie in the video"),
+        ({"start_seconds": 100.0}, "must be within the video"),
+        ({"num_frames": 3, "start_seconds": 100.0}, "must be within the video"),
     ],
 )
 def test_requests_that_make_no_sense_are_refused(clip, arguments, message):
@@ -325,7 +325,7 @@ def test_every_kind_of_source_gives_the_same_frames(clip, kind):
         ("/dev/zero", VideoOpenError, "not a regular file"),
         ("data:video/mp4;base64,!!!", VideoOpenError, "not valid base64"),
         ("data:video/mp4;base64", VideoOpenError, "no comma"),
-        ("file://elsewhere/clip.mp4", VideoOpenError, "of this machine"),
+        ("file://elsewhere/clip.mp4", VideoOpenError, "on this machine"),
         ("rtsp://camera/1", VideoOpenError, "not accepted"),
         (io.StringIO("text"), VideoOpenError, "binary mode"),
     ],

@@ -1,10 +1,8 @@
 """Which frames of a video are taken and what pixels come out of them, for every form a video comes in."""
 
 import base64
-import http.server
 import io
 import json
-import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.video_utils import VideoMetadata
 
 from factories import mp4_of, random_frames
+from loopback import Handler, served_by
 from transformers_crosslmm import (
     CrossLMMVideoProcessor,
     VideoError,
@@ -427,21 +426,12 @@ def test_image_files_give_the_pixels_of_their_video(mp4, decoded, tmp_path):
 
 @pytest.fixture
 def url(mp4) -> Iterator[str]:
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Giving(Handler):
         def do_GET(self):
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(mp4)))
-            self.end_headers()
-            self.wfile.write(mp4)
+            self.answer(mp4)
 
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/clip.mp4"
-    server.shutdown()
-    server.server_close()
+    with served_by(Giving) as server:
+        yield f"{server}/clip.mp4"
 
 
 def test_a_url_gives_the_pixels_of_its_file_where_limits_allow_it(url, mp4):
@@ -510,7 +500,7 @@ MISTAKES = {
         FRAME[None],
         {"video_metadata": {"fps": 1, "total_num_frames": 9}},
         ValueError,
-        "9 frames, the video holds 1",
+        "9 frames, the video has 1",
     ),
     "numbers of other frames": (
         FRAME[None],

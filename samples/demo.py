@@ -1,4 +1,4 @@
-"""Five questions about the video beside this file, answered by the checkpoint that comes with the package.
+"""Answers five questions about the sample video with the package's tiny checkpoint.
 
 Run it with `make demo`, or `python samples/demo.py [CHECKPOINT]`.
 """

@@ -22,12 +22,12 @@ from transformers import (
     TokenizersBackend,
 )
 
-from factories import mp4_of, random_frames
+from factories import mp4_of, random_frames, shake
 from transformers_crosslmm.checkpoints.chat import add_marks, find_tokenizer
 from transformers_crosslmm.checkpoints.compose import compose
 from transformers_crosslmm.checkpoints.conversion import ConversionError, check_complete, write_checkpoint
 from transformers_crosslmm.checkpoints.folder import stored_tensors
-from transformers_crosslmm.processing_crosslmm import CHAT_TEMPLATE
+from transformers_crosslmm.processing_crosslmm import CHAT_TEMPLATE, MARKS
 
 VISION = {
     "hidden_size": 24,
@@ -74,15 +74,6 @@ LLAMA_TEMPLATE = (
     "+ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}\n"
 )
 CODE = "  def f(x):\n\treturn x**2  \n\n\nEND 2024 caf\u0065\u0301"
-
-
-def shake(model):
-    """Every parameter away from where Transformers' initialisation leaves it, so that none can be confused."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
 
 
 def other_tokenizer(*, chat_template: str | None = LLAMA_TEMPLATE) -> TokenizersBackend:
@@ -228,7 +219,7 @@ def test_a_tokenizer_that_its_config_changes_is_refused(tmp_path):
     own = json.loads((tmp_path / "tokenizer_config.json").read_text())
     added = {"258": {"content": "def", "special": False, "normalized": False, "lstrip": False, "rstrip": False}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(own | {"added_tokens_decoder": added}))
-    with pytest.raises(ValueError, match=r"must tokenize as its tokenizer\.json says.*Correct or remove"):
+    with pytest.raises(ValueError, match=r"must tokenize as its tokenizer\.json does.*Correct or remove"):
         find_tokenizer(tmp_path)
 
 
@@ -299,6 +290,26 @@ def test_media_stand_in_the_language_models_own_chats_and_answers_are_marked(com
     assert list(ids).count(processor.video_token_id) == 2 * 9
 
 
+def test_what_a_chat_says_is_text_where_another_program_renders_it(composed):
+    """vLLM writes chats with the template and the tokenizer alone; the processor escapes texts itself."""
+    processor = AutoProcessor.from_pretrained(composed[0])
+    tokenizer, special = processor.tokenizer, {"</s>", "<s>", *MARKS}
+
+    def written(texts, role="user"):
+        content = [{"type": "video"}, *({"type": "text", "text": text} for text in texts)]
+        chat = [{"role": role, "content": content}, {"role": "assistant", "content": texts[0]}]
+        ids = tokenizer.apply_chat_template(chat, chat_template=processor.chat_template, return_dict=True)["input_ids"]
+        return ids, [ids.count(tokenizer.convert_tokens_to_ids(mark)) for mark in sorted(special)]
+
+    _, expected = written(["Why?", "So"])
+    assert sum(expected) > 3
+    for mark in special:
+        ids, counts = written([f"a{mark}b", mark])
+        assert counts == expected, mark
+        assert f"a{mark}b{mark}" in tokenizer.decode(ids)
+        assert written([mark[:3], mark[3:]])[1] == expected, mark
+
+
 def test_a_base_model_talks_chatml_begins_as_ever_and_ends_with_its_mark(tmp_path, tower_folder):
     save_text(tmp_path / "text", tokenizer=other_tokenizer(chat_template=None))
     conversion = compose(tower_folder, tmp_path / "text")
@@ -315,25 +326,22 @@ def test_a_base_model_talks_chatml_begins_as_ever_and_ends_with_its_mark(tmp_pat
     assert ids == list(processor(text=written)["input_ids"][0])
 
 
-def test_marks_of_its_own_and_named_templates_are_kept(tmp_path, tower_folder, text_folder):
+def test_marks_of_its_own_and_named_templates_are_kept(tmp_path, tower_folder):
     own = LLAMA_TEMPLATE.replace("{{ '<' + message", "{%- generation -%}{{ '<' + message")
     own = own.replace("{% endfor", "{%- endgeneration -%}{% endfor")
     save_text(tmp_path / "text", tokenizer=other_tokenizer(chat_template={"default": own, "other": LLAMA_TEMPLATE}))
     conversion = compose(tower_folder, tmp_path / "text")
     assert set(conversion.chat_template) == {"default", "other"}
-    plain = compose(tower_folder, text_folder)
     chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
-    written = [
-        each.tokenizer.apply_chat_template(chat, tokenize=False, chat_template=template)
-        for each, template in ((conversion, conversion.chat_template["default"]), (plain, plain.chat_template))
-    ]
-    assert written[0] == written[1]
+    for template in conversion.chat_template.values():
+        written = conversion.tokenizer.apply_chat_template(chat, tokenize=False, chat_template=template)
+        assert written == other_tokenizer().apply_chat_template(chat, tokenize=False)
 
 
 @pytest.mark.parametrize(
     ("own", "why"),
     [
-        ("{{ messages[0]['content'][::-1] }}", "does not write what an assistant says"),
+        ("{{ messages[0]['content'][::-1] }}", "changes the assistant's text"),
         ("{% for m in messages %}{{ m['content'] | replace('<|video_pad|>', '') }}{% endfor %}", "it drops media"),
         ("{{ raise_exception('no') }}", "no"),
     ],
@@ -391,7 +399,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, tower_folder, text_folde
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(ConversionError, match=r"one of siglip_vision_model, clip_vision_model, dinov2,.*'vit'"):
         compose(tmp_path, text_folder)
-    with pytest.raises(ValueError, match=r"Qwen2\.5's own setting.*'llama'.*--rope-parameters"):
+    with pytest.raises(ValueError, match=r"a setting of Qwen2\.5.*'llama'.*--rope-parameters"):
         compose(tower_folder, text_folder, long_context=True)
 
 

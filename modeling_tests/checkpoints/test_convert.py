@@ -30,7 +30,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from typer.testing import CliRunner
 
 import crosslmm_cli
-from factories import random_model, tiny_config, tiny_tokenizer
+from factories import VISION, random_model, shake, tiny_config, tiny_tokenizer
 from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration
 from transformers_crosslmm.checkpoints import folder as checkpoint_folder
 from transformers_crosslmm.checkpoints.compose import compose
@@ -71,14 +71,6 @@ from transformers_crosslmm.checkpoints.network import expected_shapes
 from transformers_crosslmm.checkpoints.new_weights import initial_tensors
 
 CONVERSION = Path(__file__).parents[2] / "conversion"
-VISION = {
-    "hidden_size": 20,
-    "intermediate_size": 28,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 33,
-    "patch_size": 6,
-}
 TEXT = {
     "vocab_size": 271,
     "hidden_size": 48,
@@ -89,14 +81,6 @@ TEXT = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }
-
-
-def shake(model):
-    """Every parameter away from where Transformers' initialisation leaves it, so that none can be confused."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +341,7 @@ def test_marks_that_a_tokenizer_lacks_get_free_rows_of_the_embeddings(tmp_path, 
 def test_mistakes_are_told_before_anything_is_written(tmp_path, vision_folder, text_folder):
     with pytest.raises(StrictDataclassError, match="`pooled_grid_size` must lie between 1 and"):
         compose(vision_folder, text_folder, pooled_grid_size=6)
-    with pytest.raises(ValueError, match=r"A config field that can be set is one of .*; got 'pooled'"):
+    with pytest.raises(ValueError, match=r"Config fields that can be set are .*; got 'pooled'"):
         compose(vision_folder, text_folder, pooled=3)
     changed = json.loads((text_folder / "config.json").read_text()) | {"vocab_size": 300}
     (tmp_path / "config.json").write_text(json.dumps(changed))
@@ -377,7 +361,7 @@ def test_nothing_is_overwritten_without_force_and_only_checkpoints_with_it(tmp_p
     arguments = ["compose", "--vision", str(vision_folder), "--text", str(text_folder), "--out", str(tmp_path / "out")]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "diary.txt").write_text("dear")
-    for force, message in (([], "exists and is not overwritten"), (["--force"], "holds no config.json and stays")):
+    for force, message in (([], "exists and is not overwritten"), (["--force"], "has no config.json")):
         result = CliRunner().invoke(crosslmm_cli.app, arguments + force)
         assert result.exit_code == 1
         assert message in result.stderr
@@ -462,12 +446,12 @@ def test_shards_hold_every_tensor_once_and_no_more_than_they_may(tmp_path, compo
 def test_a_cut_off_or_incomplete_checkpoint_is_told(tmp_path, llava_next_folder):
     second = llava_next_folder / "model-00002-of-00002.safetensors"
     second.write_bytes(second.read_bytes()[:-8])
-    with pytest.raises(ValueError, match="must be a whole safetensors file"):
+    with pytest.raises(ValueError, match="must be a complete safetensors file"):
         stored_tensors(llava_next_folder)
     second.unlink()
     with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002\.safetensors, which .* lacks"):
         stored_tensors(llava_next_folder)
-    with pytest.raises(FileNotFoundError, match="holds neither"):
+    with pytest.raises(FileNotFoundError, match="has neither"):
         stored_tensors(tmp_path)
 
 
@@ -541,7 +525,7 @@ def test_pool_mode_and_select_layer_are_carried_over(tmp_path, llava_folder, mod
     [
         ({"mm_spatial_pool_mode": "max"}, "must be one of 'bilinear', 'average'.*'max'.*--pooling-mode"),
         ({"mm_projector_type": "linear"}, "`mm_projector_type` must be 'mlp2x_gelu'"),
-        ({"mm_vision_tower": "openai/clip-vit-large"}, "sizes of `mm_vision_tower` .* are not known here"),
+        ({"mm_vision_tower": "openai/clip-vit-large"}, "`mm_vision_tower` must be one of .*, whose sizes are known"),
         ({"mm_vision_tower": "google/siglip-so400m-patch14-384"}, "the checkpoint does not:"),
     ],
     ids=["max pooling", "linear projector", "unknown encoder", "another encoder"],
@@ -572,7 +556,7 @@ def test_bin_files_are_read_and_never_run(tmp_path, llava_folder, llava_next_fol
             return os.mkdir, (str(tmp_path / "attacked"),)
 
     torch.save({"model.norm.weight": Attack()}, llava_next_folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="must hold tensors and nothing else"):
+    with pytest.raises(ValueError, match="must be complete and have tensors only"):
         convert_llava(llava_next_folder, vision=tmp_path / "encoder")
     assert not (tmp_path / "attacked").exists()
 
@@ -767,7 +751,7 @@ WRONG_USAGE = {
     "compose --out new --gate-init": "--gate-init needs a value",
     "compose --out new more": "No such option: more.",
     "compose --out new --preset 3B": "'3B' is not one of '2B', '7B', '7B-16'",
-    "convert old --out new --reverse --gate-init 1": "--reverse writes LLaVA-NeXT's layout as it is",
+    "convert old --out new --reverse --gate-init 1": "--reverse changes nothing but the layout",
     "convert old": "Missing option '--out'",
 }
 
@@ -801,7 +785,7 @@ def test_names_without_a_match_are_all_listed(tmp_path, their_checkpoint):
         convert_crosslmm_weights(folder, name_table=THEIR_NAMES, cross_attention_layers=[1, 3, 4])
     assert "model.language_model.layers.4.cross_attention.t2v.q_proj.weight" in str(missing.value)
     save_file(load_file(folder / "model.safetensors") | {"ema.beta": torch.ones(1)}, folder / "model.safetensors")
-    with pytest.raises(ConversionError, match=r"No row of the name table knows.*\n  ema.beta\n.*--name-table"):
+    with pytest.raises(ConversionError, match=r"The name table has no row for.*\n  ema.beta\n.*--name-table"):
         convert_crosslmm_weights(folder, name_table=THEIR_NAMES)
 
 
@@ -816,7 +800,7 @@ def test_ours_goes_to_llava_next_and_comes_back_the_same(tmp_path, composed_fold
 
 def test_a_name_table_with_uneven_rows_is_refused(tmp_path):
     (tmp_path / "names.json").write_text('{"a.*.b.*": "model.*"}')
-    with pytest.raises(ValueError, match=r"as many `\*` as its own.*'a\.\*\.b\.\*'"):
+    with pytest.raises(ValueError, match=r"equally many `\*`.*'a\.\*\.b\.\*'"):
         read_name_table(tmp_path / "names.json")
 
 

@@ -6,9 +6,11 @@ import shutil
 import pytest
 
 from factories import save_checkpoint
-from transformers_crosslmm import CrossLMMForConditionalGeneration, CrossLMMProcessor
+from transformers_crosslmm import TINY_CHECKPOINT, CrossLMMForConditionalGeneration, CrossLMMProcessor
+from transformers_crosslmm.checkpoints import load
 from transformers_crosslmm.checkpoints.folder import checkpoint_digest
-from transformers_crosslmm.checkpoints.load import load_model, load_processor
+from transformers_crosslmm.checkpoints.inspect import load_config
+from transformers_crosslmm.checkpoints.load import caution, load_model, load_processor
 
 
 @pytest.fixture
@@ -58,3 +60,15 @@ def test_a_digest_changes_with_what_decides_an_answer_and_with_nothing_else(chec
         (moved / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         assert checkpoint_digest(moved) != before, name
         (moved / name).write_bytes(content)
+
+
+def test_the_toy_and_what_was_never_trained_say_so(checkpoint, monkeypatch):
+    said = []
+    monkeypatch.setattr(load.logger, "warning_once", said.append)
+    load_model(TINY_CHECKPOINT, device="cpu")
+    load_model(checkpoint, device="cpu")
+    assert said == [caution(TINY_CHECKPOINT, load_config(TINY_CHECKPOINT))]
+    assert "is a toy" in caution(TINY_CHECKPOINT, load_config(TINY_CHECKPOINT))
+    assert caution(checkpoint, load_config(checkpoint)) is None
+    change(checkpoint / "config.json", untrained=True)
+    assert "was never trained" in caution(checkpoint, load_config(checkpoint))

@@ -161,12 +161,12 @@ def test_a_link_out_of_the_folder_does_not_leave_the_house(hub, checkpoint, tmp_
     secret.write_bytes((checkpoint / name).read_bytes() if (checkpoint / name).exists() else b"secret")
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(secret)
-    with pytest.raises(ValueError, match="link out of its folder"):
+    with pytest.raises(ValueError, match=r"must be in its folder; .* is a link to"):
         export_with_code(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     result = crosslmm("push", folder, REPO)
     assert result.exit_code == 1
-    assert "link out of its folder" in result.output
+    assert "is a link to" in result.output
     assert hub.repositories == {}
 
 
@@ -338,16 +338,19 @@ def test_a_failure_takes_back_the_branch_it_made_and_nothing_else(hub, checkpoin
 
 def test_what_cannot_be_taken_back_is_named(hub, checkpoint):
     hub.faults = [Fault("POST .*/commit/", times=1000), Fault("DELETE ", times=1000)]
-    with pytest.raises(PublishingError, match=f"empty, remains at {hub.url}/{REPO}: remove it"):
+    with pytest.raises(PublishingError, match=f"an empty repository or branch remains at {hub.url}/{REPO}: remove it"):
         push(checkpoint, REPO)
 
 
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (Fault("POST /api/repos/create", status=403), r"may not write there \(403\)"),
-        (Fault("POST .*/commit/", status=403), r"may not write there \(403\)"),
-        (Fault("POST .*objects/batch", status=507, message="quota"), r"The Hub has no room for it \(507: quota\)"),
+        (Fault("POST /api/repos/create", status=403), r"has no write access there \(403\)"),
+        (Fault("POST .*/commit/", status=403), r"has no write access there \(403\)"),
+        (
+            Fault("POST .*objects/batch", status=507, message="quota"),
+            r"The Hub has no storage left for it \(507: quota\)",
+        ),
     ],
     ids=["create", "commit", "full"],
 )
@@ -370,7 +373,7 @@ def test_an_existing_repository_is_not_touched(hub, checkpoint):
     push(checkpoint, REPO)
     before = dict(published(hub))
     hub.requests.clear()
-    with pytest.raises(PublishingError, match=f"{REPO} exists and is not touched.*--revision"):
+    with pytest.raises(PublishingError, match=f"{REPO} exists and is not changed.*--revision"):
         push(checkpoint, REPO, with_code=True)
     assert published(hub) == before
     assert hub.requests == ["POST /api/repos/create"]
@@ -401,9 +404,9 @@ def test_a_full_disk_is_told_before_anything_is_sent(hub, checkpoint, monkeypatc
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: (folder / "config.json").unlink(), "must hold config.json"),
-        (lambda folder: (folder / "processor_config.json").unlink(), "must hold its processor"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "holds neither"),
+        (lambda folder: (folder / "config.json").unlink(), "must have config.json"),
+        (lambda folder: (folder / "processor_config.json").unlink(), "must have its processor"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has neither"),
         (lambda folder: change(folder, "vision_feature_layer", -1), "the checkpoint does not:"),
     ],
     ids=["config", "processor", "weights", "other weights"],

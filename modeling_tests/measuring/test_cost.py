@@ -267,8 +267,8 @@ def test_a_model_that_is_not_compared_is_refused_with_the_names():
 
 
 MISTAKES = {
-    "frames": (["--frames", "32;64"], "numbers from 1 on"),
-    "no frames": (["--frames", "0"], "numbers from 1 on"),
+    "frames": (["--frames", "32;64"], "positive numbers"),
+    "no frames": (["--frames", "0"], "positive numbers"),
     "folder": (["--output", "nowhere/cost.json"], "a folder that exists"),
 }
 

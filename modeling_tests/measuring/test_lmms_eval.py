@@ -206,5 +206,5 @@ def test_without_lmms_eval_the_error_names_the_extra(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "lmms_eval"] + ["lmms_eval"]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
-    with pytest.raises(ImportError, match=r'pip install "transformers_crosslmm\[eval\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[eval\]"'):
         importlib.import_module(MODULE)

@@ -38,19 +38,19 @@ def generated(root):
     model, processor = load_model(root / "checkpoint", device="cpu"), load_processor(root / "checkpoint")
 
     @functools.cache
-    def answer(chat: str, sampling: tuple = (), max_new_tokens: int = 12) -> str:
+    def answer(chat: str, sampling: str) -> str:
         inputs = processor.apply_chat_template(
             json.loads(chat),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs=dict(sampling),
+            processor_kwargs=json.loads(sampling),
         )
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
         return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
-    return lambda messages, **options: answer(json.dumps(messages), **options)
+    return lambda messages, sampling={}: answer(json.dumps(messages), json.dumps(sampling))
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ class Server:
     def __init__(self, checkpoint: Path, **settings) -> None:
         self.app = build_app(ServerSettings(str(checkpoint), device="cpu", **settings))
         self.handler = self.app.state.service
-        config = uvicorn.Config(self.app, host="127.0.0.1", port=0, log_level="critical")
+        config = uvicorn.Config(self.app, host="127.0.0.1", port=0, log_level="critical", timeout_graceful_shutdown=10)
         self.server = server_module.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
@@ -44,7 +44,8 @@ class Server:
     def stop(self) -> None:
         self.client.close()
         self.server.should_exit = True
-        self.thread.join(timeout=15)
+        self.thread.join(timeout=30)
+        assert not self.thread.is_alive(), "the server does not stop"
 
     def post(self, body, **options):
         """A request that no client of OpenAI's would send."""
@@ -64,11 +65,11 @@ class Server:
         return self.ask(*arguments, **options).choices[0].message.content
 
     def health(self) -> dict:
-        return httpx.get(f"{self.url}/health").json()
+        return httpx.get(f"{self.url}/health", timeout=20).json()
 
     def number(self, name: str) -> float:
         """A number of /metrics, 0 where there is none yet."""
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        lines = httpx.get(f"{self.url}/metrics", timeout=20).text.splitlines()
         return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + " ")), 0.0)
 
 
@@ -91,28 +92,6 @@ def begin_request(server: Server, body: dict | bytes, *, length: int | None = No
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
     connection.sendall(f"{head}Content-Length: {length or len(content)}\r\n\r\n".encode() + content)
     return connection
-
-
-class DrippingServer:
-    """A server of files that answers a byte every twentieth of a second, without end. reached: somebody has called.
-    left: it was hung up on."""
-
-    def __init__(self, begin: bytes) -> None:
-        self.begin, self.reached, self.left = begin, threading.Event(), threading.Event()
-        self.listening = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}/clip.mp4"
-        threading.Thread(target=self._drip, daemon=True).start()
-
-    def _drip(self) -> None:
-        connection, _ = self.listening.accept()
-        self.reached.set()
-        try:
-            connection.sendall(self.begin)
-            while True:
-                connection.sendall(b"x")
-                time.sleep(0.05)
-        except OSError:
-            self.left.set()
 
 
 def data_url(path: Path) -> str:

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import crosslmm_cli
 from factories import mp4_of, random_frames, save_checkpoint
-from transformers_crosslmm.asking import prefilled
+from transformers_crosslmm import frames_crosslmm
 from transformers_crosslmm.checkpoints.load import load_model, load_processor
 from transformers_crosslmm.serving import corpus
 from transformers_crosslmm.serving.corpus import COLUMNS, answer_corpus, read_corpus
@@ -163,13 +163,13 @@ def test_a_video_outside_the_root_is_never_opened(folder, tmp_path, ask, monkeyp
     link = folder / "link.mp4"
     link.symlink_to(folder.parent / "secret.mp4")
     opened = []
-    iter_video = prefilled.iter_video
+    iter_video = frames_crosslmm.iter_video
 
     def note(source, **options):
         opened.append(source if isinstance(source, str) else os.readlink(f"/proc/self/fd/{source.fileno()}"))
         return iter_video(source, **options)
 
-    monkeypatch.setattr(prefilled, "iter_video", note)
+    monkeypatch.setattr(frames_crosslmm, "iter_video", note)
     outside = ["../secret.mp4", str(folder.parent / "secret.mp4"), "link.mp4"]
     try:
         report = ask(about(*outside, "0.mp4"))
@@ -178,7 +178,7 @@ def test_a_video_outside_the_root_is_never_opened(folder, tmp_path, ask, monkeyp
     assert report.failed == len(outside) * len(QUESTIONS)
     errors = [row["error"] for row in rows_of(tmp_path / "answers") if row["video"] in outside]
     assert errors
-    assert all("must lie below" in error for error in errors)
+    assert all("must be in" in error for error in errors)
     assert set(opened) - {os.devnull} == {os.path.realpath(folder / "0.mp4")}
 
 
@@ -186,7 +186,7 @@ def test_a_fault_of_the_program_ends_the_run_instead_of_becoming_a_row(tmp_path,
     def broken(*arguments, **options):
         raise AttributeError("a bug")
 
-    monkeypatch.setattr(prefilled, "iter_video", broken)
+    monkeypatch.setattr(frames_crosslmm, "iter_video", broken)
     with pytest.raises(AttributeError, match="a bug"):
         ask(about("0.mp4"))
     assert not list((tmp_path / "answers").glob("part-*"))
@@ -296,8 +296,8 @@ def test_a_machine_that_can_start_no_more_processes_ends_the_run_instead_of_fail
     ("options", "error", "message"),
     [
         ({"engine": "slurm"}, ValueError, '"ray", "local" or "vllm"'),
-        ({"workers": 2}, ValueError, "`workers` are Ray's"),
-        ({"engine": "ray", "device": "cuda"}, ValueError, "`device` is the local engine's"),
+        ({"workers": 2}, ValueError, "`workers` needs Ray"),
+        ({"engine": "ray", "device": "cuda"}, ValueError, "`device` is for the local engine"),
         ({"engine": "ray", "workers": 0}, ValueError, "`workers` must be at least 1"),
         ({"engine": "ray", "cpus_per_worker": 0}, ValueError, "`cpus_per_worker` must be at least 1"),
         ({"max_new_tokens": 0}, ValueError, "`max_new_tokens` must be at least 1"),
@@ -305,7 +305,7 @@ def test_a_machine_that_can_start_no_more_processes_ends_the_run_instead_of_fail
         ({"fps": 2.0}, ValueError, "exclude each other"),
         ({"start_seconds": 3.0, "end_seconds": 2.0}, ValueError, "before `end_seconds`"),
         ({"model": "no/such/model/here"}, OSError, "no/such/model"),
-        ({"root": "nowhere"}, NotADirectoryError, "none"),
+        ({"root": "nowhere"}, NotADirectoryError, "must be a folder"),
     ],
     ids=str,
 )
@@ -604,14 +604,25 @@ def test_the_command_answers_and_goes_on(folder, tmp_path, monkeypatch):
     ]
     finished = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    report = {"questions": 4, "videos": 2, "answered_before": 0, "failed": 2, "duplicates": 0}
-    assert json.loads(finished.stdout) == report
+    report = json.loads(finished.stdout)
+    assert report.pop("first_error").startswith("VideoOpenError: ")
+    assert report == {"questions": 4, "videos": 2, "answered_before": 0, "failed": 2, "duplicates": 0}
     assert len(rows_of(tmp_path / "answers")) == 4
 
     monkeypatch.chdir(tmp_path)
     again = CliRunner().invoke(crosslmm_cli.app, [os.fspath(part) for part in command[3:]])
     assert again.exit_code == 0
-    assert "4 questions about 2 videos, 4 of them answered before; 2 have an error for an answer" in again.stdout
+    assert (
+        "4 questions about 2 videos, 4 of them answered before; 2 have an error instead of an answer" in again.stdout
+    )
+
+
+def test_the_command_shows_the_first_error_where_all_fail(folder, tmp_path):
+    questions = write(tmp_path / "questions.jsonl", about("notes.mp4", "missing.mp4"))
+    command = ["batch", questions, "--out", tmp_path / "answers", "--root", folder, "--model", folder / "checkpoint"]
+    result = CliRunner().invoke(crosslmm_cli.app, [os.fspath(part) for part in [*command, "--engine", "local"]])
+    assert result.exit_code == 0
+    assert "All of them failed. The first error: VideoOpenError: " in result.stderr
 
 
 def test_the_command_names_the_extra_where_ray_is_missing(folder, tmp_path, monkeypatch):
@@ -622,7 +633,7 @@ def test_the_command_names_the_extra_where_ray_is_missing(folder, tmp_path, monk
     command = ["batch", questions, "--out", tmp_path / "answers", "--root", folder, "--model", folder / "checkpoint"]
     result = CliRunner().invoke(crosslmm_cli.app, [os.fspath(part) for part in command])
     assert result.exit_code == 1
-    assert "transformers_crosslmm[ray]" in " ".join(result.output.split())
+    assert 'pip install -e ".[ray]"' in " ".join(result.output.split())
 
 
 # --- many workers ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import json
 import logging
 import shutil
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from served import QUESTIONS, Server, data_url, httpx, user, uvicorn
 from typer.testing import CliRunner
 
 import crosslmm_cli
+from loopback import served_by
 from transformers_crosslmm import TINY_CHECKPOINT
 from transformers_crosslmm.checkpoints.load import load_model, load_processor
 from transformers_crosslmm.serving import server as server_module
@@ -36,18 +36,12 @@ def test_an_answer_is_what_generate_gives(server, generated, clip, question):
 def test_every_way_to_name_a_video_gives_the_same(server, started, generated, clip, root):
     expected = generated([user(QUESTIONS[0], clip)])
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=root / "videos")
-    handler.log_message = lambda *args: None
-    files = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=files.serve_forever, args=(0.01,), daemon=True).start()
-    try:
-        for url in (clip, clip.as_uri(), root / "videos/inner.mp4", root / "videos/../videos/one.mp4", data_url(clip)):
-            server.handler.cache.clear()
-            assert server.answer(QUESTIONS[0], url) == expected
-        intranet = started(allow_private_urls=True)
-        assert intranet.answer(QUESTIONS[0], f"http://127.0.0.1:{files.server_port}/one.mp4") == expected
-    finally:
-        files.shutdown()
-        files.server_close()
+    for url in (clip, clip.as_uri(), root / "videos/inner.mp4", root / "videos/../videos/one.mp4", data_url(clip)):
+        server.handler.cache.clear()
+        assert server.answer(QUESTIONS[0], url) == expected
+    intranet = started(allow_private_urls=True)
+    with served_by(handler) as files:
+        assert intranet.answer(QUESTIONS[0], f"{files}/one.mp4") == expected
 
 
 def test_a_stream_says_what_an_answer_in_one_piece_says(server, clip):
@@ -189,7 +183,7 @@ def test_who_can_reach_the_server_is_said_aloud(root, host, is_warned, capsys, m
     serve(ServerSettings(str(root / "checkpoint"), host=host, device="cpu"))
     said = capsys.readouterr().err
     assert "Serving checkpoint at http://" in said
-    assert ("WARNING: 0.0.0.0 can be reached from other machines" in said) == is_warned
+    assert ("WARNING: other machines can reach 0.0.0.0" in said) == is_warned
 
 
 def test_the_command_hands_its_options_on(root, monkeypatch):
@@ -211,5 +205,5 @@ def test_the_command_hands_its_options_on(root, monkeypatch):
 def test_without_the_extra_the_error_names_it(monkeypatch):
     monkeypatch.delitem(sys.modules, "transformers_crosslmm.serving.server")
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
-    with pytest.raises(ImportError, match=r"transformers_crosslmm\[serve\]"):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[serve\]"'):
         importlib.import_module("transformers_crosslmm.serving.server")

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from served import IDLE, QUESTIONS, DrippingServer, Server, begin_request, data_url, openai, user, wait_until
+from served import IDLE, QUESTIONS, Server, begin_request, data_url, openai, user, wait_until
 
 from factories import mp4_of, random_frames
+from loopback import DrippingServer
 from transformers_crosslmm import video_worker
 from transformers_crosslmm.serving import strangers_videos
 from transformers_crosslmm.serving.admission import RefusedError
@@ -34,7 +35,7 @@ def test_a_path_outside_of_the_allowed_folders_is_refused(server, root):
         root / "videos-of-others/missing.mp4",
         "/missing/altogether",
     ):
-        with pytest.raises(openai.PermissionDeniedError, match="must lie in a folder") as refused:
+        with pytest.raises(openai.PermissionDeniedError, match="must be in a folder") as refused:
             server.answer(QUESTIONS[0], path)
         told.add(refused.value.body["message"].replace(shortened(str(path)), "IT"))
     assert len(told) == 1
@@ -79,7 +80,7 @@ def test_a_url_that_leads_to_a_private_address_is_not_fetched(server, host):
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.settimeout(0.2)
         url = f"http://{host}:{listening.getsockname()[1]}/clip.mp4"
-        with pytest.raises(openai.BadRequestError, match=r"not a public address|Cannot connect") as refused:
+        with pytest.raises(openai.BadRequestError, match="not a public address") as refused:
             server.answer(QUESTIONS[0], url)
         assert "VideoLimits" not in str(refused.value)
         with pytest.raises(TimeoutError):
@@ -100,9 +101,9 @@ DRIPS = {
 
 @pytest.mark.parametrize("kind", DRIPS)
 def test_a_url_that_drips_holds_its_place_no_longer_than_a_request_may_take(started, kind):
-    server, dripping = started(allow_private_urls=True, request_seconds=10), DrippingServer(DRIPS[kind])
+    server, dripping = started(allow_private_urls=True, request_seconds=5), DrippingServer(DRIPS[kind])
     began = time.monotonic()
-    reply = server.post({"messages": [user("What?", dripping.url)]})
+    reply = server.post({"messages": [user("What?", f"http://{dripping.address}/clip.mp4")]})
     assert (reply.status_code, reply.json()["error"]["code"]) == (504, "timeout")
     wait_until(lambda: server.health() == IDLE, seconds=10)
     assert time.monotonic() - began < 15
@@ -112,8 +113,8 @@ def test_a_url_that_drips_holds_its_place_no_longer_than_a_request_may_take(star
 @pytest.mark.parametrize("kind", DRIPS)
 def test_a_url_that_drips_is_left_when_the_client_leaves(started, kind):
     server, dripping = started(allow_private_urls=True, max_running=1), DrippingServer(DRIPS[kind])
-    connection = begin_request(server, {"messages": [user("What?", dripping.url)]})
-    assert dripping.reached.wait(10)
+    connection = begin_request(server, {"messages": [user("What?", f"http://{dripping.address}/clip.mp4")]})
+    assert dripping.has_sent.wait(10)
     assert server.health()["running"] == 1
     connection.close()
     wait_until(lambda: server.health() == IDLE, seconds=10)

@@ -3,7 +3,7 @@
 import base64
 import functools
 import http.server
-import threading
+import io
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +16,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from factories import mp4_of, random_frames, tiny_config
+from loopback import served_by
 from pretend_gpu import pretend_gpus
 
 pytest.importorskip("vllm", reason="needs vLLM: `make vllm-environment`")
@@ -28,6 +29,7 @@ from vllm_cases import (
     MAX_TOKENS,
     VIDEO,
     Request,
+    answer_to_chat,
     answers,
     ask,
     engine,
@@ -36,7 +38,7 @@ from vllm_cases import (
     save,
 )
 
-from transformers_crosslmm import CrossLMMForConditionalGeneration, CrossLMMProcessor
+from transformers_crosslmm import CrossLMMProcessor
 from transformers_crosslmm.serving.vllm.rules import CrossLMMRules
 from transformers_crosslmm.serving.vllm.visual_cache import VisualCache, VisualCacheMetadataBuilder
 
@@ -55,6 +57,12 @@ def clips(tmp_path_factory) -> Path:
     Image.fromarray(random_frames(1, seed=5)[0]).save(folder / "picture.png")
     (folder / "hostile.mp4").write_bytes(b"\x00\x00\x00\x18ftypisom" + bytes(range(256)) * 40)
     return folder
+
+
+@pytest.fixture(scope="module")
+def server(clips):
+    with served_by(functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(clips))) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -92,23 +100,6 @@ def chat(llm, content, **kwargs) -> tuple[str, list[int]]:
     sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, detokenize=False)
     (output,) = llm.chat([{"role": "user", "content": content}], sampling, use_tqdm=False, **kwargs)
     return output.prompt_token_ids, list(output.outputs[0].token_ids)
-
-
-@torch.no_grad()
-def expected_chat(folder: Path, content) -> tuple[list[int], list[int]]:
-    """The same of the package's processor and `generate`."""
-    processor = CrossLMMProcessor.from_pretrained(folder)
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        processor_kwargs={"return_tensors": "pt"},
-    )
-    model = CrossLMMForConditionalGeneration.from_pretrained(folder).eval()
-    ids = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS, eos_token_id=None)[0].tolist()
-    length = inputs["input_ids"].shape[1]
-    return ids[:length], ids[length:]
 
 
 # --- Equal to `generate` ---------------------------------------------------------------------------------------------
@@ -208,7 +199,7 @@ def test_a_hit_that_ends_within_a_video_leaves_its_tokens_right(llm, folder, cou
 
 
 @pytest.mark.parametrize("form", ["path", "data", "url"])
-def test_videos_and_images_come_in_every_form(llm, folder, clips, form, monkeypatch):
+def test_videos_and_images_come_in_every_form(llm, folder, clips, server, form, monkeypatch):
     from transformers_crosslmm.serving.vllm.media import CrossLMMConnector
 
     video, picture = clips / "clip.mp4", clips / "picture.png"
@@ -219,10 +210,7 @@ def test_videos_and_images_come_in_every_form(llm, folder, clips, form, monkeypa
     if form == "url":
         limits = CrossLMMConnector.limits
         monkeypatch.setattr(CrossLMMConnector, "limits", type(limits)(allow_private_addresses=True))
-        handler = functools.partial(QuietHandler, directory=str(clips))
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        names = [f"http://127.0.0.1:{server.server_port}/{path.name}" for path in (video, picture)]
+        names = [f"{server}/{path.name}" for path in (video, picture)]
     parts = [{"type": "text", "text": "Look: "}]
     asked = [
         {"type": "video_url", "video_url": {"url": names[0]}},
@@ -231,12 +219,7 @@ def test_videos_and_images_come_in_every_form(llm, folder, clips, form, monkeypa
         {"type": "text", "text": " What?"},
     ]
     files = [{"type": "video", "path": str(video)}, asked[1], {"type": "image", "path": str(picture)}, asked[3]]
-    assert chat(llm, parts + asked) == expected_chat(folder, parts + files)
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args) -> None:
-        pass
+    assert chat(llm, parts + asked) == answer_to_chat(folder, parts + files)
 
 
 def test_marks_that_a_user_writes_are_text(llm, folder, clips):
@@ -246,7 +229,7 @@ def test_marks_that_a_user_writes_are_text(llm, folder, clips):
         {"type": "image_url", "image_url": {"url": (clips / "picture.png").as_uri()}},
     ]
     same = [*content[:2], {"type": "image", "path": str(clips / "picture.png")}]
-    assert chat(llm, content) == expected_chat(folder, same)
+    assert chat(llm, content) == answer_to_chat(folder, same)
 
 
 @pytest.mark.parametrize(
@@ -263,6 +246,80 @@ def test_what_a_stranger_may_not_send_costs_one_request(llm, folder, clips, url,
         chat(llm, [{"type": "video_url", "video_url": {"url": url}}])
     asked = Request(f"{IMAGE} What?", [], [Image.fromarray(random_frames(1, seed=70)[0])])
     assert ask(llm, [asked]) == answers(folder, [asked])
+
+
+def test_frames_that_a_request_carries_go_around_no_limit(llm, clips):
+    """vLLM's own `video/jpeg`, pictures one after the other, is no file that the package's decoder takes."""
+    frame = io.BytesIO()
+    Image.fromarray(random_frames(1)[0]).save(frame, "JPEG")
+    url = f"data:video/jpeg;base64,{base64.b64encode(frame.getvalue()).decode()}"
+    with pytest.raises(Exception, match="list of JPEG pictures"):
+        chat(llm, [{"type": "video_url", "video_url": {"url": url}}])
+
+
+def test_a_worker_of_a_corpus_answers_as_the_local_one_does(llm, folder, clips, tmp_path, monkeypatch):
+    """From the same arguments; it opens no link that leads out of the root."""
+    from transformers_crosslmm.serving.corpus import VideoAnswerer
+    from transformers_crosslmm.serving.vllm.corpus import VllmVideoAnswerer
+
+    monkeypatch.setattr("vllm.LLM", lambda *arguments, **options: llm)
+    (tmp_path / "secret.mp4").write_bytes((clips / "clip.mp4").read_bytes())
+    (clips / "link.mp4").symlink_to(tmp_path / "secret.mp4")
+    (tmp_path / "attempts").mkdir()
+    options = {"model": str(folder), "root": str(clips), "attempts": str(tmp_path / "attempts"), "device": None}
+    options |= {"max_new_tokens": 8, "num_threads": None, "sampling": {"num_frames": 4}}
+    rows = []
+    for worker in (VideoAnswerer(**options), VllmVideoAnswerer(**options)):
+        for video in ("clip.mp4", "hostile.mp4", "link.mp4"):
+            asked = [{"id": f"{video} {word}", "video": video, "question": f"{word}?"} for word in ("What", "Where")]
+            rows += worker({"path": str(clips / video), "error": None, "questions": asked})
+    assert [row["answer"] is not None for row in rows[:6]] == [True] * 2 + [False] * 4
+    assert "must lie in" in rows[5]["error"]
+    assert rows[6:] == rows[:6]
+
+
+def test_a_question_that_is_too_long_costs_no_other_answer_and_no_second_look(llm, folder, clips, monkeypatch):
+    from transformers_crosslmm.serving.vllm.corpus import CrossLMMVideoLoader, VllmVideoAnswerer
+
+    decoded = []
+    load = CrossLMMVideoLoader.load_bytes
+
+    def counted(file, **sampling):
+        decoded.append(file)
+        return load(file, **sampling)
+
+    monkeypatch.setattr(CrossLMMVideoLoader, "load_bytes", counted)
+    monkeypatch.setattr("vllm.LLM", lambda *arguments, **options: llm)
+    answerer = VllmVideoAnswerer(str(folder), str(clips), str(clips), max_new_tokens=8)
+    texts = {"first": "What?", "long": "Where? " * 8192, "last": "When?"}
+    asked = [{"id": name, "video": "clip.mp4", "question": text} for name, text in texts.items()]
+    rows = list(answerer({"path": str(clips / "clip.mp4"), "error": None, "questions": asked}))
+    assert [(row["id"], row["error"] is None) for row in rows] == [("first", True), ("long", False), ("last", True)]
+    assert len(decoded) == 1
+
+
+@pytest.mark.parametrize(
+    ("sampling", "frames"),
+    [({"num_frames": 4}, 4), ({"max_frames": 400}, 400), ({"times": [0.5 * number for number in range(350)]}, 350)],
+    ids=["num_frames", "max_frames", "times"],
+)
+def test_a_worker_of_a_corpus_has_room_for_the_frames_that_are_asked_for(folder, monkeypatch, sampling, frames):
+    """Also for more than the checkpoint samples by itself."""
+    from transformers_crosslmm.serving.vllm.corpus import VllmVideoAnswerer
+
+    monkeypatch.setattr("vllm.LLM", lambda *arguments, **options: options)
+    answerer = VllmVideoAnswerer(str(folder), "", "", sampling=sampling)
+    assert answerer.llm["limit_mm_per_prompt"]["video"]["num_frames"] == frames
+
+
+def test_a_worker_of_a_corpus_computes_as_precisely_as_the_local_one(folder, monkeypatch):
+    """vLLM by itself takes 16 bits."""
+    from transformers_crosslmm.serving.corpus import VideoAnswerer
+    from transformers_crosslmm.serving.vllm.corpus import VllmVideoAnswerer
+
+    monkeypatch.setattr("vllm.LLM", lambda *arguments, **options: options)
+    local = VideoAnswerer(str(folder), "", "", device="cpu")
+    assert VllmVideoAnswerer(str(folder), "", "").llm.get("dtype") == str(local.model.dtype).removeprefix("torch.")
 
 
 def test_no_request_chooses_another_decoder_or_raises_a_limit(llm, clips):
@@ -343,7 +400,6 @@ class StepsOnGpu:
 def fake_vllm_config():
     return SimpleNamespace(
         model_config=SimpleNamespace(dtype=torch.float32),
-        cache_config=SimpleNamespace(block_size=16),
         speculative_config=None,
         compilation_config=SimpleNamespace(static_forward_context={}),
     )

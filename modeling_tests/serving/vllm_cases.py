@@ -121,22 +121,20 @@ def answers(folder: Path, requests: list[Request], *, dtype: torch.dtype = torch
 
 
 @torch.no_grad()
-def answers_to_chats(folder: Path, contents: list[list[dict[str, Any]]]) -> list[list[int]]:
-    """What `generate` writes to chats of one message with these parts."""
-    model = CrossLMMForConditionalGeneration.from_pretrained(folder).eval()
+def answer_to_chat(folder: Path, content: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
+    """The prompt that the package's processor makes of a message with these parts, and what `generate` writes."""
     processor = CrossLMMProcessor.from_pretrained(folder)
-    written = []
-    for content in contents:
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            processor_kwargs={"return_tensors": "pt"},
-        )
-        ids = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS, eos_token_id=None)
-        written.append(ids[0, inputs["input_ids"].shape[1] :].tolist())
-    return written
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        processor_kwargs={"return_tensors": "pt"},
+    )
+    model = CrossLMMForConditionalGeneration.from_pretrained(folder).eval()
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS, eos_token_id=None)[0].tolist()
+    length = inputs["input_ids"].shape[1]
+    return ids[:length], ids[length:]
 
 
 @contextlib.contextmanager

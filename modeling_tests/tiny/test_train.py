@@ -36,7 +36,7 @@ from transformers_crosslmm.tiny.train import (
     soften_pooled_tokens,
     tiny_config,
 )
-from transformers_crosslmm.training.samples import IGNORED, VideoChatCollator, chat_sample
+from transformers_crosslmm.training.samples import IGNORED, CrossLMMDataCollator, chat_sample
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,8 @@ def test_a_training_sample_is_what_the_processor_makes_of_the_same_chat(chats, t
         Question("order", "Which comes first, the red star or the blue two?", "blue two", ()),
     ]
     sample = chats.sample(questions, frames, moments if add_timestamps else None)
-    batch = VideoChatCollator(tokenizer.pad_token_id)([sample])
-
     processor = CrossLMMProcessor.from_config(chats.config, tokenizer, add_timestamps=add_timestamps)
+    batch = CrossLMMDataCollator(processor)([sample])
     chat = [
         {"role": "user", "content": [{"type": "video", "video": frames}, {"type": "text", "text": questions[0].text}]},
         {"role": "assistant", "content": [{"type": "text", "text": questions[0].answer}]},
@@ -113,13 +112,15 @@ def test_a_placeholder_is_repeated_for_every_token_of_its_medium(tokenizer):
     assert [len(run) for run in marks.strip(".").split(".") if run] == [3, 5]
 
 
-def test_a_batch_pads_text_and_joins_videos(tokenizer):
+def test_a_batch_pads_text_and_joins_videos(chats, tokenizer):
+    frames = [np.full((2, 7, 7, 3), 255, np.uint8), np.zeros((3, 7, 7, 3), np.uint8)]
     samples = [
-        {"input_ids": [4, 5, 6], "labels": [IGNORED, 5, 6], "frames": np.full((2, 7, 7, 3), 255, np.uint8)},
-        {"input_ids": [9], "labels": [9], "frames": np.zeros((3, 7, 7, 3), np.uint8)},
+        chats.sample([], frames[0]) | {"input_ids": [4, 5, 6], "labels": [IGNORED, 5, 6]},
+        chats.sample([], frames[1]) | {"input_ids": [9], "labels": [9]},
     ]
-    batch = VideoChatCollator(pad_token_id=1)(samples)
-    assert batch["input_ids"].tolist() == [[4, 5, 6], [9, 1, 1]]
+    batch = CrossLMMDataCollator(CrossLMMProcessor.from_config(chats.config, tokenizer))(samples)
+    padding = tokenizer.pad_token_id
+    assert batch["input_ids"].tolist() == [[4, 5, 6], [9, padding, padding]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[IGNORED, 5, 6], [9, IGNORED, IGNORED]]
     assert batch["video_num_frames"].tolist() == [2, 3]
@@ -133,7 +134,7 @@ def test_the_same_seed_gives_the_same_samples(chats):
     for _ in range(3):
         one, other = next(first), next(again)
         assert one["input_ids"] == other["input_ids"]
-        assert np.array_equal(one["frames"], other["frames"])
+        assert torch.equal(one["pixel_values_videos"], other["pixel_values_videos"])
 
 
 def scenes_with_things(video) -> int:
@@ -197,7 +198,8 @@ class Parrot(torch.nn.Module):
 
 
 def steps_at_each_level(chats, tokenizer, *, is_right: bool, steps: int, of: int = 150) -> Counter:
-    curriculum = Curriculum(chats, VideoChatCollator(tokenizer.pad_token_id), steps=of, every=5, num_videos=12)
+    collator = CrossLMMDataCollator(CrossLMMProcessor.from_config(chats.config, tokenizer))
+    curriculum = Curriculum(chats, collator, steps=of, every=5, num_videos=12)
     model = Parrot(len(tokenizer), is_right=is_right)
     levels = Counter()
     for step in range(1, steps + 1):
@@ -331,9 +333,11 @@ def test_pooled_tokens_are_made_as_long_as_words_and_stay_so(timed_chats):
     with torch.no_grad():
         model.model.multi_modal_projector.linear_2.weight.mul_(200)
     soften_pooled_tokens(model, timed_chats)
-    frames = torch.from_numpy(next(iter(timed_chats))["frames"]).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
-    [pooled] = model.get_video_features(frames).pooler_output
-    lengths = [float(vectors.norm(dim=-1).mean()) for vectors in (pooled, model.get_input_embeddings().weight)]
+    with torch.no_grad():
+        [pooled] = model.get_video_features(next(iter(timed_chats))["pixel_values_videos"]).pooler_output
+    lengths = [
+        float(vectors.detach().norm(dim=-1).mean()) for vectors in (pooled, model.get_input_embeddings().weight)
+    ]
     assert lengths[0] == pytest.approx(lengths[1], rel=0.3)
     assert not [p for p in model.model.multi_modal_projector.parameters() if p.requires_grad]
 

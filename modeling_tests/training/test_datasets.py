@@ -75,10 +75,10 @@ def test_the_command_decodes_when_it_is_told_to(media, tmp_path):
 @pytest.mark.parametrize(
     ("name", "written", "reason"),
     [
-        ("a.jsonl", "", "a.jsonl holds no records"),
-        ("a.json", "[]", "a.json holds no records"),
+        ("a.jsonl", "", "a.jsonl has no records"),
+        ("a.json", "[]", "a.json has no records"),
         ("a.json", '[{},\n{"id": }]', "a.json:2: not JSON"),
-        ("a.json", "[" * 100_000, "a.json: brackets too deep"),
+        ("a.json", "[" * 100_000, "a.json: not readable: brackets"),
         ("a.yaml", "datasets:\n- json_path: [", "a.yaml:2: not YAML"),
         ("a.yaml", "datasets: [{json_path: lost.jsonl}]", "No such file or directory: .*lost.jsonl"),
         ("a.jsonl", None, "No such file or directory: .*a.jsonl"),

@@ -33,11 +33,12 @@ def parts_of(folder):
 
 
 def count_right(prediction) -> dict[str, float]:
-    """How many tokens of the answers are the likeliest ones, and of how many."""
+    """How many tokens of the answers are the likeliest ones, of how many, and which are the likeliest, added up."""
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     likeliest, labels = logits[:, :-1].argmax(-1), prediction.label_ids[:, 1:]
     learned = labels != IGNORED
-    return {"right": float((likeliest == labels)[learned].sum()), "asked": float(learned.sum())}
+    right = (likeliest == labels)[learned]
+    return {"right": float(right.sum()), "asked": float(learned.sum()), "sum": float(likeliest[learned].sum())}
 
 
 def evaluate(folder, out) -> dict[str, float]:
@@ -55,14 +56,21 @@ def evaluate(folder, out) -> dict[str, float]:
 def evaluate_on_a_rank(rank: int, folder, out, alone) -> None:
     give_up_after(120)
     together = evaluate(folder, out)
-    for name in ("eval_right", "eval_asked"):
+    for name in ("eval_right", "eval_asked", "eval_sum"):
         assert together[name] == alone[name], f"{name} on process {rank}"
 
 
 def test_metrics_are_those_of_one_process_whatever_the_batches_hold(folder, tmp_path):
     alone = evaluate(folder, tmp_path / "alone")
-    _, records, collator = parts_of(folder)
+    model, records, collator = parts_of(folder)
     assert alone["eval_asked"] == (collator(records)["labels"][:, 1:] != IGNORED).sum()
+    likeliest = 0
+    with torch.no_grad():
+        for record in records:
+            one = collator([record])
+            learned = one["labels"][:, 1:] != IGNORED
+            likeliest += model.eval()(**one).logits[:, :-1].argmax(-1)[learned].sum()
+    assert alone["eval_sum"] == likeliest
     run_on_two_ranks(evaluate_on_a_rank, tmp_path, folder, tmp_path / "out", alone)
 
 

@@ -94,7 +94,7 @@ def test_texts_in_a_continuous_batch_are_answered_one_by_one_and_no_placeholder_
 
 def test_media_in_a_continuous_batch_are_refused_by_name():
     model = random_model(tiny_config())
-    with pytest.raises(ValueError, match=r"is for text alone; got pixel_values_videos\. Ask .* with `generate`"):
+    with pytest.raises(ValueError, match=r"is for text only; got pixel_values_videos\. Use `generate` for"):
         continuous(model, TEXTS, pixel_values_videos=torch.rand(1, 3, 33, 33))
     with pytest.raises(ValueError, match=r"got placeholders in `inputs\[1\]`"):
         continuous(model, [[3], [4, model.config.image_token_id]])

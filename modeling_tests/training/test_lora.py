@@ -120,7 +120,7 @@ def test_overrides_are_pefts_own_fields():
 
 def test_a_missing_peft_is_named_with_the_extra_that_brings_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match=r"transformers_crosslmm\[train\]"):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[train\]"'):
         crosslmm_lora_config()
 
 

@@ -97,7 +97,7 @@ def test_a_table_of_chats_of_both_forms_gives_the_chat_of_either():
         (record("What?"), "nothing to learn"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "got 'robot'"),
         ({"conversations": [{"from": "gpt", "value": 3}]}, "a string or a list of parts; got int"),
-        ({"conversations": ["x"]}, "a turn is an object"),
+        ({"conversations": ["x"]}, "a turn must be an object"),
         ({"messages": [{"role": "user", "content": [{"type": "sound"}]}]}, "got 'sound'"),
         (record("<image>", "A.", image="a", images=["b"]), "got both"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "0 images and 0 videos for 1 places"),
@@ -124,31 +124,31 @@ def test_a_name_that_leads_out_of_the_media_folder_is_refused(name, tmp_path):
         {"messages": [{"role": "user", "content": [{"type": "video", "path": name}]}]},
     ):
         written.setdefault("messages", []).append({"role": "assistant", "content": "A."})
-        with pytest.raises(UnusableSample, match="lies outside"):
+        with pytest.raises(UnusableSample, match="is outside"):
             encode_chat(tiny_processor(), written, media_root=root)
 
 
 @pytest.mark.parametrize("name", ["https://example.com/a.mp4", "data:video/mp4;base64,AAAA", "a\0b", "x" * 5000, ""])
 def test_a_name_is_never_anything_but_a_file(name, tmp_path):
-    with pytest.raises(UnusableSample, match=r"no file|no name of a file"):
+    with pytest.raises(UnusableSample, match=r"no file|not a file's name"):
         encode_chat(tiny_processor(), video_record(name), media_root=tmp_path)
 
 
 @pytest.mark.parametrize(
     ("part", "reason"),
     [
-        ({"type": "image", "base64": "{media}/picture.png"}, "`base64` of a medium is no base64"),
-        ({"type": "video", "base64": "file://{media}/three.mp4"}, "`base64` of a medium is no base64"),
-        ({"type": "image", "base64": 3}, "`base64` of a medium is no base64"),
+        ({"type": "image", "base64": "{media}/picture.png"}, "`base64` of a medium is not base64"),
+        ({"type": "video", "base64": "file://{media}/three.mp4"}, "`base64` of a medium is not base64"),
+        ({"type": "image", "base64": 3}, "`base64` of a medium is not base64"),
         ({"type": "image", "bytes": "{media}/picture.png"}, "`bytes` of a medium is text"),
         ({"type": "video", "array": "{media}/three.mp4"}, "`array` of a medium is text"),
         ({"type": "video", "url": "file://{media}/three.mp4"}, "a `url` is never fetched"),
         ({"type": "image_url", "image_url": {"url": "{media}/picture.png"}}, "a `url` is never fetched"),
-        ({"type": "image", "image": {"base64": "{media}/picture.png"}}, "`base64` of a medium is no base64"),
+        ({"type": "image", "image": {"base64": "{media}/picture.png"}}, "`base64` of a medium is not base64"),
         ({"type": "image", "image": {"url": "{media}/picture.png"}}, "a `url` is never fetched"),
         ({"type": "video", "video": [{"bytes": "{media}/picture.png"}]}, "`bytes` of a medium is text"),
-        ({"type": "video", "video": ["../secret.png", "picture.png"]}, "lies outside"),
-        ({"type": "video", "video": "file:///etc/hostname"}, "lies outside"),
+        ({"type": "video", "video": ["../secret.png", "picture.png"]}, "is outside"),
+        ({"type": "video", "video": "file:///etc/hostname"}, "is outside"),
         ({"type": "image", "path": "picture.png", "max_pixels": 9}, "an image has no options; got max_pixels"),
         ({"type": "video", "path": "three.mp4", "resized_height": 9}, "a video takes num_frames.*got resized_height"),
         ({"type": "video", "video": {"path": "three.mp4", "crop": 1}}, "got crop"),
@@ -237,8 +237,8 @@ def test_where_a_record_has_turns_of_its_own_its_segments_are_not_asked_about(me
 
 @pytest.mark.parametrize(
     "segment",
-    [[1, 2], [2, 1, "x"], [-1, 2, "x"], [0, math.inf, "x"], [math.nan, 1, "x"], [0, 1, " "], [0, 1, 2], ["0", 1, "x"], 3,
-     {"start": 0, "text": "x"}],
+    [[1, 2], [2, 1, "x"], [-1, 2, "x"], [0, math.inf, "x"], [math.nan, 1, "x"], [0, 1, " "], [0, 1, 2], ["0", 1, "x"],
+     3, {"start": 0, "text": "x"}],
     ids=str,
 )  # fmt: skip
 def test_a_segment_that_is_none_is_refused(segment):
@@ -414,9 +414,9 @@ def test_a_mixture_takes_what_its_strategies_say(tmp_path):
     ("text", "reason"),
     [
         ("datasets: []", "at least one entry"),
-        ("- json_path: a.jsonl", "has a list `datasets`"),
-        ("datasets: [{path: a.jsonl}]", "has `json_path`"),
-        ("datasets: [{json_path: 3}]", "is a file's name; got 3"),
+        ("- json_path: a.jsonl", "must have a list `datasets`"),
+        ("datasets: [{path: a.jsonl}]", "must have `json_path`"),
+        ("datasets: [{json_path: 3}]", "must be a file's name; got 3"),
         ("datasets: [{json_path: a.jsonl, sampling_strategy: 'some:3'}]", "first, end or random"),
         ("datasets: [{json_path: a.jsonl, sampling_strategy: 'first:4'}]", "takes 4 of 3"),
         ("datasets: [{json_path: a.jsonl, sampling_strategy: 'first:0'}]", "takes 0 of 3"),
@@ -448,7 +448,7 @@ def test_deep_yaml_is_refused(text, tmp_path):
 
 def test_an_entry_of_a_mixture_that_is_wrong_is_not_printed_whole(tmp_path):
     (tmp_path / "mix.yaml").write_text(f"datasets: [{{json_path: a.jsonl, other: {'x' * 100_000}}}]")
-    with pytest.raises(ValueError, match="has `json_path`") as caught:
+    with pytest.raises(ValueError, match="must have `json_path`") as caught:
         load_records(tmp_path / "mix.yaml")
     assert len(str(caught.value)) < 500
 

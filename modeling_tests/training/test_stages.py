@@ -132,7 +132,7 @@ def test_a_frozen_branch_of_random_weights_must_be_closed():
     """Stage 1 of a model that begins with open gates."""
     open_gates = CrossLMMForConditionalGeneration(tiny_config(text_config={"gate_init": 0.7}))
     train_only(open_gates, ["projector", "v2v"])
-    with pytest.raises(ValueError, match=r"T2V is frozen .* `gate_init` 0\.7\. Begin with gates of 0"):
+    with pytest.raises(ValueError, match=r"T2V is frozen .* `gate_init` 0\.7\. Start with gates of 0"):
         refuse_random_branches(open_gates)
     train_only(open_gates, ["projector", "v2v", "t2v"])
     refuse_random_branches(open_gates)
@@ -204,7 +204,7 @@ MISTAKES = {
     "cut short": ("gate_learning: 1", 2, "no option --gate_learning; did you mean --gate_learning_rate?"),
     "type": ("learning_rate: fast", 2, "--learning_rate/--learning-rate: invalid float value: 'fast'"),
     "choice": ("unusable: drop", 2, "invalid choice: 'drop'"),
-    "nothing to train": ("max_steps: 3", 2, "say --model and --train_data, in the recipe or behind it"),
+    "nothing to train": ("max_steps: 3", 2, "give --model and --train_data, in the recipe or after it"),
     "not YAML": ("fps: 1\ntrained_parts: [v2v", 1, "recipe.yaml:2: not YAML: expected ',' or ']'"),
     "no options": ("- fps", 1, "must hold options and their values; got list"),
 }
@@ -262,7 +262,7 @@ def test_a_shipped_recipe_runs_as_it_is_on_a_cpu(recipe, run_folder, tmp_path, m
 def test_a_run_of_a_few_steps_says_what_to_change(run_folder, tmp_path, caplog):
     options = {"max_steps": -1, "num_train_epochs": 2, "global_batch_size": 4, "save_strategy": "no"}
     train(arguments_of(run_folder, tmp_path, **options))
-    assert "8 records, 2 times, 4 samples a step: the run makes 4 steps" in caplog.text
+    assert "8 records, 2 epochs, 4 samples a step: the run makes 4 steps" in caplog.text
     assert "Lower `global_batch_size`, or raise `num_train_epochs`" in caplog.text
 
 
@@ -321,7 +321,7 @@ def test_a_stopped_run_does_not_go_on_with_other_rates_or_with_the_moments_of_ot
     options = {"trained_parts": ["projector", "v2v"], "learning_rate": 1e-3}
     train(arguments_of(run_folder, tmp_path, **options))
     for change in ({"trained_parts": ["projector", "t2v"]}, {"learning_rate": 1e-4}):
-        with pytest.raises(ValueError, match=r"not what it was in .*checkpoint-4[^$]*as `model`"):
+        with pytest.raises(ValueError, match=r"same rates as in .*checkpoint-4[^$]*as `model`"):
             train(arguments_of(run_folder, tmp_path, **(options | change)))
     begun_anew = {"model": str(tmp_path / "checkpoint-4"), "trained_parts": ["projector", "t2v"]}
     assert len(losses(train(arguments_of(run_folder, tmp_path / "new", **begun_anew)))) == 4

@@ -1,4 +1,4 @@
-"""CrossLMM for Hugging Face Transformers: import it, and the Auto classes and `pipeline` know the model."""
+"""CrossLMM for Hugging Face Transformers. The import registers the model with the Auto classes and `pipeline`."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from .video_decoding import VideoDecodeWarning, VideoError, VideoLimits, decode_
 from .video_processing_crosslmm import CrossLMMVideoProcessor  # noqa: E402
 
 TINY_CHECKPOINT = Path(__file__).parent / "tiny" / "crosslmm-tiny"
-"""Folder of the small trained checkpoint that comes with the package."""
+"""Folder of the small trained checkpoint in the package."""
 
 warn_of_untested_release()
 
@@ -43,7 +43,7 @@ AutoConfig.register("crosslmm", CrossLMMConfig, exist_ok=True)
 AutoModel.register(CrossLMMConfig, CrossLMMModel, exist_ok=True)
 AutoModelForImageTextToText.register(CrossLMMConfig, CrossLMMForConditionalGeneration, exist_ok=True)
 AutoModelForMultimodalLM.register(CrossLMMConfig, CrossLMMForConditionalGeneration, exist_ok=True)
-# By the class's name a Trainer tells whose labels it has to shift for label smoothing.
+# A Trainer looks up the class name here to know that it must shift labels for label smoothing.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["crosslmm"] = CrossLMMForConditionalGeneration.__name__
 AutoProcessor.register(CrossLMMConfig, CrossLMMProcessor, exist_ok=True)
 AutoVideoProcessor.register(CrossLMMConfig, CrossLMMVideoProcessor, exist_ok=True)

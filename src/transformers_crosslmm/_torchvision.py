@@ -1,4 +1,4 @@
-"""Keeps a broken torchvision from taking Transformers with it. Nothing here needs torchvision."""
+"""Prevents a broken torchvision from breaking Transformers. The package does not need torchvision."""
 
 import importlib.util
 import sys
@@ -6,10 +6,10 @@ import warnings
 
 
 def hide_broken_torchvision() -> None:
-    """Hides an installed torchvision that does not import (one built for another torch, mostly), with one warning.
+    """Hides an installed torchvision that cannot be imported (usually built for another torch), with one warning.
 
-    Transformers asks only whether it is installed, and then fails wherever it imports it: in processors, pipelines and
-    most models.
+    Transformers checks only whether torchvision is installed, and then fails at its imports in processors, pipelines
+    and most models.
     """
     if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
         return
@@ -21,10 +21,11 @@ def hide_broken_torchvision() -> None:
         sys.modules["torchvision"] = None  # type: ignore[assignment]
         import_utils = sys.modules.get("transformers.utils.import_utils")
         for check in ("is_torchvision_available", "is_torchvision_v2_available", "is_torchvision_greater_or_equal"):
-            if import_utils is not None and hasattr(getattr(import_utils, check, None), "cache_clear"):
-                getattr(import_utils, check).cache_clear()
+            cached = getattr(import_utils, check, None)
+            if hasattr(cached, "cache_clear"):
+                cached.cache_clear()
         warnings.warn(
-            f"The installed torchvision does not work with this torch ({error}); going on as if there were none. "
+            f"The installed torchvision does not work with this torch ({error}) and is ignored. "
             "Uninstall it, or install the build that matches torch.",
             stacklevel=3,
         )

@@ -1,10 +1,10 @@
 """Which tokens attend to which patches, and the attention itself.
 
-Everything is packed: queries are rows of the flattened hidden states, keys are the patches of all media one after the
-other, and a segment says which queries attend to which stretch of keys. No (queries x keys) mask is ever built.
+Queries and keys are packed: queries are rows of the flattened hidden states, keys are the concatenated patches of all
+media, and a segment lists queries that attend to the same patches. No (queries x keys) mask is built.
 
-Nothing here is causal, so the query heads that share a key head are further rows that attend to the same keys:
-`packed_attention` folds them into rows, and kernels see plain multi-head attention without repeated keys or values.
+The attention is not causal, so query heads that share a key head can be treated as further rows: `packed_attention`
+folds grouped query heads into rows, and kernels see plain multi-head attention without repeated keys or values.
 
 Shapes: Q packed queries, P packed patches, H query heads, G key/value heads, E head width, D vision width.
 """
@@ -21,15 +21,15 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from .vision_crosslmm import TokenNorm
 
-# Stretches [start, end) of the packed patches, ascending and not adjacent.
+# Ranges [start, end) of the packed patches, ascending and not adjacent.
 Span = tuple[tuple[int, int], ...]
 
 CHUNK_BYTES = 2**26
-"""Most bytes of keys and values, or of scores, that inference makes at once; longer videos go piece by piece."""
+"""Most bytes of keys and values, or of scores, that inference computes at once; longer videos are split."""
 
 
 def merge_span(pieces: list[tuple[int, int]]) -> Span:
-    """Joins stretches that follow each other, so that most spans are one view of the keys."""
+    """Merges adjacent ranges, so that most spans are one view of the keys."""
     merged: list[tuple[int, int]] = []
     for start, end in pieces:
         if merged and merged[-1][1] == start:
@@ -41,31 +41,32 @@ def merge_span(pieces: list[tuple[int, int]]) -> Span:
 
 @dataclass(frozen=True)
 class Segments:
-    """Queries that attend to the same patches, segment by segment.
+    """Packed queries, grouped into segments that attend to the same patches.
 
     queries: (Q,) rows of the flattened (batch x length) hidden states, in segment order.
     lengths: queries of each segment; sums to Q.
     spans: the patches that each segment attends to.
-    is_placeholder: the update is multiplied by zero; it only keeps distributed ranks in step.
+    is_placeholder: the update is multiplied by zero; the segment only keeps distributed ranks in step.
     """
 
     queries: torch.Tensor
     lengths: tuple[int, ...]
     spans: tuple[Span, ...]
     is_placeholder: bool = False
-    _ends: dict[tuple, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
-    _pieces: dict[int, list[tuple[int, int, "Segments"]]] = field(default_factory=dict, repr=False, compare=False)
-    _moved: dict[torch.device, "Segments"] = field(default_factory=dict, repr=False, compare=False)
+    # Caches for these queries, lengths and spans; `replace` does not copy them.
+    _ends: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _pieces: dict[int, list] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _moved: dict[torch.device, "Segments"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def placeholder(cls, num_patches: int, device: torch.device) -> "Segments":
-        """Row 0 attends to all patches, and its update is multiplied by zero."""
+        """Builds a segment in which row 0 attends to all patches; its update is multiplied by zero."""
         queries = torch.zeros(1, dtype=torch.long, device=device)
         return cls(queries, (1,), (((0, num_patches),),), is_placeholder=True)
 
     @classmethod
     def build(cls, groups: dict[Span, list[int]], device: torch.device) -> "Segments | None":
-        """Segments of rows grouped by the patches they attend to; None when no row attends to any."""
+        """Builds segments from rows grouped by the patches they attend to; None if no row attends to any."""
         groups = {span: rows for span, rows in groups.items() if span and rows}
         if not groups:
             return None
@@ -77,41 +78,40 @@ class Segments:
         )
 
     def to(self, device: torch.device) -> "Segments":
-        """The same with `queries` on a device. Kept, because every layer there asks for the same."""
+        """These segments with `queries` on a device; cached, because every layer on that device needs them."""
         if self.queries.device == device:
             return self
         moved = self._moved.get(device)
         if moved is None:
-            moved = replace(self, queries=self.queries.to(device), _moved={})
+            moved = replace(self, queries=self.queries.to(device))
             if not torch.compiler.is_compiling():
                 self._moved[device] = moved
         return moved
 
     def ends(self, lengths: list[int]) -> torch.Tensor:
-        """Where stretches of these lengths end, 0 first, on the device of the queries. Kept, because layers and steps
-        ask for the same again, and every upload makes the GPU wait."""
-        key = (*lengths, self.queries.device)
-        ends = self._ends.get(key)
+        """Cumulative sums of `lengths`, beginning with 0, on the device of the queries; cached, because layers and
+        steps need the same sums and every upload makes the GPU wait."""
+        ends = self._ends.get(tuple(lengths))
         if ends is None:
             sums = [0, *accumulate(lengths)]
             ends = torch.tensor(sums, dtype=torch.int32, device=self.queries.device)
-            if not torch.compiler.is_compiling():  # what a CUDA graph has made must not outlive it
-                self._ends[key] = ends
+            if not torch.compiler.is_compiling():  # a tensor made by a CUDA graph must not outlive the graph
+                self._ends[tuple(lengths)] = ends
         return ends
 
     def patch_range(self) -> tuple[int, int]:
-        """The stretch [first, last) of patches that all spans lie in."""
+        """The smallest range [first, last) of patches that contains all spans."""
         stretches = [stretch for span in self.spans for stretch in span]
         return min(start for start, _ in stretches), max(end for _, end in stretches)
 
     @property
     def is_nested(self) -> bool:
-        """Whether many spans begin at one patch and end at another, as those of scope "causal" do."""
+        """Whether there are many spans and most share a first patch, as with scope "causal"."""
         return len(self.spans) > 8 and len({span[0][0] for span in self.spans}) < len(self.spans) // 2
 
     def clip_to_patches(self, first: int, last: int) -> "Segments":
-        """The same for the patches [first, last) alone, counted from `first`. A segment that attends to none of them
-        has an empty span. Neighbours that attend to the same are one segment."""
+        """Restricts the segments to the patches [first, last), renumbered from 0. A segment that attends to none of
+        them has an empty span. Adjacent segments with equal spans are merged."""
         lengths: list[int] = []
         spans: list[Span] = []
         for length, span in zip(self.lengths, self.spans, strict=True):
@@ -121,11 +121,11 @@ class Segments:
             else:
                 lengths.append(length)
                 spans.append(seen)
-        return replace(self, lengths=tuple(lengths), spans=tuple(spans), _ends={}, _pieces={}, _moved={})
+        return replace(self, lengths=tuple(lengths), spans=tuple(spans))
 
     def pieces(self, patches_at_once: int) -> list[tuple[int, int, "Segments"]]:
-        """All patches of the segments, so many at a time: [first, last) and `clip_to_patches` of it. Kept, because
-        every layer asks for the same."""
+        """Splits the segments into pieces of at most `patches_at_once` patches: (first, last, the segments clipped to
+        [first, last)). Cached, because every layer needs the same pieces."""
         if patches_at_once not in self._pieces:
             first, last = self.patch_range()
             starts = range(first, last, patches_at_once)
@@ -135,7 +135,7 @@ class Segments:
 
 
 def take_span(patches: torch.Tensor, span: Span) -> torch.Tensor:
-    """The patches of a span along dim 0: a view when the span is one stretch."""
+    """Selects the patches of a span along dim 0: a view if the span is one range."""
     if len(span) == 1:
         return patches[span[0][0] : span[0][1]]
     return torch.cat([patches[start:end] for start, end in span])
@@ -153,16 +153,16 @@ def packed_attention(
     value: torch.Tensor,
     segments: Segments,
 ) -> torch.Tensor:
-    """Attention of packed queries over packed keys.
+    """Computes attention of packed queries over packed keys, never causal (Eq. 2, 3).
 
     attention: the implementation that the config names. query (Q, H, E), key and value (P, G, E); returns (Q, H, E).
-    Never causal (Eq. 2, 3).
     """
     is_varlen = is_flash_attention_requested(module.config)
     outputs = []
     for rows, lengths, spans in _runs(segments, may_differ=is_varlen):
         queries = query[rows]
-        keys, values = _keys_of_run(key, value, spans)
+        span = merge_span([stretch for span in spans for stretch in span])
+        keys, values = take_span(key, span), take_span(value, span)
         extra = {}
         count = len(lengths)
         if is_varlen:
@@ -174,7 +174,7 @@ def packed_attention(
                 "max_length_q": max(lengths),
                 "max_length_k": max(key_lengths),
             }
-            queries = queries[None].transpose(1, 2)  # such kernels share keys among heads themselves
+            queries = queries[None].transpose(1, 2)  # varlen kernels share keys among heads themselves
         else:
             queries = _heads_as_rows(queries, count, key.shape[1])
         output, _ = attention(
@@ -199,10 +199,10 @@ def attention_piece_by_piece(
     *,
     patches_at_once: int,
 ) -> torch.Tensor:
-    """The same attention when the keys and values of all patches would be too many to hold: they are projected for
-    some patches at a time, and the results are merged by their log-sum-exp. For inference.
+    """Computes the same attention with bounded memory, for inference: projects the keys and values of some patches at
+    a time and merges the results by their log-sum-exp.
 
-    keys_values: a stretch of patches, [start, end), to two of (end - start, G, E). query (Q, H, E); returns (Q, H, E).
+    keys_values: maps patches [start, end) to keys and values, (end - start, G, E) each. query and result: (Q, H, E).
     """
     precise = torch.promote_types(query.dtype, torch.float32)
     merged = query.new_zeros(query.shape, dtype=precise)
@@ -229,8 +229,8 @@ def attention_piece_by_piece(
 class Batch:
     """One call of a kernel: `count` blocks of queries, each with a block of keys of its own.
 
-    rows: the packed queries, and span: the patches, that are split into as many blocks as `count` says.
-    first_query: the queries of each block before this one take no part. keys: so many patches of each block do.
+    rows: the packed queries, and span: the patches; both are split into `count` blocks of equal size.
+    first_query: index, within each block, of the first query used. keys: patches used of each block; None for all.
     """
 
     rows: slice
@@ -240,16 +240,16 @@ class Batch:
     keys: int | None = None
 
     def take(self, packed: torch.Tensor) -> torch.Tensor:
-        """Its rows (count, queries, …) of a packed tensor: a view."""
+        """Selects this batch's rows of a packed tensor, as a view (count, queries, …)."""
         return packed[self.rows].unflatten(0, (self.count, -1))[:, self.first_query :]
 
 
 def _batches(segments: Segments) -> Iterator[Batch]:
-    """Batches that together show every query each patch of its span once.
+    """Yields batches in which, together, every query attends to each patch of its span once.
 
-    Spans that grow by equal steps from one start, as the frames of a video with scope "causal", do not take a call
-    each: all see what lies before the first step, each sees its own step, and then, for 1, 2, 4, … steps, the second
-    half of every pair of such blocks sees the first half. About log2(n) calls serve n segments.
+    n spans that grow by equal steps from one start (the frames of a video with scope "causal") take about 2·log2(n)
+    calls instead of n: all attend to the patches before the first step, each attends to its own step, and then, for
+    blocks of 1, 2, 4, … steps, the second half of every pair of blocks attends to the first half.
     """
     runs = list(_runs(segments, may_differ=False))
     at = 0
@@ -274,7 +274,7 @@ def _batches(segments: Segments) -> Iterator[Batch]:
                 whole = 2 * width * pairs
                 span = ((first, first + whole * step),)
                 yield Batch(slice(row, row + whole * length), span, pairs, width * length, width * step)
-            if rest > width:  # a pair whose second half is not whole
+            if rest > width:  # the last pair has an incomplete second half
                 begin = (count - rest) * step + first
                 rows = slice(row + (count - rest + width) * length, row + count * length)
                 yield Batch(rows, ((begin, begin + width * step),))
@@ -282,7 +282,7 @@ def _batches(segments: Segments) -> Iterator[Batch]:
 
 
 def _num_growing(runs: list[tuple[slice, list[int], list[Span]]], at: int) -> int:
-    """How many runs from `at` on are one segment each, of one length, with spans that grow by equal steps."""
+    """Counts the runs from `at` on that are one segment each, of equal length, with spans that grow by equal steps."""
     previous, step, first = 0, 0, runs[at]
     for count, (_, lengths, spans) in enumerate(islice(runs, at, None)):
         (start, end), *more = spans[0] or ((0, 0),)
@@ -301,14 +301,14 @@ def _num_growing(runs: list[tuple[slice, list[int], list[Span]]], at: int) -> in
 def _attention_with_weight(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention (B, G, R, E) of R rows, and the log-sum-exp of their scores (B, G, R, 1)."""
+    """Computes attention (B, G, R, E) of R rows, and the log-sum-exp of their scores (B, G, R, 1)."""
     if query.device.type == "cpu":
         output, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scaling)
     elif (
         query.is_cuda
         and query.shape[-1] % 8 == 0
         and can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, False))
-    ):  # in half precision, up to a width, and not on every GPU
+    ):  # half precision and limited head width, on GPUs that support it
         output, weight, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scaling)
     else:
         rows = max(1, CHUNK_BYTES // (4 * key.shape[:3].numel()))
@@ -321,14 +321,14 @@ def _attention_with_weight(
 def _plain_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in plain operations, in float32 or better: attention (…, R, E) and log-sum-exp (…, R, 1)."""
+    """Computes attention (…, R, E) and log-sum-exp (…, R, 1) in plain operations, in float32 or better."""
     shares, mass, weight = _shares(_product(query, key.mT).mul_(scaling))
     return _product(shares.to(value.dtype), value) / mass, weight
 
 
 def _product(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """The matrix product of tensors (…, n, k) and (…, k, m) of one dtype, summed and returned in float32 or better: in
-    half precision scores would round, and sums over many patches overflow."""
+    """Multiplies matrices (…, n, k) and (…, k, m) of one dtype; sums and returns in float32 or better, because in half
+    precision scores would be rounded and sums over many patches would overflow."""
     precise = torch.promote_types(one.dtype, torch.float32)
     if one.dtype == precise or _is_converted(one):
         return one.to(precise) @ other.to(precise)
@@ -337,16 +337,16 @@ def _product(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def _is_converted(tensor: torch.Tensor) -> bool:
-    """Whether `_product` makes a copy in float32: half precision, and no product that sums in float32."""
+    """Whether `_product` copies the tensor to float32: half precision, on a device without such a product."""
     return tensor.dtype.itemsize < 4 and not tensor.is_cuda
 
 
 def _attention_over_tokens(
     query: torch.Tensor, tokens: torch.Tensor, norm: TokenNorm | None, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_plain_attention` of (R, D) over tokens (P, D) as keys and values, as if `norm` were applied to them. With m
-    the mean over D, q . (x - m(x)) = (q - m(q)) . x, so the queries are centred and the scores scaled instead of the
-    tokens, and the result is centred likewise."""
+    """Computes `_plain_attention` of (R, D) over tokens (P, D) as keys and values, as if `norm` were applied to them.
+    With m the mean over D, q . (x - m(x)) = (q - m(q)) . x, so the queries are centred and the scores scaled instead
+    of the tokens; the result is centred in the same way."""
     query, tokens = query[None], tokens[None]
     if norm is None:
         attended, weight = _plain_attention(query, tokens, tokens, scaling)
@@ -366,8 +366,8 @@ def _attention_over_tokens(
 
 
 def _shares(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A softmax in parts, of scores (…, P) that it overwrites: the unnormalised share of each patch, their sum (…, 1)
-    and the log-sum-exp (…, 1)."""
+    """Computes the parts of a softmax and overwrites `scores` (…, P): the unnormalised share of each patch, the sum of
+    the shares (…, 1) and the log-sum-exp (…, 1)."""
     highest = scores.detach().amax(-1, keepdim=True)
     shares = scores.sub_(highest).exp_()
     mass = shares.sum(-1, keepdim=True)
@@ -377,32 +377,27 @@ def _shares(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 def _merge(
     one: torch.Tensor, one_weight: torch.Tensor, other: torch.Tensor, other_weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over two sets of keys together, from the attention over each and its log-sum-exp (…, 1)."""
+    """Merges the attention over two sets of keys, each given with its log-sum-exp (…, 1)."""
     weight = torch.logaddexp(one_weight, other_weight)
     return one * (one_weight - weight).exp() + other * (other_weight - weight).exp(), weight
 
 
 def _heads_as_rows(query: torch.Tensor, count: int, groups: int) -> torch.Tensor:
-    """(count x q, H, E) to (count, G, H/G x q, E)."""
+    """Folds query heads into rows: (count x q, H, E) to (count, G, H/G x q, E)."""
     return query.view(count, -1, groups, query.shape[1] // groups, query.shape[2]).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
 
 def _rows_as_heads(attended: torch.Tensor, heads: int) -> torch.Tensor:
-    """(count, G, H/G x q, …) back to (count x q, H, …)."""
+    """Reverses `_heads_as_rows`: (count, G, H/G x q, …) to (count x q, H, …)."""
     count, groups, _, width = attended.shape
     return attended.reshape(count, groups, heads // groups, -1, width).permute(0, 3, 1, 2, 4).reshape(-1, heads, width)
 
 
-def _keys_of_run(key: torch.Tensor, value: torch.Tensor, spans: list[Span]) -> tuple[torch.Tensor, torch.Tensor]:
-    span = merge_span([stretch for span in spans for stretch in span])
-    return take_span(key, span), take_span(value, span)
-
-
 def _runs(segments: Segments, *, may_differ: bool) -> Iterator[tuple[slice, list[int], list[Span]]]:
-    """Runs of segments whose keys lie side by side, so that one call serves them without a copy: the packed queries of
-    the run, how many each segment has, and the span of each.
+    """Yields runs of segments whose keys are adjacent, so that one call can serve a run without copying keys: the
+    packed queries of the run, the number of queries of each segment, and the span of each segment.
 
-    may_differ: whether segments of different lengths share a call; otherwise a run is a batch.
+    may_differ: whether segments of different lengths can share a run; otherwise a run is a batch of equal sizes.
     """
     runs: list[tuple[list[int], list[Span]]] = []
     for length, span in zip(segments.lengths, segments.spans, strict=True):
@@ -425,7 +420,7 @@ def _runs(segments: Segments, *, may_differ: bool) -> Iterator[tuple[slice, list
 class Folding:
     """The key and value projections of a branch as tensors: key (G, E, D), value (G, D, E), value_bias (G, E).
 
-    The projections are called, not read, so adapters, quantised and offloaded weights answer for themselves.
+    `of` calls the projection modules instead of reading weights, so adapters, quantisation and offloading still apply.
     """
 
     key: torch.Tensor
@@ -436,7 +431,7 @@ class Folding:
     def of(
         cls, keys_values: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], states: torch.Tensor
     ) -> "Folding":
-        """keys_values: tokens (P, D) to keys and values (P, G, E), an affine map. states: of the width and dtype."""
+        """keys_values: an affine map of tokens (P, D) to keys and values (P, G, E). states: gives width and dtype."""
         width = states.shape[-1]
         basis = states.new_zeros(width + 1, width).fill_diagonal_(1)
         key, value = keys_values(basis)  # (D + 1, G, E), the images of the basis and of 0
@@ -450,18 +445,18 @@ class Folding:
 def folded_attention(
     query: torch.Tensor,
     stored_tokens: Callable[[int, int], tuple[torch.Tensor, TokenNorm | None]],
-    folding: "Folding",
+    folding: Folding,
     scaling: float,
     segments: Segments,
     *,
     patches_per_frame: int,
 ) -> torch.Tensor:
-    """The same attention without keys or values: W_k is folded into the query; W_v is applied to the attention output.
+    """Computes attention without keys or values: W_k is folded into the query; W_v is applied to the attention output.
 
-    stored_tokens: a stretch of patches in whole frames, [start, end), to tokens (end - start, D) and the normalisation
-    still to be applied to them. query (Q, H, E); returns (Q, H, E). With k = x W_k + b_k and v = x W_v + b_v:
-    q . k = (W_k q) . x + q . b_k, whose second term is the same for all patches and so changes no softmax, and
-    sum p v = (sum p x) W_v + b_v. One copy of the tokens serves every layer, read twice.
+    stored_tokens: maps patches [start, end), whole frames, to tokens (end - start, D) and the normalisation still to
+    be applied to them. query (Q, H, E); returns (Q, H, E). With k = x W_k + b_k and v = x W_v + b_v:
+    q . k = (W_k q) . x + q . b_k, whose second term is the same for all patches and so does not change the softmax,
+    and sum p v = (sum p x) W_v + b_v. All layers share one copy of the tokens; each reads it twice.
     """
     groups = len(folding.key)
     grouped = query.unflatten(1, (groups, -1))  # (Q, G, H/G, E)
@@ -469,7 +464,7 @@ def folded_attention(
     outputs, row = [], 0
     for length, span in zip(segments.lengths, segments.spans, strict=True):
         queries = folded[row : row + length].flatten(0, 1)  # (length x H, D)
-        # On a CPU tokens in half precision become float32, so they count as well as the scores.
+        # On a CPU, tokens in half precision are converted to float32, so their size counts too.
         numbers = max(len(queries), folded.shape[-1] if _is_converted(folded) else 0)
         at_once = max(1, CHUNK_BYTES // (4 * numbers * patches_per_frame)) * patches_per_frame
         pieces = _cut(span, at_once)
@@ -483,8 +478,8 @@ def folded_attention(
 
 
 def _cut(span: Span, at_once: int) -> list[tuple[int, int]]:
-    """The stretches of a span, cut after every `at_once` patches. Compared, and not counted with `range`: a compiled
-    step then serves videos of other lengths too."""
+    """Cuts the ranges of a span after every `at_once` patches. The loop compares instead of using `range`, so that a
+    compiled step also serves videos of other lengths."""
     pieces = []
     for start, end in span:
         while end - start > at_once:

@@ -1,6 +1,6 @@
-"""What generation keeps of the media it has seen, and how it is stored in any Transformers cache.
+"""The visual memory that generation keeps, and its place in any Transformers cache.
 
-The patches of all media lie one after the other and never change; an index says which rows attend to which stretches.
+The patches of all media are concatenated and never change; an index says which rows attend to which ranges of them.
 Beams, selection, cropping and copies change the index and share the patches.
 
 Shapes: B rows, L tokens of a call, P patches of all media, N patches per frame, G key/value heads, E head width,
@@ -25,8 +25,8 @@ from .vision_crosslmm import TokenNorm
 class Medium:
     """One video or image of one row.
 
-    positions: where its placeholders stand in the sequence, frame by frame.
-    patches: its stretch of the packed patches.
+    positions: of its placeholders in the sequence, frame by frame.
+    patches: its range [first, last) of the packed patches.
     """
 
     positions: Sequence[int]
@@ -36,8 +36,8 @@ class Medium:
     def start(self) -> int:
         return self.positions[0]
 
-    def before(self, length: int) -> "Medium":
-        """The same medium where tokens from position `length` on are no longer placeholders."""
+    def crop(self, length: int) -> "Medium":
+        """Returns the medium without the placeholders at positions from `length` on."""
         if self.positions[-1] < length:
             return self
         return Medium([position for position in self.positions if position < length], self.patches)
@@ -45,10 +45,10 @@ class Medium:
 
 @dataclass(frozen=True)
 class PooledTokens:
-    """Pooled tokens whose placeholders a call, or the chunks of a prefill, still have to fill.
+    """Pooled tokens still to be written over their placeholders, by one call or by the chunks of a prefill.
 
-    tokens: (n, C). numbers: (B, columns), which of the tokens stands at a position, -1 where none does.
-    start: the position of the first column. is_in_order: every token stands once, in order.
+    tokens: (n, C). numbers: (B, columns), the index of the token for each position, -1 at other positions.
+    start: the position of the first column. is_in_order: each token is used once, in order.
     """
 
     tokens: torch.Tensor
@@ -61,10 +61,10 @@ class PooledTokens:
         return self.start + self.numbers.shape[1]
 
     def fill(self, inputs_embeds: torch.Tensor, position: int) -> torch.Tensor:
-        """`inputs_embeds` (B, L, C), whose first column is `position`, with the tokens at their placeholders."""
+        """Writes the tokens over their placeholders in `inputs_embeds` (B, L, C), whose first column is `position`."""
         first, length = position - self.start, inputs_embeds.shape[1]
         numbers = self.numbers[:, first : first + length].to(inputs_embeds.device)
-        numbers = F.pad(numbers, (0, length - numbers.shape[1]), value=-1)  # what was generated is text
+        numbers = F.pad(numbers, (0, length - numbers.shape[1]), value=-1)  # generated tokens are text
         is_filled = (numbers >= 0)[..., None]
         tokens = self.tokens.to(inputs_embeds)
         if self.is_in_order and first == 0 and length >= self.numbers.shape[1]:
@@ -72,23 +72,23 @@ class PooledTokens:
         return torch.where(is_filled, tokens[numbers.clamp(min=0)], inputs_embeds)
 
     def repeat_rows(self, times: int) -> "PooledTokens":
-        """For rows that are each repeated `times` times."""
+        """Repeats each row `times` times."""
         return PooledTokens(self.tokens, self.numbers.repeat_interleave(times, dim=0), self.start, is_in_order=False)
 
 
 @dataclass
 class VisualMemory:
-    """The media of a batch: their patches, and which row has which.
+    """The media of a batch: their patches, and the media of each row.
 
-    form: "kv" (layers keep T2V keys and values; `states` goes after prefill) or "features" (`states` stays).
+    form: "kv" (layers keep T2V keys and values; `states` is dropped after prefill) or "features" (`states` is kept).
     patches_per_frame, tokens_per_frame: N and s x s.
     rows: the media of each row, in the order in which they begin.
     states: (patches from `first_patch` on, D), the original tokens; None once no longer needed.
     norm: normalisation still to be applied to `states` before K and V; None if already applied.
-    frame_index: which frame of `states` each frame from `first_patch` on shows, where unchanged frames were left out;
-        None for its own. Patches are counted through all frames, so spans, rows and norm's codes know nothing of it.
+    frame_index: for each frame from `first_patch` on, its frame in `states` if unchanged frames were left out; None if
+        `states` has every frame. Patch numbers count all frames, so spans, rows and norm's codes do not depend on it.
     num_patches: patches seen so far, whether or not `states` still holds them.
-    pooled: tokens whose placeholders are still to be filled; None once the prompt has been seen.
+    pooled: tokens still to be written over their placeholders; None after the prompt.
     folding: per layer, the projections for decoding from features.
     is_placeholder: no row has media; one frame keeps distributed ranks in step, with weight zero.
     """
@@ -105,20 +105,20 @@ class VisualMemory:
     pooled: PooledTokens | None = None
     folding: dict[int, Folding] = field(default_factory=dict)
     is_placeholder: bool = False
-    _seen_by_all: dict[int, Segments | None] = field(default_factory=dict, repr=False)
+    _after_media: dict[int, Segments | None] = field(default_factory=dict, repr=False)
     _copies: dict[tuple[str, torch.device], tuple[Any, Any]] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo) -> "VisualMemory":
-        """A fork: an index of its own over the same patches."""
+        """Forks the memory: the fork has its own index and shares the patches."""
         fork = copy.copy(self)
         fork.rows = [list(media) for media in self.rows]
         fork.folding = dict(self.folding)
-        fork._seen_by_all, fork._copies = {}, dict(self._copies)
+        fork._after_media, fork._copies = {}, dict(self._copies)
         memo[id(self)] = fork
         return fork
 
     def append(self, new: "VisualMemory") -> None:
-        """Takes over the media of another memory of the same rows, which is empty afterwards."""
+        """Moves the media of another memory of the same rows into this one and leaves the other one empty."""
         assert new.states is not None
         if self.form == "features" and self.states is not None:
             if self.frame_index is not None or new.frame_index is not None:
@@ -135,7 +135,7 @@ class VisualMemory:
                 known.append(Medium(medium.positions, (start + self.num_patches, end + self.num_patches)))
         self.num_patches += new.num_patches
         self.pooled = new.pooled
-        self._seen_by_all.clear()
+        self._after_media.clear()
         new.clear()
 
     @property
@@ -149,7 +149,7 @@ class VisualMemory:
             self.pooled = None if self.pooled is None else self.pooled.repeat_rows(times)
 
     def end_call(self, length: int) -> None:
-        """Drops what later calls do not need, once the cache has seen `length` positions."""
+        """Drops tensors that later calls do not need, after the cache has seen `length` positions."""
         if self.pooled is not None and length >= self.pooled.end:
             self.pooled = None
         if self.form == "kv" and self.pooled is None:
@@ -157,19 +157,19 @@ class VisualMemory:
             self._copies.clear()
 
     def whole_frames(self, most: int) -> int:
-        """The patches, about `most`, of whole frames; of one at least."""
+        """Rounds a number of patches down to whole frames, at least one frame."""
         return max(1, most // self.patches_per_frame) * self.patches_per_frame
 
     def states_on(self, device: torch.device) -> torch.Tensor | None:
-        """`states` on a device; see `_on`."""
-        return self._on("states", device)
+        """`states` on a device; see `_copy_on`."""
+        return self._copy_on("states", device)
 
     def norm_on(self, device: torch.device) -> TokenNorm | None:
-        """`norm` on a device; see `_on`."""
-        return self._on("norm", device)
+        """`norm` on a device; see `_copy_on`."""
+        return self._copy_on("norm", device)
 
-    def _on(self, name: str, device: torch.device) -> Any:
-        """An attribute on a device. Layers on other devices share one copy for each, not made again in every step."""
+    def _copy_on(self, name: str, device: torch.device) -> Any:
+        """An attribute on a device. The copy for another device is made once and shared by its layers."""
         original = getattr(self, name)
         if original is None or original.device == device:
             return original
@@ -185,10 +185,10 @@ class VisualMemory:
         return torch.arange(len(self.states) // self.patches_per_frame, device=self.states.device)
 
     def stored_tokens(self, states: torch.Tensor, start: int, end: int) -> tuple[torch.Tensor, TokenNorm | None]:
-        """The patches [start, end), (end - start, D), and the normalisation still to be applied. Whole frames, where
-        there is one or unchanged frames were left out.
+        """The patches [start, end), (end - start, D), and the normalisation still to be applied to them. They must be
+        whole frames if there is a normalisation or unchanged frames were left out.
 
-        states: those of the memory, on the device where they are wanted.
+        states: those of this memory, on the device of the result.
         """
         start, end, norm = start - self.first_patch, end - self.first_patch, self.norm_on(states.device)
         if self.frame_index is None:
@@ -199,21 +199,21 @@ class VisualMemory:
         return tokens, None if norm is None else TokenNorm(norm.scale[shown], norm.codes[frames])
 
     def tokens(self, states: torch.Tensor, start: int, end: int) -> torch.Tensor:
-        """What K and V of the patches [start, end) are projected from; see `stored_tokens`."""
+        """The normalised patches [start, end), from which K and V are projected; see `stored_tokens`."""
         tokens, norm = self.stored_tokens(states, start, end)
         return tokens if norm is None else norm.apply(tokens)
 
     def select(self, indices: list[int]) -> None:
         """Row i becomes the former row `indices[i]`."""
         rows = [list(self.rows[index]) for index in indices]
-        if rows != self.rows:  # beams of one sample attend to the same, so reordering them mostly changes nothing
-            self._seen_by_all.clear()
+        if rows != self.rows:  # beams of one sample have the same media, so reordering them rarely changes anything
+            self._after_media.clear()
         self.rows = rows
 
     def crop(self, length: int) -> None:
-        """Forgets the media that begin at or after `length` positions. One that begins before keeps its patches, and
-        tokens that follow it from there on are text."""
-        self.rows = [[medium.before(length) for medium in media if medium.start < length] for media in self.rows]
+        """Removes the media that begin at or after position `length`. A medium that begins before it keeps all its
+        patches, and new tokens from `length` on are text."""
+        self.rows = [[medium.crop(length) for medium in media if medium.start < length] for media in self.rows]
         self.num_patches = max((medium.patches[1] for media in self.rows for medium in media), default=0)
         if self.states is not None:
             left = max(self.num_patches - self.first_patch, 0)
@@ -226,7 +226,7 @@ class VisualMemory:
                 self.norm = TokenNorm(self.norm.scale[:num_stored], self.norm.codes[:frames])
         if self.pooled is not None and length <= self.pooled.start:
             self.pooled = None
-        self._seen_by_all.clear()
+        self._after_media.clear()
         self._copies.clear()
 
     def clear(self) -> None:
@@ -234,13 +234,13 @@ class VisualMemory:
         self.states = self.norm = self.frame_index = self.pooled = None
         self.first_patch = self.num_patches = 0
         self.folding.clear()
-        self._seen_by_all.clear()
+        self._after_media.clear()
         self._copies.clear()
 
-    # Positions are Python numbers that differ from call to call: a graph of them could not be used twice.
+    # Positions are Python numbers that differ between calls, so a compiled graph could not be reused.
     @torch.compiler.disable
     def v2v_segments(self, start: int, length: int, scope: str, device: torch.device) -> Segments | None:
-        """Pooled tokens at positions [start, start + length) with the patches that `scope` lets them see (Eq. 6)."""
+        """Groups pooled tokens at positions [start, start + length) by the patches that `scope` allows (Eq. 6)."""
         groups: dict[Span, list[int]] = {}
         for row, media in enumerate(self.rows):
             offset = row * length - start
@@ -262,10 +262,10 @@ class VisualMemory:
     def t2v_segments(
         self, start: int, length: int, scope: str, is_token: torch.Tensor | None, device: torch.device
     ) -> Segments | None:
-        """Text among positions [start, start + length) with the patches of every medium that began before it; between
-        the frames of a medium, with scope "causal", of the frames before it only.
+        """Groups text tokens at positions [start, start + length) by the patches of every medium that began before
+        them; with scope "causal", text between a medium's frames attends to the frames before it only.
 
-        is_token: (B, length) on the CPU, False at padding, None when there is none.
+        is_token: (B, length) on the CPU, False at padding; None if there is no padding.
         """
         groups: dict[Span, list[int]] = {}
         for row, media in enumerate(self.rows):
@@ -273,42 +273,42 @@ class VisualMemory:
             for medium in media:
                 is_text[[p - start for p in medium.positions if start <= p < start + length]] = False
             columns = is_text.nonzero()[:, 0]
-            begins = sorted(self._what_begins(media, scope))
+            begins = sorted(self._visible_after(media, scope))
             begun = torch.searchsorted(torch.tensor([position for position, _ in begins]), columns + start)
             span: Span = ()
             known = 0
-            for count in begun.unique().tolist():
+            counts, lengths = (tensor.tolist() for tensor in begun.unique_consecutive(return_counts=True))
+            for count, columns_between in zip(counts, columns.split(lengths), strict=True):
                 span, known = merge_span(sorted([*span, *(stretch for _, stretch in begins[known:count])])), count
-                rows = (columns[begun == count] + row * length).tolist()
-                groups.setdefault(span, []).extend(rows)
+                groups.setdefault(span, []).extend((columns_between + row * length).tolist())
         return Segments.build(groups, device)
 
-    def _what_begins(self, media: list[Medium], scope: str) -> Iterator[tuple[int, tuple[int, int]]]:
-        """What text can come to see: the position that it must follow, and the stretch of patches."""
+    def _visible_after(self, media: list[Medium], scope: str) -> Iterator[tuple[int, tuple[int, int]]]:
+        """Yields (position, patches): text after the position attends to that range of patches."""
         for medium in media:
             first, last = medium.patches
             begins = medium.positions[:: self.tokens_per_frame] if scope == "causal" else [medium.start]
             for position in begins[:-1]:
                 yield position, (first, first + self.patches_per_frame)
                 first += self.patches_per_frame
-            yield begins[-1], (first, last)  # of a medium that was cut off within, all that is left
+            yield begins[-1], (first, last)  # of a medium that was cropped, all remaining patches
 
     def segments_after_media(self, length: int, device: torch.device) -> Segments | None:
-        """`length` tokens per row after all media: each attends to all patches of its row."""
-        if length not in self._seen_by_all:
+        """Segments of `length` tokens per row after all media: each token attends to all patches of its row."""
+        if length not in self._after_media:
             groups: dict[Span, list[int]] = {}
             for row, media in enumerate(self.rows):
                 span = merge_span([medium.patches for medium in media])
                 groups.setdefault(span, []).extend(range(row * length, (row + 1) * length))
-            self._seen_by_all[length] = Segments.build(groups, device)
-        return self._seen_by_all[length]
+            self._after_media[length] = Segments.build(groups, device)
+        return self._after_media[length]
 
 
 class VisualCacheLayer(CacheLayerMixin):
-    """Mixed into the cache layer of every cross-attention layer.
+    """Mixin for the cache layer of every cross-attention layer.
 
-    memory: shared by all of them; `owns_memory` is True on one, which applies reorder, select and crop to it.
-    cross_keys, cross_values: (P, G, E), T2V's, in form "kv".
+    memory: shared by all these layers; the one with `owns_memory` applies reorder, select and crop to it.
+    cross_keys, cross_values: of T2V, (P, G, E), in form "kv".
     """
 
     memory: VisualMemory
@@ -322,13 +322,13 @@ class VisualCacheLayer(CacheLayerMixin):
         self.cross_keys = self.cross_values = self._fetched = None
 
     def append_cross(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Keeps T2V keys and values (new patches, G, E) after those it has."""
+        """Appends T2V keys and values (new patches, G, E) to those of earlier patches."""
         if self.cross_keys is not None and self.cross_values is not None:
             keys = torch.cat([self.cross_keys, keys.to(self.cross_keys.device)])
             values = torch.cat([self.cross_values, values.to(self.cross_values.device)])
         self.mark_static(keys, values)
         self.cross_keys, self.cross_values = keys, values
-        self._fetched = None  # a copy of the shorter ones
+        self._fetched = None  # it lacks the new patches
 
     def mark_static(self, *tensors: torch.Tensor) -> None:
         """Marks addresses as static, so that CUDA graphs do not copy the tensors in every step."""
@@ -341,7 +341,7 @@ class VisualCacheLayer(CacheLayerMixin):
         return 0 if self.cross_keys is None else self.cross_keys.shape[0]
 
     def read_cross(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """T2V keys and values on `device`. An offloaded layer holds its copy there until it is read."""
+        """T2V keys and values on `device`. An offloaded layer drops its prefetched copy here."""
         fetched, self._fetched = self._fetched, None
         return fetched or (self.cross_keys.to(device), self.cross_values.to(device))
 
@@ -354,7 +354,7 @@ class VisualCacheLayer(CacheLayerMixin):
         return fork
 
     def __reduce__(self):
-        """A class that is made at run time has no name that pickle could find."""
+        """Pickles the original class, because pickle cannot find a class made at run time by its name."""
         layer_class = type(self).__bases__[1]
         return _revive, (layer_class, self.__dict__)
 
@@ -388,7 +388,7 @@ class VisualCacheLayer(CacheLayerMixin):
             self.memory.clear()
 
     def offload(self) -> None:
-        """Self-attention offloads its layer before cross-attention has read it; what was fetched stays until then."""
+        """Keeps the prefetched copy: self-attention offloads the layer before cross-attention has read it."""
         super().offload()
         if self.cross_keys is not None:
             self.cross_keys, self.cross_values = self.cross_keys.to("cpu"), self.cross_values.to("cpu")
@@ -412,7 +412,7 @@ def _revive(layer_class: type, state: dict) -> VisualCacheLayer:
 
 
 def visual_layer(cache: Cache | None, layer_idx: int) -> VisualCacheLayer | None:
-    """The cache layer of a cross-attention layer, if the cache has seen media."""
+    """The cache layer of a cross-attention layer, or None if the cache has seen no media."""
     if cache is None or layer_idx >= len(cache.layers):
         return None
     layer = cache.layers[layer_idx]
@@ -420,7 +420,7 @@ def visual_layer(cache: Cache | None, layer_idx: int) -> VisualCacheLayer | None
 
 
 def memory_in(cache: Cache | None) -> VisualMemory | None:
-    """The memory in a cache, or None when it has seen no media."""
+    """The memory in a cache, or None if the cache has seen no media."""
     for layer in () if cache is None else getattr(cache, "layers", ()):
         if isinstance(layer, VisualCacheLayer):
             return None if layer.memory.is_empty else layer.memory
@@ -428,7 +428,7 @@ def memory_in(cache: Cache | None) -> VisualMemory | None:
 
 
 def attach_visual_memory(cache: Cache, new: VisualMemory, layer_indices: list[int], num_layers: int) -> VisualMemory:
-    """Puts new media into a cache, whatever its layers are, and returns its memory. Doing it again changes nothing.
+    """Adds new media to a cache with layers of any class and returns its memory. A second call changes nothing.
 
     layer_indices: the layers with cross-attention; a model without any keeps the memory in its first layer.
     """
@@ -450,10 +450,10 @@ def attach_visual_memory(cache: Cache, new: VisualMemory, layer_indices: list[in
 
 
 def check_cache(cache: Cache, num_layers: int) -> None:
-    """Raises TypeError unless the cache is made of attention layers, and ValueError if these are another model's."""
+    """Raises TypeError unless the cache consists of attention layers, ValueError if their number does not fit."""
     if isinstance(cache, EncoderDecoderCache) or not isinstance(cache, Cache) or not hasattr(cache, "layers"):
         raise TypeError(
-            "`cache` must be a Transformers cache made of layers (DynamicCache, StaticCache, "
+            "`cache` must be a Transformers cache with layers (DynamicCache, StaticCache, "
             f"QuantizedCache, ...); got {type(cache).__name__}. Pass a DynamicCache(), or leave it out."
         )
     if not all(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
@@ -463,19 +463,19 @@ def check_cache(cache: Cache, num_layers: int) -> None:
     if len(cache.layers) > num_layers or (len(cache.layers) < num_layers and not grows):
         raise ValueError(
             f"`cache` must have one layer for each of the model's {num_layers}; got {len(cache.layers)}. "
-            "Make it from the config of this model."
+            "Create it from the config of this model."
         )
 
 
 def cached_length(cache: Cache | None, num_new: int) -> int | torch.Tensor:
-    """Tokens that the cache has seen. A static cache counts on its device; reading the count would stall every decode
-    step, so for a single new token it stays a tensor."""
+    """Tokens that the cache has seen. A static cache counts on its device, and reading the count would stall every
+    decode step, so the count stays a tensor if there is one new token."""
     length = 0 if cache is None else cache.get_seq_length()
     return length if num_new == 1 or torch.compiler.is_compiling() else int(length)
 
 
 def cache_capacity(cache: Cache) -> int:
-    """Most tokens that the cache can hold, -1 if it grows."""
+    """The most tokens that the cache can hold; -1 if it grows."""
     is_sliding = cache.is_sliding
     return max([-1, *[layer.get_max_length() for i, layer in enumerate(cache.layers) if not is_sliding[i]]])
 

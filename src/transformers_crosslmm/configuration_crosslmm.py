@@ -1,4 +1,4 @@
-"""CrossLMM configuration: the numbers of the network, what derives from them, and the paper's sizes."""
+"""CrossLMM configuration: the sizes and options of the network, values derived from them, and the paper's presets."""
 
 import math
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ VISION_TYPES = ("siglip_vision_model", "clip_vision_model", "dinov2", "dinov2_wi
 WEIGHT_LAYOUT = 1
 
 OLD_TEXT_TYPE = "crosslmm_text"
-"""`model_type` of the text configs of earlier checkpoints, which held the fields of the cross-attention too."""
+"""`model_type` of text configs in earlier checkpoints, which also held the fields of the cross-attention."""
 
 CROSS_ATTENTION_FIELDS = (
     "cross_attention_interval",
@@ -37,34 +37,34 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 @strict
 class CrossLMMConfig(PreTrainedConfig):
-    """A vision encoder, a token merge, a projector and a language model with dual cross-attention in some layers.
+    """Configures a vision encoder, token merge, projector and language model with dual cross-attention in some layers.
 
-    The defaults are the 2B's.
+    The defaults are those of the 2B model.
 
     vision_config (`PreTrainedConfig` or `dict`, *optional*): a SigLIP (SigLIP2-so400m/14 at 384 px when not given),
         CLIP, DINOv2 or DINOv3 ViT encoder with one square image size. A dict names its type by `model_type`.
     text_config (`PreTrainedConfig` or `dict`, *optional*): any decoder of Transformers whose layers the
         cross-attention fits into; Qwen2.5-1.5B's numbers when not given. A dict names its type by `model_type`.
-    image_token_id, video_token_id (`int`): the placeholders in `input_ids`; Qwen2.5's own.
+    image_token_id, video_token_id (`int`): the placeholders in `input_ids`; by default Qwen2.5's.
     cross_attention_interval (`int`, *optional*): K of the paper: every K-th layer, from layer 0 on, has a dual
-        cross-attention block. 4 when neither this nor `cross_attention_layers` is given.
+        cross-attention block. 4 if neither this nor `cross_attention_layers` is given.
     cross_attention_layers (`list[int]`, *optional*): the layers by index, instead of an interval.
-    cross_attention_cache (`str`): what generation keeps per video: "kv" (T2V keys and values of every layer) or
-        "features" (the original tokens, once for all layers).
+    cross_attention_cache (`str`): tensors that generation keeps per video: "kv" (T2V keys and values of every layer)
+        or "features" (the original tokens, once for all layers).
     use_v2v, use_t2v (`bool`): whether the branch exists.
-    v2v_scope (`str`): what a pooled token attends to: its whole "video" (Eq. 6), its own "frame", or, "causal", the
-        frames up to its own.
+    v2v_scope (`str`): the patches that a pooled token attends to: "video" (its whole video, Eq. 6), "frame" (its own
+        frame) or "causal" (the frames up to its own).
     visual_norm (`str`): "layernorm" normalises the original tokens, without parameters, before K and V.
-    visual_time (`str`): "sinusoidal" adds a code of the frame's number to the normalised tokens.
+    visual_time (`str`): "sinusoidal" adds a code of the frame number to the normalised tokens.
     gate_init (`float`): value of every gate before tanh in a newly initialised model.
-    vision_feature_layer (`int`): which of the encoder's `hidden_states` is V of the paper. Later blocks are not built.
+    vision_feature_layer (`int`): index in the encoder's `hidden_states` of V of the paper; later blocks are not built.
     vision_chunk_size (`int`): frames per run of the vision encoder.
     pooled_grid_size (`int`): s; a frame becomes s x s pooled tokens.
     pooling_mode (`str`): "bilinear" or "average".
-    projector_hidden_size (`int`, *optional*): the language model's width when not given.
+    projector_hidden_size (`int`, *optional*): by default the language model's width.
     tie_word_embeddings (`bool`, *optional*): the text config's value; setting either of the two changes both.
-    untrained (`bool`): whether the weights were put together or converted, and never trained as a CrossLMM since.
-    weight_layout (`int`): which names and shapes the checkpoint's tensors have; there is one layout so far.
+    untrained (`bool`): whether the weights were composed or converted and never trained as a CrossLMM.
+    weight_layout (`int`): version of the names and shapes of the checkpoint's tensors; only 1 exists.
     """
 
     model_type = "crosslmm"
@@ -75,7 +75,7 @@ class CrossLMMConfig(PreTrainedConfig):
         "image_hidden_states",
         "video_hidden_states",
     ]
-    # The classes to load a config with. In the files of a checkpoint only when the code lies beside them.
+    # Classes for loading. Written to a checkpoint only if its folder contains the code.
     auto_map: ClassVar[dict[str, str]] = {
         "AutoConfig": "configuration_crosslmm.CrossLMMConfig",
         "AutoModel": "modeling_crosslmm.CrossLMMModel",
@@ -127,8 +127,8 @@ class CrossLMMConfig(PreTrainedConfig):
         return given
 
     def _text_config(self, given: dict | PreTrainedConfig | None) -> PreTrainedConfig:
-        """The language model's config. Fields of the cross-attention that an earlier checkpoint has in it move to this
-        config; what such a checkpoint leaves out has the value of Qwen2.5-1.5B."""
+        """Builds the language model's config. Cross-attention fields of an earlier checkpoint move to this config, and
+        fields missing there have Qwen2.5-1.5B's values."""
         if isinstance(given, PreTrainedConfig):
             return given
         fields = dict(given or {})
@@ -146,17 +146,17 @@ class CrossLMMConfig(PreTrainedConfig):
             return Qwen2Config(**{**QWEN2_5_1_5B, **fields})
         if model_type not in CONFIG_MAPPING:
             raise ValueError(
-                f"`text_config.model_type` must be a model type of Transformers, as 'qwen2' or 'llama'; got "
+                f"`text_config.model_type` must be a model type of Transformers, such as 'qwen2' or 'llama'; got "
                 f"{model_type!r}."
             )
         return AutoConfig.for_model(model_type, **fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, `tie_word_embeddings` among them."""
+        """All fields, including `tie_word_embeddings`."""
         return super().to_dict() | {"tie_word_embeddings": self.tie_word_embeddings}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is written to config.json: `tie_word_embeddings` stands in the text config, its one home."""
+        """The fields for config.json; `tie_word_embeddings` is left out, because the text config has it."""
         return {name: value for name, value in super().to_diff_dict().items() if name != "tie_word_embeddings"}
 
     def validate_cross_attention(self) -> None:
@@ -199,7 +199,7 @@ class CrossLMMConfig(PreTrainedConfig):
         if self.visual_time == "sinusoidal":
             if self.visual_norm == "none":
                 raise ValueError(
-                    '`visual_time="sinusoidal"` is added to normalised tokens: set `visual_norm="layernorm"` too.'
+                    '`visual_time="sinusoidal"` needs normalised tokens: set `visual_norm="layernorm"` too.'
                 )
             if self.vision_config.hidden_size % 2:
                 raise ValueError(
@@ -208,7 +208,7 @@ class CrossLMMConfig(PreTrainedConfig):
                 )
 
     def validate_vision(self) -> None:
-        """Checks the fields that concern the encoder, the token merge and the projector."""
+        """Checks the fields of the encoder, the token merge and the projector."""
         _check_choice("pooling_mode", self.pooling_mode, POOLING_MODES)
         depth = self.vision_config.num_hidden_layers
         if not -depth - 1 <= self.vision_feature_layer <= depth:
@@ -239,7 +239,7 @@ class CrossLMMConfig(PreTrainedConfig):
         if self.weight_layout != WEIGHT_LAYOUT:
             raise ValueError(
                 f"`weight_layout` must be {WEIGHT_LAYOUT}, the one this version reads; got {self.weight_layout}. "
-                "Upgrade transformers_crosslmm to read a checkpoint written by a newer one."
+                "Upgrade transformers_crosslmm: a newer version wrote this checkpoint."
             )
         if self.image_token_id == self.video_token_id:
             raise ValueError(
@@ -249,7 +249,7 @@ class CrossLMMConfig(PreTrainedConfig):
 
     @property
     def cross_attention_layer_indices(self) -> list[int]:
-        """The layers that hold a dual cross-attention block, whichever way they were given."""
+        """The layers that have a dual cross-attention block, given by list or by interval."""
         if not (self.use_v2v or self.use_t2v):
             return []
         if self.cross_attention_layers is not None:
@@ -258,26 +258,26 @@ class CrossLMMConfig(PreTrainedConfig):
 
     @property
     def num_attention_heads(self) -> int:
-        """Query heads of the language model, and so of the cross-attention."""
+        """Query heads of the language model and of the cross-attention."""
         return self.text_config.num_attention_heads
 
     @property
     def num_key_value_heads(self) -> int:
-        """Key/value heads of the language model, and so of the cross-attention."""
+        """Key/value heads of the language model and of the cross-attention."""
         return getattr(self.text_config, "num_key_value_heads", None) or self.num_attention_heads
 
     @property
     def head_dim(self) -> int:
-        """Width of a head of the language model, and so of the cross-attention."""
+        """Head width of the language model and of the cross-attention."""
         own = getattr(self.text_config, "head_dim", None)
         return own or self.text_config.hidden_size // self.num_attention_heads
 
     @property
     def max_sequence_length(self) -> int:
-        """Most positions a sequence may have: `max_position_embeddings`, or what rope scaling stretches it to."""
+        """The most positions of a sequence: `max_position_embeddings`, or more with rope scaling."""
         longest = self.text_config.max_position_embeddings
         rope = getattr(self.text_config, "rope_parameters", None) or {}
-        rope = rope.get("full_attention", rope)  # some models have one setting for each kind of layer
+        rope = rope.get("full_attention", rope)  # some models have one setting per kind of layer
         if rope.get("rope_type") in ("yarn", "linear", "dynamic"):
             original = rope.get("original_max_position_embeddings") or longest
             return max(longest, int(original * rope["factor"]))
@@ -285,17 +285,17 @@ class CrossLMMConfig(PreTrainedConfig):
 
     @property
     def patch_grid_size(self) -> int:
-        """g: patches along one side of a frame."""
+        """Patches along one side of a frame: g."""
         return self.vision_config.image_size // self.vision_config.patch_size
 
     @property
     def tokens_per_frame(self) -> int:
-        """Pooled tokens, and so placeholders, of one frame or image: s x s."""
+        """Pooled tokens (and placeholders) of one frame or image: s x s."""
         return self.pooled_grid_size**2
 
     @property
     def num_vision_blocks(self) -> int:
-        """Blocks of the encoder that are built: those that `vision_feature_layer` needs."""
+        """Number of encoder blocks to build: those that `vision_feature_layer` needs."""
         depth = self.vision_config.num_hidden_layers
         return self.vision_feature_layer % (depth + 1)
 
@@ -303,13 +303,13 @@ class CrossLMMConfig(PreTrainedConfig):
     def from_preset(
         cls, name: str, *, flavour: str = "paper", tokens_per_frame: int | None = None, long_context: bool = False
     ) -> "CrossLMMConfig":
-        """The paper's sizes.
+        """Creates a config of the paper's sizes.
 
-        name: "2B" (9 tokens a frame), "7B" (9) or "7B-16" (16).
-        flavour: "paper" has none of the options that the paper does not name; "recommended" turns on what our
-            experiments on synthetic video at tiny scale support (docs/decisions.md).
+        name: "2B" (9 tokens per frame), "7B" (9) or "7B-16" (16).
+        flavour: "paper" has no options that the paper does not name; "recommended" turns on those that our experiments
+            on synthetic video at tiny scale support (docs/decisions.md).
         tokens_per_frame: the preset's own, or 1.
-        long_context: with the YaRN setting that Qwen2.5 documents (131,072 positions instead of 32,768).
+        long_context: whether to use the YaRN setting that Qwen2.5 documents (131,072 positions instead of 32,768).
         """
         if name not in PRESETS:
             raise ValueError(f"`name` must be one of {', '.join(map(repr, PRESETS))}; got {name!r}.")
@@ -331,7 +331,7 @@ class CrossLMMConfig(PreTrainedConfig):
 
 
 def _tie_word_embeddings(config: CrossLMMConfig) -> bool | None:
-    """Whether input and output embeddings are one tensor: the text config's field under another name."""
+    """Whether input and output embeddings are one tensor; the text config holds the value."""
     if isinstance(config.text_config, PreTrainedConfig):
         return config.text_config.tie_word_embeddings
     return config.__dict__.get("_tie_word_embeddings")
@@ -344,7 +344,7 @@ def _set_tie_word_embeddings(config: CrossLMMConfig, value: bool | None) -> None
         config.text_config.tie_word_embeddings = value
 
 
-# A property that is set after the class was made: within it, it would be the field's default.
+# Set after the class is created: inside the class, the property would become the field's default.
 CrossLMMConfig.tie_word_embeddings = property(_tie_word_embeddings, _set_tie_word_embeddings)  # type: ignore
 
 SO400M_384 = {

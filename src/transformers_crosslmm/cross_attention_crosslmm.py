@@ -1,4 +1,4 @@
-"""Dual cross-attention: the block, its two branches, and how it gets into the layers of any language model.
+"""Dual cross-attention: the block, its two branches, and their insertion into the layers of any language model.
 
 Shapes: B rows, L language tokens (pooled visual + text), P patches of all media, D vision width, C language width,
         Q packed queries, H query heads, G key/value heads, E head width.
@@ -6,6 +6,7 @@ Shapes: B rows, L language tokens (pooled visual + text), P patches of all media
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache as memoize
 from functools import partial
@@ -35,10 +36,10 @@ from .vision_crosslmm import concat_parts
 
 @dataclass(frozen=True)
 class VisualContext:
-    """What the cross-attention of one forward call needs.
+    """Inputs of the cross-attention in one forward call.
 
-    v2v, t2v: which tokens attend to which patches.
-    memory: the patches, and, with a cache, what generation keeps of them.
+    v2v, t2v: which tokens attend to which patches; None if none do.
+    memory: the patches; with a cache, the memory that generation keeps.
     """
 
     memory: VisualMemory
@@ -51,7 +52,7 @@ class CrossLMMGate(nn.Module):
 
     def __init__(self, initial_value: float = 0.0):
         super().__init__()
-        # In float32, whatever the dtype of the rest.
+        # In float32, even if the other weights are not.
         self.weight = nn.Parameter(torch.full((1,), initial_value, dtype=torch.float32))
 
     def forward(self, update: torch.Tensor) -> torch.Tensor:
@@ -61,13 +62,13 @@ class CrossLMMGate(nn.Module):
 class CrossLMMCrossAttentionBranch(nn.Module):
     """V2V or T2V: queries from the language stream, keys and values from the original visual tokens (Eq. 5-10)."""
 
-    is_causal = False  # SDPA takes a missing mask for a causal one otherwise
+    is_causal = False  # otherwise SDPA would be causal, because there is no mask
     num_key_value_groups = 1  # `packed_attention` folds grouped query heads into rows
 
     def __init__(self, config: CrossLMMConfig, layer_idx: int):
         super().__init__()
         text_config, vision_width = config.text_config, config.vision_config.hidden_size
-        self.config = text_config  # whose attention implementation the branch follows
+        self.config = text_config  # gives the attention implementation
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
@@ -84,7 +85,7 @@ class CrossLMMCrossAttentionBranch(nn.Module):
         return states.unflatten(-1, (-1, self.head_dim))
 
     def keys_values(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(P, D) to two of (P, G, E)."""
+        """Projects tokens (P, D) to keys and values, (P, G, E) each."""
         return self.split_heads(self.k_proj(states)), self.split_heads(self.v_proj(states))
 
     def forward(
@@ -95,10 +96,10 @@ class CrossLMMCrossAttentionBranch(nn.Module):
         memory: VisualMemory,
         cache_layer: VisualCacheLayer | None,
     ) -> torch.Tensor:
-        """Update of the rows `segments.queries`: (Q, C).
+        """Computes the update (Q, C) of the rows `segments.queries`.
 
-        normed (B x L, C), states (patches from `memory.first_patch` on, D). `cache_layer` is given to T2V when
-        generation keeps what it attends to; `keep_for_decoding` has filled it.
+        normed (B x L, C), states (patches from `memory.first_patch` on, D). cache_layer: given to T2V in generation,
+        after `keep_for_decoding`.
         """
         query = self.split_heads(self.q_proj(normed[segments.queries]))  # (Q, H, E)
         if cache_layer is None or (memory.form == "features" and self.projecting_is_cheaper(segments)):
@@ -123,8 +124,8 @@ class CrossLMMCrossAttentionBranch(nn.Module):
     def attend(
         self, query: torch.Tensor, states: torch.Tensor, segments: Segments, memory: VisualMemory
     ) -> torch.Tensor:
-        """Attention over patches whose keys and values are projected for this call: all at once, or, when these would
-        be many and no gradient needs them, for some frames at a time."""
+        """Computes attention over patches whose keys and values are projected for this call: all at once, or some
+        frames at a time if they are large and no gradient is needed."""
 
         def keys_values(start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
             return self.keys_values(memory.tokens(states, start, end))
@@ -138,7 +139,7 @@ class CrossLMMCrossAttentionBranch(nn.Module):
         return packed_attention(self.attention(), self, query, *keys_values(first, last), clipped)
 
     def projecting_is_cheaper(self, segments: Segments) -> bool:
-        """Whether projecting the patches costs less than folding: folded scores run over D instead of E."""
+        """Whether projecting the patches costs less than folding, whose scores sum over D instead of E."""
         first, last = segments.patch_range()
         pairs = sum(length * span_length(span) for length, span in zip(segments.lengths, segments.spans, strict=True))
         return pairs * self.num_heads > 2 * (last - first) * self.k_proj.out_features
@@ -148,7 +149,7 @@ class CrossLMMCrossAttentionBranch(nn.Module):
     ) -> None:
         """Precomputes what decoding needs for new media; must run before `states` is dropped.
 
-        Form "kv": keys and values, projected for some frames at a time. "features": the folded projections.
+        Form "kv": keys and values, projected some frames at a time. "features": the folded projections.
         """
         if memory.form == "features":
             if self.layer_idx not in memory.folding:
@@ -161,7 +162,7 @@ class CrossLMMCrossAttentionBranch(nn.Module):
         if known == last:
             return
         step = last - known
-        if memory.norm is not None:  # else the normalised tokens would be there all at once
+        if memory.norm is not None:  # otherwise all normalised tokens would be in memory at once
             step = memory.whole_frames(CHUNK_BYTES // (states.shape[-1] * states.element_size()))
         ranges = [(start, min(start + step, last)) for start in range(known, last, step)]
         parts = (torch.stack(self.keys_values(memory.tokens(states, *both)), dim=1) for both in ranges)
@@ -172,7 +173,7 @@ class CrossLMMCrossAttentionBranch(nn.Module):
 
 
 class CrossLMMCrossAttention(nn.Module):
-    """The dual cross-attention block: V2V for pooled visual tokens, T2V for all other tokens, side by side."""
+    """The dual cross-attention block: V2V for pooled visual tokens and T2V for all other tokens, in parallel."""
 
     def __init__(self, config: CrossLMMConfig, layer_idx: int, input_layernorm: nn.Module):
         super().__init__()
@@ -188,7 +189,7 @@ class CrossLMMCrossAttention(nn.Module):
         context: VisualContext,
         cache_layer: VisualCacheLayer | None,
     ) -> torch.Tensor:
-        """(B, L, C) to (B, L, C); tokens that attend to nothing pass unchanged."""
+        """Adds each branch's update to its tokens (B, L, C); tokens without patches to attend to do not change."""
         rows = hidden_states.flatten(0, 1)
         normed = self.input_layernorm(rows)
         if cache_layer is not None and self.t2v is not None:
@@ -205,16 +206,16 @@ class CrossLMMCrossAttention(nn.Module):
 
 
 class CrossAttentionLayer:
-    """Mixed into the class of a language model's layers: the dual cross-attention between self-attention and MLP.
+    """Mixin for a language model's layer class: runs the dual cross-attention between self-attention and MLP.
 
-    cross_attention: the block, in the layers that have one. Without visual context a layer is what it was.
+    cross_attention: the block, or None. Without a visual context the layer runs its original forward.
     """
 
     cross_attention: CrossLMMCrossAttention | None
 
     def __call__(self, hidden_states: torch.Tensor, *args, visual_context: VisualContext | None = None, **kwargs):
         if visual_context is not None and self.training and self.gradient_checkpointing:
-            # Reentrant checkpointing follows gradients through positional arguments only.
+            # Reentrant checkpointing computes gradients for positional arguments only.
             args = (visual_context.memory.states, *args)
         return super().__call__(hidden_states, *args, visual_context=visual_context, **kwargs)
 
@@ -230,7 +231,7 @@ class CrossAttentionLayer:
             return super().forward(hidden_states, **kwargs)
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended  # (Eq. 4)
-        states = visual_states  # given where gradients must reach it
+        states = visual_states  # given if gradients must reach it
         if states is None:
             states = visual_context.memory.states_on(hidden_states.device)
         cache_layer = visual_layer(kwargs.get(CACHE), self.cross_attention.layer_idx)
@@ -238,13 +239,13 @@ class CrossAttentionLayer:
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
     def __reduce_ex__(self, protocol: int) -> Any:
-        """A class that is made at run time has no name that pickle could find."""
+        """Pickles the original class, because pickle cannot find a class made at run time by its name."""
         return _new_layer, (type(self).__bases__[1],), self.__dict__
 
 
 @memoize
 def cross_attention_class(layer_class: type) -> type:
-    """The subclass of a layer class that takes a visual context."""
+    """Creates the subclass of a layer class that accepts a visual context."""
     return type(f"CrossLMM{layer_class.__name__}", (CrossAttentionLayer, layer_class), {"__module__": __name__})
 
 
@@ -254,9 +255,9 @@ def _new_layer(layer_class: type) -> nn.Module:
 
 
 def add_cross_attention(language_model: PreTrainedModel, config: CrossLMMConfig) -> None:
-    """Gives layers of a language model their dual cross-attention block; the rest stays that model's own code.
+    """Adds the dual cross-attention block to the configured layers of a language model; its other code is unchanged.
 
-    Raises ValueError, naming what is missing, for a model that it does not fit into.
+    Raises ValueError, which names the missing part, if the model's layers do not fit.
     """
     check_layers(language_model)
     for layer_idx, layer in enumerate(language_model.layers):
@@ -268,22 +269,22 @@ def add_cross_attention(language_model: PreTrainedModel, config: CrossLMMConfig)
             layer.cross_attention = CrossLMMCrossAttention(config, layer_idx, norm)
     built = {type(module).__name__ for module in language_model.modules()}
     layers = {type(layer).__name__ for layer in language_model.layers}
-    language_model._no_split_modules = (set(language_model._no_split_modules) | layers) & built  # FSDP looks for each
+    language_model._no_split_modules = (set(language_model._no_split_modules) | layers) & built  # FSDP needs each
 
 
 def check_layers(language_model: PreTrainedModel) -> None:
     """Raises ValueError unless every layer computes h = h + self_attn(input_layernorm(h)) and then
-    h = h + mlp(post_attention_layernorm(h)), and keyword arguments reach it.
+    h = h + mlp(post_attention_layernorm(h)), and receives the model's keyword arguments.
 
-    The layer's own forward is run with stand-ins for its parts: models whose layers have the same four parts can still
-    scale, reorder or add to what these give.
+    Each layer's own forward runs with stand-ins for its parts, because a layer with these four parts can still scale
+    or reorder their outputs, or add to them.
     """
     parts = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
     name, layers = type(language_model).__name__, getattr(language_model, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not passes_keywords_on(type(language_model).forward):
         raise ValueError(
             f"`text_config` must describe a decoder with `layers` that get its forward's keyword arguments; a {name} "
-            "has none. Use a model like Qwen2, Qwen3, Llama or Mistral."
+            "has none. Use a model such as Qwen2, Qwen3, Llama or Mistral."
         )
     for layer in layers:
         layer_class = type(layer).__name__
@@ -291,7 +292,7 @@ def check_layers(language_model: PreTrainedModel) -> None:
         if missing:
             raise ValueError(
                 f"`text_config` must describe a decoder whose layers have {', '.join(parts)}; a {layer_class} has no "
-                f"{', '.join(missing)}. Use a model like Qwen2, Qwen3, Llama or Mistral."
+                f"{', '.join(missing)}. Use a model such as Qwen2, Qwen3, Llama or Mistral."
             )
         factors = dict(zip(parts, (2.0, 3.0, 5.0, 7.0), strict=True))
         if (found := _output_with_stand_ins(layer, factors)) != (1 + 2 * 3) * (1 + 5 * 7):
@@ -301,14 +302,19 @@ def check_layers(language_model: PreTrainedModel) -> None:
             reason = f"has {', '.join(others)} too" if others else f"computes something else ({found})"
             raise ValueError(
                 "`text_config` must describe a decoder whose layers add self_attn(input_layernorm(h)) and then "
-                f"mlp(post_attention_layernorm(h)) to h; a {layer_class} {reason}. Use a model like Qwen2, Qwen3, "
+                f"mlp(post_attention_layernorm(h)) to h; a {layer_class} {reason}. Use a model such as Qwen2, Qwen3, "
                 "Llama or Mistral."
             )
+    if lost := _keywords_lost(language_model):
+        raise ValueError(
+            "`text_config` must describe a decoder whose layers get its forward's keyword arguments; those of a "
+            f"{name} do not get {', '.join(sorted(lost))}. Use a model such as Qwen2, Qwen3, Llama or Mistral."
+        )
 
 
 def check_head(text_config: PreTrainedConfig) -> None:
-    """Raises ValueError unless the text model's own logits are a matrix times its hidden states: without a bias, a
-    scale or a cap."""
+    """Raises ValueError unless the text model's own head multiplies hidden states by a matrix and does nothing else
+    (no bias, scale or cap)."""
     causal_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text_config), None)
     if causal_class is None:
         return
@@ -318,18 +324,18 @@ def check_head(text_config: PreTrainedConfig) -> None:
     setattr(twin, causal_class.base_model_prefix, _Returns(states))
     try:
         found = f"{twin(inputs_embeds=states.last_hidden_state).logits.item():g}"
-    except Exception as error:  # whatever it is, this forward does more
+    except Exception as error:  # any error means that this forward does more
         found = f"{type(error).__name__}: {error}"
     if found != "100" or getattr(text_config, "lm_head_bias", False):
-        reason = "adds a bias" if found == "100" else f"makes {found} of 100"
+        reason = "adds a bias" if found == "100" else f"turns 100 into {found}"
         raise ValueError(
             f"`text_config` must describe a language model whose head is one matrix; that of {causal_class.__name__} "
-            f"{reason}. Use a model like Qwen2, Qwen3, Llama or Mistral."
+            f"{reason}. Use a model such as Qwen2, Qwen3, Llama or Mistral."
         )
 
 
 class _Times(nn.Module):
-    """Stand-in for a part of a layer: multiplies, and returns what the part would."""
+    """Stand-in for a part of a layer: multiplies its input, and returns a tuple if the part does."""
 
     def __init__(self, factor: float, returns_weights: bool):
         super().__init__()
@@ -341,7 +347,7 @@ class _Times(nn.Module):
 
 
 class _Returns(nn.Module):
-    """Stand-in for a model: returns what it was given."""
+    """Stand-in for a model: returns a fixed output."""
 
     def __init__(self, output: Any):
         super().__init__()
@@ -351,8 +357,26 @@ class _Returns(nn.Module):
         return self.output
 
 
+@torch.no_grad()
+def _keywords_lost(language_model: PreTrainedModel) -> set[str]:
+    """The keyword arguments of the cross-attention that do not reach the first layer when the model's own forward runs
+    up to it. Empty if another error stops the forward earlier (it may read values that a meta tensor lacks)."""
+    lost: set[str] = set()
+
+    def look(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        lost.update({CACHE, "visual_context"} - kwargs.keys())
+        raise StopIteration
+
+    hook = language_model.layers[0].register_forward_pre_hook(look, with_kwargs=True)
+    embeds = torch.zeros(1, 1, language_model.config.hidden_size, device=language_model.device)
+    mask = embeds.new_ones(1, 1, 1, 1)  # in the layers' form, so that the model creates none
+    with hook, suppress(Exception):
+        language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False, visual_context=None)
+    return lost
+
+
 def _without_parts(module_class: type, attributes: dict[str, Any]) -> nn.Module:
-    """A module of a class with these attributes, and neither parameters nor submodules."""
+    """Creates a module of a class with these attributes, without parameters and submodules."""
     twin: nn.Module = nn.Module.__new__(module_class)
     nn.Module.__init__(twin)
     twin.__dict__.update(attributes)
@@ -361,8 +385,8 @@ def _without_parts(module_class: type, attributes: dict[str, Any]) -> nn.Module:
 
 @torch.no_grad()
 def _output_with_stand_ins(layer: nn.Module, factors: dict[str, float]) -> float | str:
-    """What a layer's forward makes of 1 when each part multiplies by its factor, and any other part by 11, or why it
-    makes nothing."""
+    """The output of a layer's forward for 1 when each part multiplies by its factor and any other part by 11; the
+    error's text if the forward fails."""
     twin = _without_parts(type(layer), {name: value for name, value in vars(layer).items() if name[0] != "_"})
     for name, part in layer.named_children():
         is_plain = isinstance(part, nn.Identity)
@@ -371,7 +395,7 @@ def _output_with_stand_ins(layer: nn.Module, factors: dict[str, float]) -> float
         output = twin.eval()(torch.ones(1, 1, 1, device="cpu"))
         output = output[0] if isinstance(output, tuple) else output
         return output.item()
-    except Exception as error:  # whatever it is, this forward does not fit
+    except Exception as error:  # any error means that this forward does not fit
         return f"{type(error).__name__}: {error}"
 
 

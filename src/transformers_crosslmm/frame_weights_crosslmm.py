@@ -1,10 +1,10 @@
-"""Where an answer looked: the T2V attention of every token that is written, summed per frame.
+"""T2V attention weights of every generated token, summed per frame.
 
-The softmax over all patches, summed per frame, is the softmax over frames of each frame's log-sum-exp of scores. So a
-few frames at a time are enough, and no map of all patches ever exists.
+The softmax over all patches, summed per frame, equals the softmax over frames of each frame's log-sum-exp of scores.
+So a few frames are processed at a time, and no attention map of all patches is built.
 
-Shapes: B rows (samples, beams), R of them looked at, L tokens of a call, P patches of all media, N patches per frame,
-        F frames that a row sees, H query heads, G key/value heads, E head width, D vision width.
+Shapes: B rows (samples, beams), R recorded rows, L tokens of a call, P patches of all media, N patches per frame,
+        F frames that a row attends to, H query heads, G key/value heads, E head width, D vision width.
 """
 
 import threading
@@ -17,11 +17,11 @@ from torch import nn
 from transformers import LogitsProcessor
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
-from .attention_crosslmm import Segments, Span
+from .attention_crosslmm import Segments, Span, span_length
 from .cache_crosslmm import VisualCacheLayer, VisualMemory
 
 CHUNK_ELEMENTS = 2**22
-"""Numbers that one chunk of scores, or of the keys behind them, may hold: 16 MiB in float32."""
+"""The most elements of one chunk of scores, or of the keys for them: 16 MiB in float32."""
 
 
 @dataclass
@@ -34,16 +34,16 @@ class CrossLMMGenerateOutput(GenerateDecoderOnlyOutput):
 
 @dataclass
 class CrossLMMGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
-    """cross_attentions: as in `CrossLMMGenerateOutput`, of the beam that wrote each token; 0 behind its end."""
+    """cross_attentions: as in `CrossLMMGenerateOutput`, of the beam that wrote each token; 0 after its end."""
 
     cross_attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class FrameWeights(LogitsProcessor):
-    """Records the frames' weights while one call of `generate` runs in the block of a `with`.
+    """Context manager that records the frames' weights during one call of `generate`.
 
-    Hooks on the T2V branches see the last token of each row, from which the next one is written; `generate` passes
-    logits by when that is. Nothing of it is there in any other call, and calls in other threads go unrecorded.
+    Hooks on the T2V branches record the last token of each row; as a logits processor, the object learns when the
+    next token is chosen. Calls in other threads are not recorded.
     """
 
     def __init__(self, model: Any) -> None:
@@ -57,30 +57,30 @@ class FrameWeights(LogitsProcessor):
         self.language_model = model.model.language_model
         self.branches = [layers[index].cross_attention.t2v for index in indices]
         self.latest: dict[int, list[torch.Tensor]] = {}  # of the latest call, per layer, (H, F) of each row
-        self.steps: list[list[torch.Tensor]] = []  # per written token, (layers, H, F) of each row
+        self.steps: list[list[torch.Tensor]] = []  # per new token, (layers, H, F) of each row
 
     def __enter__(self) -> "FrameWeights":
         self.thread = threading.get_ident()
-        self.hooks = [branch.register_forward_hook(self._look) for branch in self.branches]
-        self.hooks.append(self.language_model.register_forward_pre_hook(self._begin))
+        self.hooks = [branch.register_forward_hook(self._record) for branch in self.branches]
+        self.hooks.append(self.language_model.register_forward_pre_hook(self._clear_latest))
         return self
 
     def __exit__(self, *error: Any) -> None:
         for hook in self.hooks:
             hook.remove()
 
-    def _begin(self, language_model: nn.Module, inputs: tuple) -> None:
-        """Hook: a call begins, in which perhaps nobody looks."""
+    def _clear_latest(self, language_model: nn.Module, inputs: tuple) -> None:
+        """Hook: clears the weights of the previous call when a call begins."""
         if threading.get_ident() == self.thread:
             self.latest = {}
 
-    def _look(self, branch: Any, inputs: tuple, output: torch.Tensor) -> None:
-        """Hook: what the last token of each row looks at, in one layer."""
+    def _record(self, branch: Any, inputs: tuple, output: torch.Tensor) -> None:
+        """Hook: records the weights of the last token of each row, in one layer."""
         if threading.get_ident() == self.thread:
             self.latest[branch.layer_idx] = last_token_weights(branch, *inputs)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """A token is about to be chosen; `scores` stay what they are."""
+        """Stores the weights of the token about to be chosen; returns `scores` unchanged."""
         layers = [self.latest[branch.layer_idx] for branch in self.branches if self.latest]
         num_heads = self.branches[0].num_heads
         nothing = torch.zeros(len(self.branches), num_heads, 0)
@@ -89,12 +89,12 @@ class FrameWeights(LogitsProcessor):
         )
         return scores
 
-    def added_to(
+    def add_to(
         self, output: GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput
     ) -> CrossLMMGenerateOutput | CrossLMMGenerateBeamOutput:
-        """The output of `generate` with `cross_attentions`."""
+        """Adds `cross_attentions` to the output of `generate`."""
         if isinstance(output, GenerateBeamDecoderOnlyOutput):
-            # Entry i of a sequence is the beam that its token i was chosen from, -1 behind its end.
+            # Entry i of a sequence is the beam that wrote its token i, -1 after its end.
             beams = output.beam_indices.tolist()
             return CrossLMMGenerateBeamOutput(**output, cross_attentions=tuple(map(self._of_beams, beams)))
         rows = range(len(output.sequences))
@@ -102,11 +102,11 @@ class FrameWeights(LogitsProcessor):
         return CrossLMMGenerateOutput(**output, cross_attentions=weights)
 
     def _of_beams(self, beams: list[int]) -> torch.Tensor:
-        """(layers, H, tokens, F) of the rows that wrote one token after the other; all of them see the same frames."""
+        """Weights (layers, H, tokens, F) of a sequence; row beams[i] wrote token i, and these rows see F frames."""
         seen = self.steps[-1][max(beams)]
-        looked = [step[beam] if beam >= 0 else seen[..., :0] for step, beam in zip(self.steps, beams, strict=False)]
-        # One that saw nothing: the prompt ended with a placeholder, or the sequence before this token.
-        return torch.stack([look if look.shape[-1] else torch.zeros_like(seen) for look in looked], dim=2)
+        recorded = [step[beam] if beam >= 0 else seen[..., :0] for step, beam in zip(self.steps, beams, strict=False)]
+        # Zeros for a token without weights: the prompt ended with a placeholder, or the sequence ended before it.
+        return torch.stack([one if one.shape[-1] else torch.zeros_like(seen) for one in recorded], dim=2)
 
 
 def last_token_weights(
@@ -117,18 +117,15 @@ def last_token_weights(
     memory: VisualMemory,
     cache_layer: VisualCacheLayer | None,
 ) -> list[torch.Tensor]:
-    """The weights (H, F) that the last token of each row gives to the frames it sees, in a call of a T2V branch.
+    """Computes the weights (H, F) that the last token of each row gives to its frames, in a call of a T2V branch.
 
-    The arguments are the branch's. A row that sees nothing has no frames; one that ends in padding, zeros.
+    The arguments are the branch's. A row without media has F = 0; a row that ends in padding has zeros.
     """
     num_rows, patches_per_frame = len(memory.rows), memory.patches_per_frame
     length = len(normed) // num_rows
+    patches_seen = [span_length(tuple(medium.patches for medium in media)) for media in memory.rows]
     weights = [
-        normed.new_zeros(branch.num_heads, num_frames, dtype=torch.float32)
-        for num_frames in (
-            sum(end - start for start, end in (medium.patches for medium in media)) // patches_per_frame
-            for media in memory.rows
-        )
+        normed.new_zeros(branch.num_heads, count // patches_per_frame, dtype=torch.float32) for count in patches_seen
     ]
     if segments.is_placeholder:
         return weights
@@ -140,8 +137,8 @@ def last_token_weights(
             scores = _scores(branch, query, states, memory, cache_layer)
             per_patch = max(query[..., 0].numel(), branch.k_proj.in_features)
             frames = max(1, CHUNK_ELEMENTS // (patches_per_frame * per_patch))
-            looked = _sum_per_frame(scores, span, patches_per_frame, frames)
-            for row, summed in zip(last, looked, strict=True):
+            per_row = _sum_per_frame(scores, span, patches_per_frame, frames)
+            for row, summed in zip(last, per_row, strict=True):
                 weights[row // length] = summed
     return weights
 
@@ -153,13 +150,13 @@ def _scores(
     memory: VisualMemory,
     cache_layer: VisualCacheLayer | None,
 ) -> Callable[[int, int], torch.Tensor]:
-    """From a stretch of patches to the scores (R, H, patches) of `query` (R, H, E), in float32 or better: by the keys
-    that are kept, by features and the projection folded into the query, or by keys projected for the purpose."""
+    """Returns a function from patches [start, end) to the scores (R, H, patches) of `query` (R, H, E), in float32 or
+    better. Keys are cached, projected here, or, in form "features", folded into the query."""
     precise = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(precise).unflatten(1, (branch.num_key_value_heads, -1)) * branch.scaling
 
     def patches(start: int, end: int) -> torch.Tensor:
-        assert states is not None  # these two ways have no keys to look at
+        assert states is not None  # there are no cached keys in these two cases
         return memory.tokens(states, start, end)
 
     if cache_layer is not None and memory.form == "features":
@@ -180,7 +177,7 @@ def _scores(
 def _sum_per_frame(
     scores: Callable[[int, int], torch.Tensor], span: Span, patches_per_frame: int, frames_at_once: int
 ) -> torch.Tensor:
-    """The softmax over all patches of a span, summed per frame: (R, H, F)."""
+    """Computes the softmax over all patches of a span, summed per frame: (R, H, F)."""
     step = frames_at_once * patches_per_frame
     parts = [
         scores(at, min(at + step, end)).unflatten(-1, (-1, patches_per_frame)).logsumexp(-1)

@@ -1,5 +1,4 @@
-"""Videos and pictures in every form that people have them, as frames: what is given, which frames are looked at, and
-their pixels before anything is done to them.
+"""Videos and pictures in every supported form: reading their sources, sampling frames, decoding frames to pixels.
 
 Shapes: T frames of one video, (H, W) a frame's own size.
 """
@@ -9,7 +8,9 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from functools import partial
+from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,29 +19,30 @@ from torch import Tensor
 from transformers.image_utils import ChannelDimension
 from transformers.video_utils import VideoMetadata
 
-from .video_decoding import DecodedVideo, VideoLimits, VideoOpenError, decode_video, iter_video, sample_times
+from .video_decoding import DecodedVideo, FrameTransform, VideoLimits, VideoOpenError, decode_video, iter_video
+from .video_packets import Request
 from .video_source import open_source, shown
 
-# Two moments closer than this are the same one: i / fps and start + k / f round differently.
+# Moments closer than this are equal, because i / fps and start + k / f round differently.
 SAME_MOMENT_SECONDS = 1e-6
 SAMPLING_KWARGS = ("num_frames", "fps", "max_frames", "times", "start_seconds", "end_seconds")
 QWEN_NAMES = {"nframes": "num_frames", "video_start": "start_seconds", "video_end": "end_seconds"}
-"""What qwen-vl-utils calls options of a video."""
+"""Names of video options in qwen-vl-utils, and ours."""
 VIDEO_OPTIONS = (*SAMPLING_KWARGS, *QWEN_NAMES, "sample_fps")
 SOURCES = ("path", "url", "base64", "bytes", "array")
-"""Where a mapping may hold its medium, besides "video" or "image"."""
+"""Keys under which a mapping may hold its source, besides "video" and "image"."""
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 @dataclass
 class CrossLMMVideoMetadata(VideoMetadata):
-    """Transformers' `VideoMetadata`, and where each sampled frame lies in the clip and in the model's input.
+    """Transformers' `VideoMetadata`, with the position of each sampled frame in the clip and in the model's input.
 
-    frame_times: seconds of each sampled frame from the start of the clip, None when the clip has no clock.
-    frames_valid: for each sampled frame of a file whether it could be decoded; the pixels of others are not right.
-        None for frames that somebody else decoded.
-    patch_grid, pooled_grid: (rows, columns) of patches, and of the tokens they are pooled to, per frame.
-    sample_index: the row of `input_ids` that holds the video; token_spans: per frame its tokens there, [start, end).
+    frame_times: seconds of each sampled frame from the start of the clip; None if the clip has no clock.
+    frames_valid: for each sampled frame of a file, whether it could be decoded; otherwise its pixels are wrong.
+        None for frames that were passed in decoded.
+    patch_grid, pooled_grid: (rows, columns) per frame, of patches and of pooled tokens.
+    sample_index: the row of `input_ids` with the video; token_spans: the tokens of each frame there, [start, end).
     """
 
     frame_times: list[float] | None = None
@@ -53,12 +55,12 @@ class CrossLMMVideoMetadata(VideoMetadata):
 
     @property
     def timestamps(self) -> list[float]:
-        """Seconds of the sampled frames, from the file's own clock where the base class divides by a constant rate."""
+        """Seconds of the sampled frames, from the file's clock if known; the base class assumes a constant rate."""
         return super().timestamps if self.frame_times is None else self.frame_times
 
 
 def is_frame(item: Any) -> bool:
-    """True for a PIL image, an array or tensor of rank 3, and a path or URI that names a picture file."""
+    """Whether an item is a PIL image, an array or tensor of rank 3, or a path or URI of a picture file."""
     if isinstance(item, str | os.PathLike):
         name = os.fspath(item)[:2000].lower() if isinstance(item, str) else os.fspath(item).lower()
         return name.startswith("data:image/") or name.partition("?")[0].endswith(PICTURE_SUFFIXES)
@@ -66,20 +68,21 @@ def is_frame(item: Any) -> bool:
 
 
 def is_video(item: Any) -> bool:
-    """True for one video given as a list of frames, or as a tuple of it and its metadata."""
-    if isinstance(item, tuple) and len(item) == 2 and _is_metadata(item[1]):
+    """Whether an item is one video given as a list of frames, or as a tuple of a video and its metadata."""
+    if _has_metadata(item):
         return True
     return isinstance(item, list | tuple) and len(item) > 0 and all(is_frame(frame) for frame in item)
 
 
-def _is_metadata(item: Any) -> bool:
-    return isinstance(item, Mapping) and not any(
-        item[name] is not None for name in item if name in ("video", *SOURCES)
-    )
+def _has_metadata(item: Any) -> bool:
+    """Whether an item is a tuple whose second entry is a mapping of metadata (one that is not a video itself)."""
+    if not isinstance(item, tuple) or len(item) != 2 or not isinstance(item[1], Mapping):
+        return False
+    return all(item[1][name] is None for name in item[1] if name in ("video", *SOURCES))
 
 
 def is_nested(media: Any) -> bool:
-    """True for media in one list per sample (None or an empty list: a sample without any), false for a flat list."""
+    """Whether media are one list per sample (None or an empty list for a sample without media) and not a flat list."""
     return (
         isinstance(media, list | tuple)
         and len(media) > 0
@@ -89,7 +92,7 @@ def is_nested(media: Any) -> bool:
 
 
 def flatten_videos(videos: Any) -> list[Any]:
-    """One video, a list of videos, one list per sample, or an array (videos, T, ...) as a flat list of videos."""
+    """Flattens one video, a list of videos, one list per sample, or an array (videos, T, ...) to a list of videos."""
     if isinstance(videos, np.ndarray | Tensor) and videos.ndim == 5:
         return list(videos)
     if not isinstance(videos, list | tuple) or is_video(videos):
@@ -100,14 +103,14 @@ def flatten_videos(videos: Any) -> list[Any]:
 
 
 def source_in(medium: Mapping, kind: str, options: Sequence[str] = ()) -> tuple[Any, dict[str, Any]]:
-    """The source that a mapping holds, None if it holds none, and the options beside it; what is None is absent.
+    """Splits a mapping into its source (None if it has none) and its options. Entries that are None count as absent.
 
-    kind: "video" or "image", the key that may hold the source, as may `SOURCES`. Raises ValueError for two sources and
-    for what is neither source nor option, so that nothing is ignored in silence.
+    kind: "video" or "image"; the source is under this key or one of `SOURCES`. Raises ValueError for two sources and
+    for keys that are neither source nor option, so that nothing is ignored silently.
     """
     given = {key: value for key, value in medium.items() if value is not None and key not in ("type", "text")}
     sources = {key: given.pop(key) for key in (kind, *SOURCES) if key in given}
-    if sources.keys() == {"bytes", "path"}:  # `datasets` with decode=False: the path is where they once came from
+    if sources.keys() == {"bytes", "path"}:  # from `datasets` with decode=False: the path is the original place
         del sources["path"]
     if len(sources) > 1:
         raise ValueError(f"A part of a message holds one {kind}; got {', '.join(sources)}. Split it into parts.")
@@ -115,8 +118,8 @@ def source_in(medium: Mapping, kind: str, options: Sequence[str] = ()) -> tuple[
     if unknown:
         takes = f"a {kind} takes {', '.join(options)}" if options else f"an {kind} has no options"
         raise ValueError(
-            f"Beside its source {takes}; got {', '.join(unknown)}. Leave that out: every frame is resized to "
-            "the one size that the vision tower sees, and a number of frames is asked for by `num_frames`."
+            f"In addition to its source, {takes}; got {', '.join(unknown)}. Leave that out: every frame is resized to "
+            "the vision tower's size, and the number of frames is set by `num_frames`."
         )
     for name, source in sources.items():
         return (f"data:;base64,{source}" if name == "base64" else source), given
@@ -125,11 +128,11 @@ def source_in(medium: Mapping, kind: str, options: Sequence[str] = ()) -> tuple[
 
 @dataclass(frozen=True)
 class GivenVideo:
-    """A video as it was given, taken apart.
+    """One video of the caller, split into source, metadata and options.
 
-    source: what holds the frames. metadata: what was said of them; None: nothing. options: of `VIDEO_OPTIONS`, those
-    said of this video alone, under the names of `SAMPLING_KWARGS`. keeps_all: it was said that the frames are sampled
-    already.
+    source: the frames, or a file with them. metadata: given for the frames, or None. options: those of `VIDEO_OPTIONS`
+    given for this video, under the names in `SAMPLING_KWARGS`. keeps_all: the caller says that the frames are already
+    sampled.
     """
 
     source: Any
@@ -139,17 +142,17 @@ class GivenVideo:
 
     @classmethod
     def of(cls, video: Any) -> "GivenVideo":
-        """Raises ValueError for mappings without one source, and for options that contradict each other."""
-        if isinstance(video, tuple) and is_video(video) and _is_metadata(video[1]):
+        """Parses a video. Raises ValueError for mappings without exactly one source, and for contradicting options."""
+        if _has_metadata(video):
             if not isinstance(video[0], list | tuple | np.ndarray | Tensor):
-                raise ValueError("Metadata beside a video is that of frames in memory; a file brings its own.")
+                raise ValueError("Metadata can only be passed with frames in memory; a file has its own.")
             metadata = dict(video[1])
             return cls(video[0], metadata, keeps_all=metadata.pop("do_sample_frames", None) is False)
         options: dict[str, Any] = {}
         while isinstance(video, Mapping):
             video, said = source_in(video, "video", VIDEO_OPTIONS)
             if video is None:
-                raise ValueError(f"A video has a source: one of video, {', '.join(SOURCES)}. Name it.")
+                raise ValueError(f"A video needs a source: one of video, {', '.join(SOURCES)}. Pass one.")
             for name, value in said.items():
                 if options.setdefault(QWEN_NAMES.get(name, name), value) != value:
                     raise ValueError(f"`{QWEN_NAMES.get(name, name)}` of a video is given twice. Pass one.")
@@ -157,72 +160,50 @@ class GivenVideo:
         if taken_at is None:
             return cls(video, None, options)
         if not isinstance(video, list | tuple | np.ndarray | Tensor):
-            raise ValueError("`sample_fps` is the rate at which a list of frames was taken. For a file pass `fps`.")
+            raise ValueError("`sample_fps` is the rate at which a list of frames was sampled. For a file pass `fps`.")
         return cls(video, {"fps": taken_at}, options, keeps_all=not options)
 
 
 @dataclass(frozen=True)
-class FrameSampling:
-    """Which moments of a clip to look at; the words are those of `CrossLMMVideosKwargs`.
+class FrameSampling(Request):
+    """The moments of a clip to sample (never every frame), with the fields of `CrossLMMVideosKwargs`.
 
-    needs_clock: the caller named seconds, so that a clip without a frame rate cannot serve.
+    needs_clock: the caller gave seconds, so the clip must have a frame rate.
     """
 
-    num_frames: int | None
-    fps: float | None
-    max_frames: int | None
-    times: list[float] | None
-    start_seconds: float
-    end_seconds: float | None
     needs_clock: bool
 
-    def moments(self, duration_seconds: float) -> list[float]:
-        """The moments, in seconds from the start of a clip of this length."""
-        if self.times is not None:
-            return self.times
-        return sample_times(
-            duration_seconds,
-            num_frames=self.num_frames,
-            fps=self.fps,
-            max_frames=self.max_frames,
-            start_seconds=self.start_seconds,
-            end_seconds=self.end_seconds,
-        )
-
     def frames_of(self, numbers: Sequence[int], about: VideoMetadata) -> list[int]:
-        """Which of the frames with these numbers in their clip are sampled. Raises ValueError for seconds without a
-        frame rate."""
+        """Indices of the sampled frames, given the number of each frame in its clip. Raises ValueError for seconds
+        without a frame rate."""
         if about.fps is not None:
             clock = [number / about.fps for number in numbers]
             return self.frames_at(clock, about.duration or about.total_num_frames / about.fps)
         if self.needs_clock:
             raise ValueError(
-                "`fps`, `times`, `start_seconds` and `end_seconds` need to know when each frame was shown; got frames "
-                "without a frame rate. Pass `video_metadata` with `fps`, or sample by `num_frames`."
+                "`fps`, `times`, `start_seconds` and `end_seconds` need the time of each frame; got frames without a "
+                "frame rate. Pass `video_metadata` with `fps`, or sample by `num_frames`."
             )
-        # One frame a second is as good a clock as any for equal shares.
+        # For equal shares any clock works; this one has one frame per second.
         counts = (self.num_frames, self.max_frames, len(numbers))
         num_frames = next(count for count in counts if count is not None)
         uniform = replace(self, num_frames=num_frames, fps=None, max_frames=None)
         return uniform.frames_at(range(len(numbers)), float(len(numbers)))
 
     def frames_at(self, clock: Sequence[float], duration_seconds: float) -> list[int]:
-        """Indices of the frames shown at the moments, each once: the last with clock ≤ moment, else the first."""
-        shown = [bisect_right(clock, moment + SAME_MOMENT_SECONDS) - 1 for moment in self.moments(duration_seconds)]
+        """Indices, without repeats, of the frames shown at the moments: the last with clock ≤ moment, or the first."""
+        moments = self.moments(duration_seconds) or ()
+        shown = [bisect_right(clock, moment + SAME_MOMENT_SECONDS) - 1 for moment in moments]
         return sorted({max(0, index) for index in shown})
-
-
-FrameTransform = Callable[[Tensor], Tensor]
-"""What is done to each frame (3, H, W) as soon as it is decoded, so that full-size frames never pile up."""
 
 
 @dataclass(frozen=True)
 class FrameChunk:
-    """Frames of one video that follow each other: (t, 3, H, W), and where they come from.
+    """Consecutive frames of one video, (t, 3, H, W), with their metadata.
 
-    expected_num_frames: how many the whole video will give, as far as can be told beforehand.
-    frame_index: where unchanged frames are skipped, for each frame of the chunk which of the video's distinct ones it
-        shows, counted from the video's first; `frames` then holds those that are new. None: every frame is there.
+    expected_num_frames: the estimated number of frames of the whole video.
+    frame_index: with unchanged frames skipped, for each frame of the chunk its index in the video's distinct frames;
+        `frames` then holds the new ones only. None if no frame is skipped.
     """
 
     frames: Tensor
@@ -232,10 +213,10 @@ class FrameChunk:
 
 
 class UnchangedFrames:
-    """Leaves out of a video's chunks, one after the other, the frames that show what the last one kept shows.
+    """Removes unchanged frames from a video's chunks, which are passed in order.
 
-    level: what no pixel may differ by from the frame shown instead, in grey levels. Comparing with that frame rather
-    than with the one before keeps slow changes from adding up.
+    level: the largest difference of a pixel, in grey levels, from the last kept frame. Comparing with that frame, and
+    not with the previous one, prevents slow changes from adding up.
     """
 
     def __init__(self, level: float) -> None:
@@ -244,7 +225,7 @@ class UnchangedFrames:
         self.num_distinct = 0
 
     def __call__(self, chunk: FrameChunk) -> FrameChunk:
-        """The chunk with its new frames and what each frame shows. Keeps one frame, and not the chunk."""
+        """Returns the chunk with its new frames and `frame_index`. Stores one frame and not the chunk."""
         new: list[int] = []
         index: list[int] = []
         for number, frame in enumerate(chunk.frames):
@@ -260,24 +241,19 @@ class UnchangedFrames:
     def _shows_the_same(self, frame: Tensor, shown: Tensor) -> bool:
         if self.level == 0 or frame.shape != shown.shape:
             return torch.equal(frame, shown)
-        # Unsigned bytes have no negative differences.
+        # uint8 cannot hold negative differences.
         return bool((torch.maximum(frame, shown) - torch.minimum(frame, shown)).max() <= self.level)
 
 
-class VideoSource(Protocol):
-    """A video that frames can be read from."""
-
-    def read(
-        self, sampling: FrameSampling | None, transform: FrameTransform, chunk_size: int | None
-    ) -> Iterator[FrameChunk]:
-        """The sampled frames (all without `sampling`), transformed and stacked, at most `chunk_size` at a time (None:
-        all). At least one chunk, none kept once it is given."""
+FrameReader = Callable[[FrameSampling | None, FrameTransform, int | None], Iterator[FrameChunk]]
+"""Reads the sampled frames of a video (all frames without a sampling), transforms each when it is decoded, and yields
+chunks of at most the given size (None: one chunk). It yields at least one chunk and stores none."""
 
 
 class FramesInMemory:
-    """A video whose frames somebody has decoded: an array (T, ...), a list of frames or of image files.
+    """A video passed as frames: an array (T, ...), a list of frames or of image files.
 
-    Its clock is `metadata.fps` (with `metadata.frames_indices`, if they number these frames); without it, none.
+    Its clock is `metadata.fps`, with `metadata.frames_indices` if given; without `fps` it has no clock.
     """
 
     def __init__(
@@ -298,7 +274,7 @@ class FramesInMemory:
             raise ValueError("A video needs at least one frame; got none.")
         self.frames = frames
         arrays = [frame for frame in frames if isinstance(frame, np.ndarray | Tensor)]
-        self.channels_last = [_is_channels_last(array, layout) for array in arrays[:1]] == [True]
+        self.channels_last = bool(arrays) and _is_channels_last(arrays[0], layout)
         for array in arrays:
             if _is_channels_last(array, layout) != self.channels_last:
                 raise ValueError(
@@ -309,27 +285,25 @@ class FramesInMemory:
         self.scales = _scales_of(arrays, do_rescale=do_rescale)
 
         said = {key: value for key, value in dict(metadata or {}).items() if value is not None}
-        numbered = said.get("frames_indices")  # the clip goes on at least to the last frame that is known
-        length = len(frames) if numbered is None or len(numbered) == 0 else int(max(numbered)) + 1
-        self.metadata = VideoMetadata(**{"total_num_frames": length} | said)
-        numbers = self.metadata.frames_indices  # a list or, from Transformers' own readers, an array
+        numbers = said.get("frames_indices")  # a list or, from Transformers' own readers, an array
         self.numbers: Sequence[int] = range(len(frames)) if numbers is None else [int(number) for number in numbers]
-        if numbers is None:
-            if self.metadata.total_num_frames != len(frames):
-                raise ValueError(
-                    f"`video_metadata` speaks of {self.metadata.total_num_frames} frames, the video holds "
-                    f"{len(frames)}. Pass `frames_indices` with the number of each frame in the clip."
-                )
-        elif len(self.numbers) != len(frames):
+        if len(self.numbers) != len(frames):
             raise ValueError(
                 f"`frames_indices` of `video_metadata` needs one number per frame; got {len(self.numbers)} for "
                 f"{len(frames)} frames."
+            )
+        # The clip is at least as long as its last known frame.
+        self.metadata = VideoMetadata(**{"total_num_frames": max(self.numbers) + 1} | said)
+        if numbers is None and self.metadata.total_num_frames != len(frames):
+            raise ValueError(
+                f"`video_metadata` has {self.metadata.total_num_frames} frames, the video has {len(frames)}. "
+                "Pass `frames_indices` with the number of each frame in the clip."
             )
 
     def read(
         self, sampling: FrameSampling | None, transform: FrameTransform, chunk_size: int | None
     ) -> Iterator[FrameChunk]:
-        """See `VideoSource`. Raises ValueError for seconds asked of frames without a clock."""
+        """A `FrameReader`. Raises ValueError for a sampling in seconds of frames without a clock."""
         chosen = list(range(len(self.frames))) if sampling is None else sampling.frames_of(self.numbers, self.metadata)
         fps, total = self.metadata.fps, self.metadata.total_num_frames
         first = self.frame(chosen[0])
@@ -341,6 +315,7 @@ class FramesInMemory:
             width=first.shape[-1],
             video_backend=self.metadata.video_backend,
         )
+        frames = map(transform, chain([first], map(self.frame, chosen[1:])))
         chunk_size = chunk_size or len(chosen)
         for start in range(0, len(chosen), chunk_size):
             part = chosen[start : start + chunk_size]
@@ -349,10 +324,10 @@ class FramesInMemory:
                 frames_indices=[self.numbers[index] for index in part],
                 frame_times=None if fps is None else [self.numbers[index] / fps for index in part],
             )
-            yield FrameChunk(_stack([transform(self.frame(index)) for index in part]), metadata, len(chosen))
+            yield FrameChunk(_stack(list(islice(frames, len(part)))), metadata, len(chosen))
 
     def frame(self, index: int) -> Tensor:
-        """(3, H, W) uint8, or float32 where the values are taken as they are."""
+        """One frame as (3, H, W) uint8, or float32 if floats are not rescaled."""
         frame, scales, channels_last = self.frames[index], self.scales, self.channels_last
         if not isinstance(frame, np.ndarray | Tensor):
             frame = read_picture(frame, self.limits)
@@ -365,70 +340,57 @@ class FramesInMemory:
         return (frame if scale == 1 else frame.float() * scale).round().to(torch.uint8)
 
 
-class DecoderVideo:
-    """A torchcodec `VideoDecoder`, as `datasets` hands them out: known by its methods, never imported."""
+def _read_decoder(
+    decoder: Any, sampling: FrameSampling | None, transform: FrameTransform, chunk_size: int | None
+) -> Iterator[FrameChunk]:
+    """A `FrameReader` of a torchcodec `VideoDecoder`, as `datasets` returns it; torchcodec is not imported. Frames are
+    decoded one by one, so that only one is in memory at full size."""
+    about = decoder.metadata
+    begin = about.begin_stream_seconds or 0.0
+    duration = about.duration_seconds
+    if about.end_stream_seconds is not None:
+        duration = about.end_stream_seconds - begin
+    moments = None if sampling is None else sampling.moments(duration)
 
-    def __init__(self, decoder: Any) -> None:
-        self.decoder = decoder
-
-    def read(
-        self, sampling: FrameSampling | None, transform: FrameTransform, chunk_size: int | None
-    ) -> Iterator[FrameChunk]:
-        """See `VideoSource`; frames are asked for one by one, so that full-size ones do not pile up."""
-        about = self.decoder.metadata
-        begin = about.begin_stream_seconds or 0.0
-        duration = about.duration_seconds
-        if about.end_stream_seconds is not None:
-            duration = about.end_stream_seconds - begin
-        moments = None if sampling is None else sampling.moments(duration)
-        expected = len(self.decoder) if moments is None else min(len(moments), len(self.decoder))
-        frames: list[Tensor] = []
-        times: list[float] = []
-        last = -math.inf
-
-        def chunk() -> FrameChunk:
-            nonlocal frames, times
-            fps = about.average_fps
-            metadata = CrossLMMVideoMetadata(
-                total_num_frames=about.num_frames,
-                fps=fps,
-                duration=duration,
-                height=about.height,
-                width=about.width,
-                video_backend="torchcodec",
-                frames_indices=None if fps is None else [round(time * fps) for time in times],
-                frame_times=times,
-            )
-            stacked = _stack(frames)
-            frames, times = [], []
-            return FrameChunk(stacked, metadata, expected)
-
-        for frame in self._frames(moments, begin, begin + duration):
-            time = float(frame.pts_seconds) - begin
-            if time <= last:
-                continue
-            if len(frames) == chunk_size:
-                yield chunk()
-            pixels = frame.data.permute(2, 0, 1) if _is_channels_last(frame.data, None) else frame.data
-            frames.append(transform(pixels.cpu()))
-            times.append(time)
-            last = time
-        if not frames:
-            raise ValueError("A video needs at least one frame; the decoder holds none.")
-        yield chunk()
-
-    def _frames(self, moments: list[float] | None, begin: float, end: float) -> Iterator[Any]:
+    def frames() -> Iterator[tuple[float, Tensor]]:
+        decoded: Iterator[Any]
         if moments is None:
-            yield from (self.decoder.get_frame_at(index) for index in range(len(self.decoder)))
-            return
-        latest = end - SAME_MOMENT_SECONDS  # the end itself is past the last frame
-        for moment in moments:
-            moment = max(0.0, moment) + SAME_MOMENT_SECONDS
-            yield self.decoder.get_frame_played_at(min(begin + moment, latest))
+            decoded = map(decoder.get_frame_at, range(len(decoder)))
+        else:
+            latest = begin + duration - SAME_MOMENT_SECONDS  # the end itself is after the last frame
+            asked = (begin + max(0.0, moment) + SAME_MOMENT_SECONDS for moment in moments)
+            decoded = (decoder.get_frame_played_at(min(moment, latest)) for moment in asked)
+        last = -math.inf
+        for frame in decoded:
+            time = float(frame.pts_seconds) - begin
+            if time > last:
+                last = time
+                pixels = frame.data.permute(2, 0, 1) if _is_channels_last(frame.data, None) else frame.data
+                yield time, transform(pixels.cpu())
+        if last == -math.inf:
+            raise ValueError("A video needs at least one frame; the decoder has none.")
+
+    def chunk(timed: list[tuple[float, Tensor]]) -> FrameChunk:
+        fps, times = about.average_fps, [time for time, _ in timed]
+        metadata = CrossLMMVideoMetadata(
+            total_num_frames=about.num_frames,
+            fps=fps,
+            duration=duration,
+            height=about.height,
+            width=about.width,
+            video_backend="torchcodec",
+            frames_indices=None if fps is None else [round(time * fps) for time in times],
+            frame_times=times,
+        )
+        expected = len(decoder) if moments is None else min(len(moments), len(decoder))
+        return FrameChunk(_stack([frame for _, frame in timed]), metadata, expected)
+
+    given = frames()
+    return map(chunk, iter(lambda: list(islice(given, chunk_size)), []))
 
 
 def frame_chunk(decoded: DecodedVideo, moments: Sequence[float] | None) -> FrameChunk:
-    """Frames as they came from the decoder, with their metadata. `moments`: those sampled; None for all frames."""
+    """Converts decoded frames to a chunk with metadata. moments: those sampled; None for all frames."""
     expected = decoded.total_num_frames if moments is None else min(decoded.total_num_frames, len(moments))
     metadata = CrossLMMVideoMetadata(
         total_num_frames=decoded.total_num_frames,
@@ -444,33 +406,33 @@ def frame_chunk(decoded: DecodedVideo, moments: Sequence[float] | None) -> Frame
     return FrameChunk(decoded.frames, metadata, expected)
 
 
-class VideoFile:
-    """Anything `decode_video` opens: a path, URI, URL, bytes or file object."""
+def read_file(
+    source: Any,
+    sampling: FrameSampling | None,
+    transform: FrameTransform,
+    chunk_size: int | None,
+    *,
+    strict: bool,
+    limits: VideoLimits,
+    isolated: bool = False,
+) -> Iterator[FrameChunk]:
+    """A `FrameReader` of any source that `decode_video` opens; see there for options and errors."""
+    options: dict[str, Any] = {"frame_transform": transform, "strict": strict, "limits": limits, "isolated": isolated}
+    if sampling is not None:
+        options |= {name: getattr(sampling, name) for name in SAMPLING_KWARGS}
 
-    def __init__(self, source: Any, *, strict: bool, limits: VideoLimits) -> None:
-        self.source, self.strict, self.limits = source, strict, limits
+    def chunk(decoded: DecodedVideo) -> FrameChunk:
+        return frame_chunk(decoded, None if sampling is None else sampling.moments(decoded.duration_seconds))
 
-    def read(
-        self, sampling: FrameSampling | None, transform: FrameTransform, chunk_size: int | None
-    ) -> Iterator[FrameChunk]:
-        """See `VideoSource`. Raises VideoError where the file cannot be decoded."""
-        options: dict[str, Any] = {"frame_transform": transform, "strict": self.strict, "limits": self.limits}
-        if sampling is not None:
-            options |= {name: getattr(sampling, name) for name in SAMPLING_KWARGS}
-
-        def chunk(decoded: DecodedVideo) -> FrameChunk:
-            return frame_chunk(decoded, None if sampling is None else sampling.moments(decoded.duration_seconds))
-
-        if chunk_size is None:
-            yield chunk(decode_video(self.source, **options))
-        else:  # not a loop, whose variable would keep a chunk while the next is decoded
-            yield from map(chunk, iter_video(self.source, chunk_size=chunk_size, **options))
+    if chunk_size is None:
+        return map(chunk, map(partial(decode_video, **options), [source]))
+    return map(chunk, iter_video(source, chunk_size=chunk_size, **options))
 
 
 def open_video(
     video: GivenVideo, *, layout: str | None, do_rescale: bool, strict: bool, limits: VideoLimits
-) -> VideoSource:
-    """What reads this video; whatever can be checked without decoding is checked here."""
+) -> FrameReader:
+    """Returns the reader for a video. Raises TypeError or ValueError for anything found wrong without decoding."""
     source = video.source
     if isinstance(source, list | tuple):
         for frame in source:
@@ -480,19 +442,23 @@ def open_video(
                     f"A frame is a PIL image, an array (H, W, 3) or (3, H, W) or a path; got {described}."
                 )
     if isinstance(source, list | tuple | np.ndarray | Tensor):
-        return FramesInMemory(source, video.metadata, layout=layout, do_rescale=do_rescale, limits=limits)
+        return FramesInMemory(source, video.metadata, layout=layout, do_rescale=do_rescale, limits=limits).read
     if hasattr(source, "get_frame_played_at") and hasattr(source, "metadata"):
-        return DecoderVideo(source)
-    if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(source, "read"):
-        return VideoFile(source, strict=strict, limits=limits)
+        return partial(_read_decoder, source)
+    if _is_file(source):
+        return partial(read_file, source, strict=strict, limits=limits)
     raise TypeError(
         "A video is a path, URL, bytes or file object, an array or tensor (T, H, W, 3) or (T, 3, H, W), a list of "
         f"frames, a torchcodec decoder or a mapping that holds one of them; got {type(source).__name__}."
     )
 
 
+def _is_file(source: Any) -> bool:
+    return isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(source, "read")
+
+
 def flatten_metadata(metadata: Any, *, num_videos: int) -> list[Mapping | None]:
-    """One entry per video, from none at all, one mapping, a flat list or one list per sample."""
+    """Flattens metadata (None, one mapping, a flat list or one list per sample) to one entry per video."""
     if metadata is None:
         return [None] * num_videos
     entries = [metadata] if isinstance(metadata, Mapping) else list(metadata)
@@ -505,7 +471,7 @@ def flatten_metadata(metadata: Any, *, num_videos: int) -> list[Mapping | None]:
 
 
 def _is_channels_last(frames: np.ndarray | Tensor, layout: str | None) -> bool:
-    """Whether (..., H, W, 3) rather than (..., 3, H, W); channels first where both fit, as in Transformers."""
+    """Whether frames are (..., H, W, 3) and not (..., 3, H, W); channels first if both fit, as in Transformers."""
     is_last = frames.shape[-3] != 3 if layout is None else ChannelDimension(layout) == ChannelDimension.LAST
     if frames.shape[-1 if is_last else -3] != 3 or 0 in frames.shape[-3:]:
         raise ValueError(
@@ -517,16 +483,17 @@ def _is_channels_last(frames: np.ndarray | Tensor, layout: str | None) -> bool:
 
 @dataclass(frozen=True)
 class Scales:
-    """What turns values into grey levels of 0..255: floats (None: they are left as they are) and integers."""
+    """Factors that turn floats (None: they are not changed) and integers into grey levels of 0..255."""
 
     of_floats: float | None
     of_integers: float
 
 
 def _scales_of(arrays: Sequence[np.ndarray | Tensor], *, do_rescale: bool) -> Scales:
-    """Floats lie in 0..1 or 0..255, integers in 0..255, those of 16 bits without a sign in 0..255 or 0..65535.
+    """Finds the value range: floats in 0..1 or 0..255, integers in 0..255, unsigned 16-bit ones also in 0..65535.
 
-    Decided once per video, so that a dark frame is not taken for one of the smaller range. Raises for other values.
+    Decided once per video, so that a dark frame is not mistaken for one of the smaller range. Raises TypeError for
+    other dtypes, ValueError for other values.
     """
     brightest = {True: 0.0, False: 0.0}  # of floats, of integers
     for array in arrays:
@@ -558,10 +525,10 @@ def _as_tensor(frame: np.ndarray | Tensor) -> Tensor:
 
 
 def read_picture(source: Any, limits: VideoLimits) -> np.ndarray:
-    """(H, W, 3), upright, of a PIL image or of any source that holds a picture file; grey of more than 8 bits, and
-    floats, keep their values.
+    """Reads a PIL image or any source of a picture file as (H, W, 3), upright; grey pictures of more than 8 bits or of
+    floats keep their values.
 
-    Raises VideoError where it cannot be read. A string that is no path may be base64.
+    Raises VideoError if it cannot be read. A string that is not a path may be base64.
     """
     if not isinstance(source, Image.Image):
         if isinstance(source, str) and len(source) > 64 and ":" not in source and not os.path.exists(source):
@@ -577,32 +544,31 @@ def read_picture(source: Any, limits: VideoLimits) -> np.ndarray:
                 source.load()
             except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
                 what = shown(os.fspath(source)) if isinstance(source, str | os.PathLike) else "The data"
-                raise VideoOpenError(f"{what} cannot be read as a picture. Check that it is one.") from error
+                raise VideoOpenError(f"{what} cannot be read as a picture. Check the file format.") from error
     picture = ImageOps.exif_transpose(source)
     if picture.mode not in ("I", "F") and not picture.mode.startswith("I;16"):
         return np.asarray(picture.convert("RGB"))
     grey = np.asarray(picture)
-    if picture.mode == "I" and grey.min() >= 0 and grey.max() <= 65535:  # how PIL holds some pictures of 16 bits
+    if picture.mode == "I" and grey.min() >= 0 and grey.max() <= 65535:  # PIL opens some 16-bit pictures so
         grey = grey.astype(np.uint16)
     return np.stack([grey] * 3, axis=-1)
 
 
 def picture_pixels(picture: Any, *, layout: str | None, do_rescale: bool, limits: VideoLimits) -> Tensor:
-    """(3, H, W) of one picture, by the rules for a frame of a video: uint8, or float32 with floats left as they are.
+    """Converts one picture to (3, H, W) by the rules for a frame of a video: uint8, or float32 if not rescaled.
 
     picture: a PIL image, an array or tensor (H, W, 3) or (3, H, W), a path, URI, URL, base64 string, bytes, a file
     object, or a mapping that holds one of them.
     """
     while isinstance(picture, Mapping):
         picture, _ = source_in(picture, "image")
-    if not isinstance(picture, str | os.PathLike | bytes | bytearray | memoryview) and not hasattr(picture, "read"):
-        if not isinstance(picture, Image.Image | np.ndarray | Tensor):
-            raise TypeError(
-                "An image is a PIL image, an array or tensor (H, W, 3) or (3, H, W), a path, URL, base64 string, "
-                f"bytes or a file object; got {type(picture).__name__}."
-            )
-        if not is_frame(picture):
-            raise ValueError(f"An image is (H, W, 3) or (3, H, W); got an array of shape {tuple(picture.shape)}.")
+    if isinstance(picture, np.ndarray | Tensor) and picture.ndim != 3:
+        raise ValueError(f"An image is (H, W, 3) or (3, H, W); got an array of shape {tuple(picture.shape)}.")
+    if not isinstance(picture, Image.Image | np.ndarray | Tensor) and not _is_file(picture):
+        raise TypeError(
+            "An image is a PIL image, an array or tensor (H, W, 3) or (3, H, W), a path, URL, base64 string, bytes or "
+            f"a file object; got {type(picture).__name__}."
+        )
     return FramesInMemory([picture], layout=layout, do_rescale=do_rescale, limits=limits).frame(0)
 
 

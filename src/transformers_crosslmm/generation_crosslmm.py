@@ -1,8 +1,8 @@
-"""How media travel through `generate`.
+"""`generate` with images and videos.
 
-They are checked and encoded before Transformers' own `generate` begins, and go into the cache as soon as there is one.
-From there beams, chunks of a prefill and later steps get them without further help, so only `generate` and
-`prepare_inputs_for_generation` are overridden.
+Media are checked and encoded before Transformers' own `generate` begins, and are put into the cache in the first step.
+Beams, prefill chunks and later steps read them from the cache, so only `generate` and `prepare_inputs_for_generation`
+are overridden.
 """
 
 import copy
@@ -25,8 +25,8 @@ from .media_crosslmm import EncodedMedia
 logger = logging.get_logger(__name__)
 
 PREFILL_TOKENS = 4096
-"""Most tokens of a prompt with media that run at once, unless `prefill_chunk_size` says otherwise: activations, of
-the MLP above all, then stop growing with the video."""
+"""Default `prefill_chunk_size` for prompts with media, in tokens. Chunks limit activation memory (mostly of the MLP),
+which otherwise grows with the video."""
 
 MEDIA_ARGUMENTS = (
     "pixel_values",
@@ -39,7 +39,7 @@ MEDIA_ARGUMENTS = (
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The model as in evaluation for as long as the block runs."""
+    """Puts the model into evaluation mode while the block runs."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -50,7 +50,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 class CrossLMMGenerationMixin(GenerationMixin):
-    """`generate` for models whose tokens read encoded media through cross-attention."""
+    """Adds media to `generate`, for models whose tokens read them through cross-attention."""
 
     @takes_a_cache
     @torch.no_grad()
@@ -64,14 +64,14 @@ class CrossLMMGenerationMixin(GenerationMixin):
         output_cross_attentions: bool = False,
         **kwargs,
     ):
-        """As in Transformers, with the media arguments of `forward`.
+        """Generates as in Transformers, with the media arguments of `forward`.
 
-        With `output_cross_attentions=True` the output has `cross_attentions`, a tuple with, for each sequence, the T2V
-        attention of every new token, summed per frame: (cross-attention layers, heads, new tokens, frames), frames of
-        all media in their order. Nothing is compiled then. Raises ValueError with an assistant or prompt lookup, which
-        check several tokens at once, without `return_dict_in_generate`, and for a model without T2V.
+        With `output_cross_attentions=True` the output has `cross_attentions`: for each sequence, the T2V attention of
+        every new token, summed per frame, (cross-attention layers, heads, new tokens, frames), with the frames of all
+        media in order. Nothing is compiled then. Raises ValueError without `return_dict_in_generate`, for a model
+        without T2V, and with an assistant or prompt lookup, because these check several tokens at once.
         """
-        if self.training and self.model.is_checkpointed:  # checkpointed layers keep nothing in a cache
+        if self.training and self.model.is_checkpointed:  # checkpointed layers do not fill a cache
             with evaluation_mode(self):
                 return self.generate(
                     inputs,
@@ -101,22 +101,21 @@ class CrossLMMGenerationMixin(GenerationMixin):
         with FrameWeights(self) as weights:
             processors = [*(logits_processor or []), weights]
             output = super().generate(inputs, generation_config, processors, *args, **kwargs)
-        return weights.added_to(output)
+        return weights.add_to(output)
 
     def generate_batch(self, inputs, *args, **kwargs):
-        """As in Transformers, for texts alone. Raises ValueError where there are media, or places for them."""
+        """Generates as in Transformers, for text only. Raises ValueError for media or their placeholders."""
         media = [name for name in MEDIA_ARGUMENTS if name in kwargs]
         placeholders = {self.config.image_token_id, self.config.video_token_id}
         media += [f"placeholders in `inputs[{i}]`" for i, ids in enumerate(inputs) if not placeholders.isdisjoint(ids)]
         if media:
             raise ValueError(
-                f"`generate_batch` is for text alone; got {', '.join(media)}. Ask about images and videos with "
-                "`generate`."
+                f"`generate_batch` is for text only; got {', '.join(media)}. Use `generate` for images and videos."
             )
         return super().generate_batch(inputs, *args, **kwargs)
 
     def init_continuous_batching(self, generation_config=None, *args, **kwargs):
-        """As in Transformers. A placeholder is never sampled: its request would end all that run beside it."""
+        """Starts as in Transformers, with placeholders suppressed: a sampled one would end all concurrent requests."""
         generation_config = copy.deepcopy(generation_config or self.generation_config)
         placeholders = self.config.image_token_id, self.config.video_token_id
         generation_config.suppress_tokens = sorted({*(generation_config.suppress_tokens or ()), *placeholders})
@@ -125,8 +124,8 @@ class CrossLMMGenerationMixin(GenerationMixin):
     def _prepare_media(
         self, inputs: torch.Tensor | None, cache: Cache | None, options: "Options", kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Checks and encodes the media of a call. Takes the arguments that concern them out of `kwargs`, and returns
-        those that Transformers' `generate` gets instead."""
+        """Checks and encodes the media of a call. Removes the media arguments from `kwargs` and returns the arguments
+        that Transformers' `generate` gets instead."""
         media = {name: kwargs.pop(name, None) for name in MEDIA_ARGUMENTS}
         form = kwargs.pop("cross_attention_cache", None)
         ids, embeds = kwargs.get("input_ids", inputs), kwargs.get("inputs_embeds")
@@ -136,7 +135,7 @@ class CrossLMMGenerationMixin(GenerationMixin):
             return {}
         past_length = 0 if cache is None else int(cache.get_seq_length())
         given = ids if embeds is None else embeds
-        # Ids may be the new part alone, which an attention mask that covers the cached part too shows.
+        # The ids are the new tokens only if the attention mask is longer than they are.
         mask = kwargs.get("attention_mask")
         is_whole = embeds is not None or mask is None or mask.shape[1] == ids.shape[1]
         tokens = given[:, past_length:] if is_whole else given
@@ -153,8 +152,8 @@ class CrossLMMGenerationMixin(GenerationMixin):
         )
         if not tokens.shape[1]:
             raise ValueError(
-                f"`cache` has seen {past_length} tokens, and the {given.shape[1]} given hold no further ones. Give "
-                "the whole sequence, or the new tokens alone with an `attention_mask` that covers the cached ones too."
+                f"`cache` has seen {past_length} tokens, and the {given.shape[1]} given are not new. Pass the whole "
+                "sequence, or only the new tokens with an `attention_mask` that also covers the cached ones."
             )
         if not new and not options.get("is_assistant"):
             self._check_that_no_medium_is_missing(tokens, is_ids=embeds is None)
@@ -164,14 +163,14 @@ class CrossLMMGenerationMixin(GenerationMixin):
             changed["num_cached"] = past_length
         if new and options.get("cache_implementation") == "paged":
             raise ValueError(
-                'Continuous batching (`cache_implementation="paged"`) has no place for the patches of media. Leave '
+                'Continuous batching (`cache_implementation="paged"`) cannot store the patches of media. Leave '
                 "it out, or send text only."
             )
         if past_length and not CHUNKS_LATER_TURNS:
             if options.get("prefill_chunk_size") is not None:
                 logger.warning_once(
-                    "Transformers chunks the prefill of a turn that continues a `cache` from 5.23 on; this one runs "
-                    "at once, whatever `prefill_chunk_size` says."
+                    "`prefill_chunk_size` is ignored: before 5.23, Transformers cannot chunk the prefill of a turn "
+                    "that continues a `cache`."
                 )
                 changed["prefill_chunk_size"] = None
         elif new:
@@ -186,24 +185,24 @@ class CrossLMMGenerationMixin(GenerationMixin):
         return changed
 
     def _check_that_no_medium_is_missing(self, tokens: torch.Tensor, *, is_ids: bool) -> None:
-        """Refuses placeholders of a later turn that come without their media. The first new token is spared: it may
-        be what the model wrote last, and what it writes is text."""
+        """Raises ValueError for placeholders of a later turn without their media. The first new token may be the
+        model's own last token, which is text, so it is not checked."""
         masks = self.model.get_placeholder_mask(tokens if is_ids else None, None if is_ids else tokens)
         for modality, mask in masks.items():
             if count := int(mask[:, 1:].sum()):
                 raise ValueError(
                     f"Placeholders and {modality} features must match: the new tokens hold {count} {modality} "
-                    "placeholders, and no new media came with them. Give the pixels, or `mm_encoder_outputs`, of "
-                    "every medium that the cache has not seen."
+                    "placeholders, and no new media were passed. Pass the pixels, or `mm_encoder_outputs`, of every "
+                    "medium that the cache has not seen."
                 )
 
     def _limit_to_context(
         self, options: "Options", num_given: int, prompt_length: int, cache: Cache | None
     ) -> dict[str, Any]:
-        """The arguments that make `generate` stop where the context ends; refuses a static cache that would overflow.
+        """The arguments that make `generate` stop at the end of the context.
 
-        num_given: tokens that the caller passed, which is what `max_length` counts from. The token written last needs
-        no position; the candidates of prompt lookup need one each.
+        num_given: tokens that the caller passed; `max_length` includes them. The last new token needs no position;
+        each candidate of prompt lookup needs one. Raises ValueError if the prompt or a static cache does not fit.
         """
         longest, changed = self.config.max_sequence_length, {}
         room = max(longest - prompt_length + 1 - (options.get("prompt_lookup_num_tokens") or 0), 1)
@@ -216,8 +215,8 @@ class CrossLMMGenerationMixin(GenerationMixin):
                 changed = {"max_length": num_given + room}
         if wanted > room:
             logger.warning(
-                f"Generation stops after {room} new tokens, where the context of {longest} positions ends; {wanted} "
-                "were asked for."
+                f"Generation stops after {room} new tokens, at the end of the context of {longest} positions; "
+                f"{wanted} were requested."
             )
         check_length(prompt_length + max(min(wanted, room) - 1, 0), self.config, cache)
         return changed
@@ -225,20 +224,20 @@ class CrossLMMGenerationMixin(GenerationMixin):
     def _check_chunks(self, options: "Options", *, is_ids: bool) -> None:
         if not is_ids or options.get("use_cache") is False:
             raise ValueError(
-                "Chunked prefill works from `input_ids` and with a cache; got "
+                "Chunked prefill needs `input_ids` and a cache; got "
                 f"{'`use_cache=False`' if is_ids else '`inputs_embeds`'}. Leave `prefill_chunk_size` out."
             )
 
     def _chunk_prefill(self, options: "Options", tokens: torch.Tensor, *, is_ids: bool) -> dict[str, Any]:
-        """The arguments that make `generate` run a prompt with media in chunks: as the caller says, or PREFILL_TOKENS
-        for one that is longer and can be cut."""
+        """The arguments that make `generate` run a prompt with media in chunks: of the caller's size, or of
+        PREFILL_TOKENS if the prompt is longer and can be split."""
         if options.get("prefill_chunk_size") is not None:
             self._check_chunks(options, is_ids=is_ids)
-            # Which tokens attend to what differs from chunk to chunk: nothing that compiling could use twice.
+            # The segments differ between chunks, so a compiled graph could not be reused.
             return {"disable_compile": True}
-        # The states of all chunks but the last would be lost.
+        # With chunks, only the states of the last one would be returned.
         wants_states = options.get("output_hidden_states") or options.get("output_attentions")
-        # Chunks need a mask, and with one `sdpa` uses no fast kernel on CUDA, where speed matters more than memory.
+        # Chunks need a mask. With a mask `sdpa` has no fast kernel on CUDA, and speed matters more than memory there.
         is_slowed = self.config.text_config._attn_implementation == "sdpa" and tokens.device.type == "cuda"
         can_be_cut = is_ids and options.get("use_cache") is not False and not wants_states and not is_slowed
         if tokens.shape[1] <= PREFILL_TOKENS or not can_be_cut:
@@ -257,9 +256,9 @@ class CrossLMMGenerationMixin(GenerationMixin):
         num_cached: int = 0,
         **kwargs,
     ) -> dict[str, Any]:
-        """visual_memory: the media of the call, for the rows of the prompt; the cache takes them over.
-        num_cached: tokens of `input_ids` that the cache has seen before a call with a draft or prompt lookup, whose
-            first step would run the whole sequence.
+        """visual_memory: the media of the call, for the rows of the prompt; this method moves them into the cache.
+        num_cached: tokens of `input_ids` in the cache before a call with a draft or prompt lookup, whose first step
+            would otherwise run the whole sequence.
         """
         if is_first_iteration and num_cached:
             next_sequence_length = input_ids.shape[1] - num_cached
@@ -281,7 +280,7 @@ class CrossLMMGenerationMixin(GenerationMixin):
 
 
 class Options:
-    """What `generate` will use for an option: the call's own, the given generation config's, or the model's."""
+    """Options of `generate`, looked up in the call's arguments, the given generation config, then the model's."""
 
     def __init__(self, kwargs: dict[str, Any], *configs: GenerationConfig | None) -> None:
         self.sources = [kwargs, *(vars(config) for config in configs if config is not None)]
@@ -296,11 +295,11 @@ class Options:
 
 
 class Draft:
-    """An assistant model as `generate` may call it: what its forward cannot take is left out, and a CrossLMM gets the
-    media that the main model has encoded, with pooled tokens of its own.
+    """Wraps an assistant model for `generate`: drops arguments that its forward does not take, and gives a CrossLMM
+    the media that the main model encoded, with its own pooled tokens.
 
-    Raises ValueError for a CrossLMM that cannot draft: of another vision encoder, or when media are in the cache
-    already, whose original tokens it would need.
+    Raises ValueError for a CrossLMM that has another vision encoder, or if the cache already holds media, because the
+    draft would need their original tokens.
     """
 
     def __init__(
@@ -316,19 +315,19 @@ class Draft:
         if mine != its:
             raise ValueError(
                 "A CrossLMM draft reads the media that the model has encoded, so vision width, patch grid and tokens "
-                f"per frame must be the same: {mine}; the draft's are {its}. Draft with another model."
+                f"per frame must be equal: the model has {mine}, the draft {its}. Use another draft model."
             )
         if memory_in(cache) is not None:
             raise ValueError(
-                "A CrossLMM draft has not seen the media that `cache` holds. Begin a new cache, or draft with a "
-                "language model or prompt lookup."
+                "A CrossLMM draft has not seen the media in `cache`. Begin a new cache, or draft with a language "
+                "model or prompt lookup."
             )
         self.__dict__["media"] = model.model.encode_media(NewMedia(encoded=media), project_anew=True)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         for name in (*MEDIA_ARGUMENTS, "visual_memory", "num_cached"):
             kwargs.pop(name, None)
-        if self.media and kwargs.get(CACHE) is None:  # from its second call on the draft's cache has them
+        if self.media and kwargs.get(CACHE) is None:  # the draft's cache holds them from the second call on
             kwargs["mm_encoder_outputs"] = self.media
         return self.model.generate(*args, **kwargs)
 

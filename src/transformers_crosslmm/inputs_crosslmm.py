@@ -21,11 +21,11 @@ from .media_crosslmm import EncodedMedia, frame_index, media_index
 
 @dataclass(frozen=True)
 class NewMedia:
-    """The media that come with a call, checked.
+    """The new media of one call, after validation.
 
-    pixels: (frames, 3, S, S) by modality. frames: of each medium in `pixels`. frame_index: which of a video's pixels
-    each of its frames shows, None for its own. encoded: media that came encoded.
-    masks: the placeholders (B, L) that media fill, by modality. form: "kv" or "features", how the cache keeps them.
+    pixels: (frames, 3, S, S) by modality. frames: frames of each medium in `pixels`. frame_index: which frame of the
+    video pixels each frame shows; None if each has its own. encoded: media passed in encoded form. masks: placeholders
+    (B, L) that media fill, by modality. form: "kv" or "features", how the cache keeps the media.
     """
 
     pixels: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -57,15 +57,15 @@ def check_inputs(
     attention_mask: torch.Tensor | None = None,
     num_rows: int | None = None,
 ) -> NewMedia:
-    """Checks one call of the model, or, for `generate`, its first, and returns the media that come with it.
+    """Checks one call of the model (for `generate`, its first call) and returns the new media.
 
-    find_placeholders: ids and embeddings, one of them None, to the places (B, L) of each modality's placeholders.
-    past_length: tokens that the cache has seen. num_rows: rows of the call once `generate` has repeated each for its
-        beams; as given otherwise.
+    find_placeholders: maps ids and embeddings, one of them None, to the placeholder masks (B, L) of each modality.
+    past_length: tokens that the cache has seen. num_rows: rows after `generate` repeats each row for its beams; None
+        for the rows of the tokens.
     Without new media, tokens that follow cached ones are not searched: their placeholder ids are text.
     """
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
     tokens = input_ids if inputs_embeds is None else inputs_embeds
     length, memory = tokens.shape[1], memory_in(cache)
     if memory is not None and len(memory.rows) != (num_rows or len(tokens)):
@@ -77,7 +77,7 @@ def check_inputs(
         check_length(past_length + length, config, cache)
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] < length:
         raise ValueError(
-            f"`attention_mask` must cover the {length} tokens of the call, and what the cache has seen before them; "
+            f"`attention_mask` must cover the {length} tokens of the call and the cached tokens before them; "
             f"got {attention_mask.shape[1]} columns."
         )
     if input_ids is not None and length > 1 and not torch.compiler.is_compiling():
@@ -116,9 +116,9 @@ def check_inputs(
 
 
 def cache_form(asked: str | None, memory: VisualMemory | None, config: CrossLMMConfig) -> str:
-    """ "kv" or "features": what was asked for, what the cache holds already, or the config's.
+    """The form, "kv" or "features": as asked for, as in the cache, or the config's.
 
-    Raises ValueError for anything else, and when the first two differ.
+    Raises ValueError for any other form, and if the asked one differs from the cache's.
     """
     if asked is not None and asked not in CROSS_ATTENTION_CACHES:
         raise ValueError(
@@ -139,18 +139,18 @@ def check_length(length: int, config: CrossLMMConfig, cache: Cache | None) -> No
     if length > config.max_sequence_length:
         raise ValueError(
             f"The sequence must fit the context of {config.max_sequence_length} positions; got {length}. Sample "
-            "fewer frames, use a smaller `pooled_grid_size`, or stretch the context with rope scaling (YaRN)."
+            "fewer frames, use a smaller `pooled_grid_size`, or extend the context with rope scaling (YaRN)."
         )
     capacity = -1 if cache is None else cache_capacity(cache)
     if 0 <= capacity < length:
         raise ValueError(
-            f"The sequence must fit `cache`, which holds {capacity} tokens; got {length}. Make the static "
-            "cache larger, or pass a DynamicCache()."
+            f"The sequence must fit `cache`, which holds {capacity} tokens; got {length}. Create a larger static "
+            "cache, or pass a DynamicCache()."
         )
 
 
 def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
-    """Raises ValueError for ids that the embedding does not have: a GPU would only say "device-side assert"."""
+    """Raises ValueError for ids outside the vocabulary; a GPU would only report "device-side assert"."""
     if input_ids.device.type == "meta" or not input_ids.numel():
         return
     low, high = (int(bound) for bound in input_ids.aminmax())
@@ -162,21 +162,21 @@ def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
 
 
 def check_adapters(modules: Iterable[nn.Module]) -> None:
-    """Raises ValueError where PEFT tells modules which adapter each row has (`adapter_names`), or where in a row it
-    begins (aLoRA), and these see frames, patches or packed tokens instead of rows."""
+    """Raises ValueError if PEFT selects adapters per row (`adapter_names`) or per position (aLoRA) in these modules,
+    whose inputs are frames, patches or packed tokens and not rows."""
     for module in modules:
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, partial) and hook.keywords.keys() & {"adapter_names", "alora_offsets"}:
                 raise ValueError(
-                    "With media, adapters that differ from row to row (`adapter_names`) or begin within a row (aLoRA) "
-                    "must lie in the language model's own layers; got one in a "
+                    "With media, adapters that differ between rows (`adapter_names`) or begin within a row (aLoRA) "
+                    "must be in the language model's own layers; got one in a "
                     f"{type(module).__name__} of the encoder, the projector or the cross-attention. Leave these out "
                     'of `target_modules`, as r".*language_model.*self_attn.*_proj" does, or run one adapter per call.'
                 )
 
 
 def check_whole_sequences() -> None:
-    """Raises ValueError where accelerate, or a Trainer through it, spreads each sequence over several processes."""
+    """Raises ValueError if accelerate (also through a Trainer) splits sequences over several processes."""
     if not is_accelerate_available():
         return
     from accelerate.state import AcceleratorState
@@ -191,39 +191,39 @@ def check_whole_sequences() -> None:
 
 
 def check_unpacked(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-    """Raises ValueError for rows in which positions begin anew: several samples in one, of which a later one would
-    attend to the media of those before it."""
+    """Raises ValueError if positions restart within a row: the row packs several samples, and a later one would attend
+    to the media of earlier ones."""
     is_token = torch.ones_like(position_ids)
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
         is_token = attention_mask[:, -position_ids.shape[1] :].to(position_ids)
     elif attention_mask is not None:
-        return  # a mask prepared for the layers, as with a static cache
+        return  # a mask in the layers' form, as with a static cache
     positions = position_ids * is_token
     falls = is_token.bool() & (positions < positions.cummax(dim=-1).values)
     if falls.device.type != "meta" and falls.any():
         raise ValueError(
-            "With media, a row must be one sample; got `position_ids` that begin anew within a row. Pad the samples "
+            "With media, a row must be one sample; got `position_ids` that restart within a row. Pad the samples "
             "instead of packing them."
         )
 
 
 def check_pixels(name: str, pixels: torch.Tensor, vision_config: PreTrainedConfig) -> None:
-    """Raises unless `pixels` are finite, normalised frames of the encoder's size, at least one: (F, 3, S, S).
+    """Checks that `pixels` are at least one finite, normalised frame of the encoder's size: (F, 3, S, S).
 
-    TypeError for what is no tensor, ValueError for the rest.
+    Raises TypeError if `pixels` is not a tensor, ValueError otherwise.
     """
     size, channels = vision_config.image_size, vision_config.num_channels
     if not isinstance(pixels, torch.Tensor):
         raise TypeError(f"`{name}` must be a tensor; got {type(pixels).__name__}: use the processor.")
     if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (channels, size, size) or not len(pixels):
         raise ValueError(
-            f"`{name}` must be (frames, {channels}, {size}, {size}), the frames of all media one after the other; "
-            f"got {tuple(pixels.shape)}. The processor makes it so; flatten a batch and time dimension and give "
+            f"`{name}` must be (frames, {channels}, {size}, {size}), the concatenated frames of all media; "
+            f"got {tuple(pixels.shape)}. Use the processor, or flatten batch and time dimensions and pass "
             "`video_num_frames`."
         )
     if not pixels.is_floating_point():
         raise ValueError(f"`{name}` must hold normalised floats; got {pixels.dtype}: use the processor.")
-    # The sum reads them once, on all threads; `isfinite` would write another tensor of their size.
+    # The sum reads the pixels once, on all threads; `isfinite` would allocate another tensor of their size.
     if pixels.device.type != "meta" and not pixels.sum(dtype=torch.float32).isfinite():
         raise ValueError(f"`{name}` must be finite; got NaN or infinity. Check the frames before the processor.")
 
@@ -231,10 +231,10 @@ def check_pixels(name: str, pixels: torch.Tensor, vision_config: PreTrainedConfi
 def frames_per_video(
     pixels: torch.Tensor, video_num_frames: torch.Tensor | None, video_frame_index: torch.Tensor | None = None
 ) -> list[int]:
-    """Frames of each video; all of them one video's when nothing is said.
+    """The number of frames of each video; without `video_num_frames`, all frames are one video.
 
-    Raises ValueError for videos without frames, counts that do not add up, and an index that does not name every frame
-    of `pixels` and no other.
+    Raises ValueError for videos without frames, counts that do not add up, and an index that leaves out a frame of
+    `pixels` or names one that does not exist.
     """
     num_frames = len(pixels)
     if video_frame_index is not None:
@@ -242,9 +242,9 @@ def frames_per_video(
         num_frames = len(index) if index.ndim else 0
         if index.is_floating_point() or index.ndim != 1 or index.unique().tolist() != list(range(len(pixels))):
             raise ValueError(
-                f"`video_frame_index` must say for every frame which of the {len(pixels)} of `pixel_values_videos` it "
-                f"shows, and name each of them; got {index.dtype} of shape {tuple(index.shape)}. Pass what the "
-                "processor returns with `skip_unchanged`."
+                f"`video_frame_index` must give for every frame its index in the {len(pixels)} frames of "
+                f"`pixel_values_videos`, and use each of them; got {index.dtype} of shape {tuple(index.shape)}. "
+                "Pass the processor's own, from `skip_unchanged`."
             )
     counts = torch.tensor([num_frames]) if video_num_frames is None else torch.as_tensor(video_num_frames)
     frames = counts.tolist()
@@ -258,15 +258,15 @@ def frames_per_video(
 
 
 def check_encoded(media: EncodedMedia, config: CrossLMMConfig) -> None:
-    """Raises unless encoded media are what `get_video_features` and `get_image_features` return: TypeError for other
-    objects, ValueError for other modalities and shapes."""
+    """Checks that encoded media have the form that `get_video_features` and `get_image_features` return. Raises
+    TypeError for other objects, ValueError for other modalities and shapes."""
     tokens_per_frame, num_patches = config.tokens_per_frame, config.patch_grid_size**2
     for modality, output in media.items():
         if modality not in ("image", "video"):
             raise ValueError(f"`mm_encoder_outputs` must hold 'video' and 'image'; got {modality!r}.")
         if not isinstance(output, ModelOutput) or output.get("pooler_output") is None:
             raise TypeError(
-                f"`mm_encoder_outputs[{modality!r}]` must be what `get_{modality}_features` returns; "
+                f"`mm_encoder_outputs[{modality!r}]` must be the output of `get_{modality}_features`; "
                 f"got {type(output).__name__}."
             )
         lengths = [len(pooled) for pooled in output.pooler_output]
@@ -291,31 +291,31 @@ def check_encoded(media: EncodedMedia, config: CrossLMMConfig) -> None:
 def check_placeholders(
     modality: str, name: str, mask: torch.Tensor, lengths: list[int], *, tokens_per_frame: int
 ) -> None:
-    """Raises ValueError unless the placeholders `mask` (B, L) are those of media with `lengths` pooled tokens, each
-    medium in one row and each frame in one piece."""
+    """Raises ValueError unless the placeholders in `mask` (B, L) fit media with `lengths` pooled tokens: each medium
+    in one row, each frame at consecutive positions."""
     if mask.device.type == "meta":
         return
-    if torch.compiler.is_compiling():  # a graph cannot tell the numbers
+    if torch.compiler.is_compiling():  # a graph cannot report the numbers
         torch_compilable_check(mask.sum() == sum(lengths), f"Placeholders and {modality} features must match.")
         return
     rows, columns = mask.nonzero().cpu().unbind(-1)
     if len(rows) != sum(lengths):
         raise ValueError(
             f"Placeholders and {modality} features must match: the text holds {len(rows)} {modality} "
-            f"placeholders, `{name}` or `mm_encoder_outputs` fill {sum(lengths)}. Make both with the processor in "
-            "one call, without truncation, and check that nothing drops the pixels on the way."
+            f"placeholders, `{name}` or `mm_encoder_outputs` fill {sum(lengths)}. Create both in one call of the "
+            "processor, without truncation, and check that no later step drops the pixels."
         )
     for medium in rows.split(lengths):
         if medium[0] != medium[-1]:
             raise ValueError(
-                f"The {len(medium)} placeholders of one {modality} must stand in one row; they stand in rows "
-                f"{sorted(set(medium.tolist()))}. Give the media in the order of their placeholders."
+                f"The {len(medium)} placeholders of one {modality} must be in one row; they are in rows "
+                f"{sorted(set(medium.tolist()))}. Pass the media in the order of their placeholders."
             )
     frames = columns.view(-1, tokens_per_frame)
     if (broken := (frames[:, -1] - frames[:, 0] != tokens_per_frame - 1).nonzero()).numel():
         number = int(broken[0])
         raise ValueError(
-            f"The {tokens_per_frame} placeholders of a frame must follow each other; those of {modality} frame "
-            f"{number} of this call stand at positions {frames[number].tolist()}. Let the processor write them, and "
-            "put text between frames only."
+            f"The {tokens_per_frame} placeholders of a frame must be consecutive; those of {modality} frame {number} "
+            f"of this call are at positions {frames[number].tolist()}. Let the processor write them, and put text "
+            "between frames only."
         )

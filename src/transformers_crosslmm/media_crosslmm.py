@@ -1,4 +1,4 @@
-"""Encoded videos and images as objects: how a long video becomes one, where they stand, how they are kept on disk.
+"""Encoded videos and images: encoding a long video, finding placeholders, saving and loading.
 
 Shapes: B rows, L tokens, F frames of all media, T of one video, S pixels along a side, N patches per frame, D vision
         width, C language width.
@@ -21,12 +21,12 @@ EncodedMedia = Mapping[str, BaseModelOutputWithPooling]
 
 @dataclass
 class CrossLMMEncodedMedia(BaseModelOutputWithPooling):
-    """Encoded media of which several rows may use the same. Copies share tensors.
+    """Encoded media that several rows can share. Copies share tensors.
 
-    media_index: `pooler_output[j]` belongs to medium `media_index[j]` of `last_hidden_state` (F, N, D); None when each
-        has its own. So rows that ask about one video share its patches.
-    frame_index: which frame of `last_hidden_state` each frame of the media shows, where unchanged frames were left
-        out; None when all are there. `pooler_output` has the tokens of all frames in any case.
+    media_index: `pooler_output[j]` belongs to medium `media_index[j]` of `last_hidden_state` (F, N, D); None if each
+        has its own medium. With it, rows that ask about one video share the patches.
+    frame_index: for each frame of the media, its frame in `last_hidden_state` if unchanged frames were left out; None
+        if all frames are there. `pooler_output` always has the tokens of all frames.
     """
 
     media_index: tuple[int, ...] | None = None
@@ -43,11 +43,12 @@ def encode_video(
     *,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CrossLMMEncodedMedia:
-    """What `model.get_video_features` gives for one video, without its pixels ever being together.
+    """Encodes one video as `model.get_video_features` does, without holding all its pixels at once.
 
     pixels: a `VideoStream`, of which one chunk is held at a time, or a tensor (T, 3, S, S); `vision_chunk_size` frames
         at a time are on the model's device.
-    on_progress: called with the frames done and, as far as can be told beforehand, all frames.
+    on_progress: called with the number of frames done and the expected total.
+    Raises ValueError for a video without frames.
     """
     original: torch.Tensor | None = None
     pooled: list[torch.Tensor] = []
@@ -57,7 +58,7 @@ def encode_video(
         for part in chunk.split(model.config.vision_chunk_size):
             encoded = model.get_video_features(part.to(model.device), return_dict=True)
             new = encoded.last_hidden_state
-            if original is None:  # room for all at once: joining parts in the end would take twice the memory
+            if original is None:  # allocated for all frames: joining parts at the end would take twice the memory
                 original = new.new_empty(max(expected, len(new)), *new.shape[1:])
             if done + len(new) > len(original):
                 original = torch.cat([original[:done], new.new_empty(done + len(new), *new.shape[1:])])
@@ -80,7 +81,7 @@ def encode_video(
 
 
 def join_media(parts: Iterable[BaseModelOutputWithPooling]) -> CrossLMMEncodedMedia:
-    """Media encoded apart as if they had been encoded in one call, in this order."""
+    """Joins separately encoded media, in order, as if one call had encoded them."""
     outputs = list(parts)
     original = [output.last_hidden_state for output in outputs]
     index: list[int] | None = None
@@ -98,26 +99,26 @@ def join_media(parts: Iterable[BaseModelOutputWithPooling]) -> CrossLMMEncodedMe
 
 
 def media_index(output: BaseModelOutputWithPooling) -> tuple[int, ...]:
-    """Which medium of `last_hidden_state` each entry of `pooler_output` is."""
+    """For each entry of `pooler_output`, its medium in `last_hidden_state`."""
     index = output.media_index if isinstance(output, CrossLMMEncodedMedia) else None
     return tuple(range(len(output.pooler_output))) if index is None else index
 
 
 def frame_index(output: BaseModelOutputWithPooling) -> tuple[int, ...] | None:
-    """Which frame of `last_hidden_state` each frame of the media shows; None for its own."""
+    """For each frame of the media, its frame in `last_hidden_state`; None if each has its own."""
     return output.frame_index if isinstance(output, CrossLMMEncodedMedia) else None
 
 
 def locate_media(
     media: EncodedMedia, masks: dict[str, torch.Tensor], past_length: int, *, tokens_per_frame: int
 ) -> tuple[list[list[Medium]], torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Where the media of a call stand.
+    """Assigns the media of a call to their placeholders.
 
     masks: placeholders (B, L) of each modality, as many as the media fill.
     Returns the media of each row in the order in which they begin, with positions counted from the start of the cache;
-    the original tokens (F, N, D) in the order of rows and positions, each medium once, on the device of the masks (or
-    every layer of every step would copy them there); the number of every frame within its medium; and, where unchanged
-    frames were left out, which of the F each frame shows.
+    the original tokens (F, N, D) in the order of rows and positions, each medium once, on the device of the masks (so
+    that layers need not copy them in every step); the number of every frame within its medium; and, if unchanged
+    frames were left out, the index into F of each frame.
     """
     found: list[tuple[int, list[int], str, int]] = []  # row, positions, modality, medium
     for modality, output in media.items():
@@ -137,15 +138,15 @@ def locate_media(
             frames[key] = index[end : end + num_frames[key]]
             end += num_frames[key]
     if len(media) == 1 and list(num_frames) == list(frames):
-        (original,) = (output.last_hidden_state for output in media.values())  # in order already: no copy
+        (original,) = (output.last_hidden_state for output in media.values())  # already in order: no copy
     else:
-        taken_over, end = {}, 0
+        parts, end = [], 0
         for key in num_frames:
             first, last = min(frames[key]), max(frames[key]) + 1
-            taken_over[key] = media[key[0]].last_hidden_state[first:last]
+            parts.append(media[key[0]].last_hidden_state[first:last])
             frames[key] = [end + frame - first for frame in frames[key]]
             end += last - first
-        original = torch.cat(list(taken_over.values()))
+        original = torch.cat(parts)
     shown = None
     if any(frame_index(output) is not None for output in media.values()):
         shown = torch.tensor([frame for key in num_frames for frame in frames[key]])
@@ -161,13 +162,13 @@ def locate_media(
         whole = range(positions[0], positions[-1] + 1)
         is_contiguous = len(whole) == len(positions)
         rows[row].append(Medium(whole if is_contiguous else tuple(positions), stretches[modality, medium]))
-    if not original.is_meta:  # where costs are counted, ids alone are real
+    if not original.is_meta:  # when costs are counted, only the ids are real
         original = original.to(masks[next(iter(media))].device)
     return rows, original, frame_numbers, shown
 
 
 def number_placeholders(masks: dict[str, torch.Tensor], modalities: Iterable[str]) -> torch.Tensor:
-    """Which pooled token each position shows, (B, L), -1 where none; tokens are counted through all modalities."""
+    """Numbers the placeholders through all modalities: (B, L), the pooled token of each position, -1 for no token."""
     numbers, counted = None, 0
     for modality in modalities:
         mask = masks[modality]
@@ -178,9 +179,9 @@ def number_placeholders(masks: dict[str, torch.Tensor], modalities: Iterable[str
 
 
 def save_encoded_media(media: EncodedMedia, path: str | os.PathLike) -> None:
-    """Writes encoded media as one safetensors file, to be asked again without the video.
+    """Writes encoded media to one safetensors file, for later questions without the video.
 
-    media: what `get_video_features` and `get_image_features` return, {"video": …, "image": …}.
+    media: the outputs of `get_video_features` and `get_image_features`, {"video": …, "image": …}.
     """
     tensors, metadata = {}, {}
     for modality, output in media.items():
@@ -193,9 +194,9 @@ def save_encoded_media(media: EncodedMedia, path: str | os.PathLike) -> None:
 
 
 def load_encoded_media(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[str, CrossLMMEncodedMedia]:
-    """Reads what `save_encoded_media` wrote, ready for `mm_encoder_outputs`.
+    """Reads a file of `save_encoded_media`; the result can be passed as `mm_encoder_outputs`.
 
-    Raises ValueError if the file holds something else.
+    Raises ValueError if the file holds no encoded media.
     """
     media = {}
     with safe_open(path, framework="pt", device=str(device)) as file:
@@ -211,7 +212,7 @@ def load_encoded_media(path: str | os.PathLike, device: str | torch.device = "cp
                     frame_index=tuple(file.get_tensor(frames).tolist()) if frames in file.keys() else None,  # noqa: SIM118
                 )
     if not media:
-        raise ValueError(f"{os.fspath(path)!r} holds no encoded media; write them with `save_encoded_media`.")
+        raise ValueError(f"{os.fspath(path)!r} holds no encoded media; write it with `save_encoded_media`.")
     return media
 
 

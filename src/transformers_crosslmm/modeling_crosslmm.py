@@ -1,12 +1,12 @@
 """CrossLMM network: a vision encoder, token merge, projector, and a language model that reads the original tokens.
 
-The way of a video, and of one decode step, through this file:
+The path of a video, and of one decode step, through this file:
 
     CrossLMMForConditionalGeneration.forward      head and loss
       CrossLMMModel.forward
-        check_inputs                              (inputs) everything that can be wrong, once
+        check_inputs                              (inputs) input validation, once
         encode_media -> encode                    pixels -> original tokens X and projected pooled tokens
-        remember                                  where the media stand -> VisualMemory, in the cache if there is one
+        remember                                  media and their positions -> VisualMemory, in the cache if given
         memory.pooled.fill                        (cache) pooled tokens -> their placeholders
         _visual_context                           which tokens attend to which patches
         language_model                            Transformers' own decoder, layer by layer:
@@ -61,7 +61,7 @@ from .media_crosslmm import (
     number_placeholders,
 )
 from .quantization_crosslmm import leave_vision_unquantized
-from .ranks_crosslmm import is_sharded, look_at_a_black_frame, must_agree, run_encoder_equally_often
+from .ranks_crosslmm import black_frame_memory, is_sharded, must_run_every_module, run_encoder_equally_often
 from .vision_crosslmm import (
     CrossLMMMultiModalProjector,
     TokenNorm,
@@ -70,13 +70,13 @@ from .vision_crosslmm import (
     encode_frames,
     frame_codes,
     normalised_tokens,
-    per_medium,
+    split_by_medium,
     upload,
 )
 
 if TYPE_CHECKING:
-    # Not used. Where a checkpoint brings its code, Transformers copies what the model's file names when it is saved
-    # again, and its config names the pipeline.
+    # Not used here. For a checkpoint with its own code, `save_pretrained` copies the files that this one imports, and
+    # the config names the pipeline.
     from .pipeline_crosslmm import VideoTextToTextPipeline  # noqa: F401
 
 
@@ -107,19 +107,19 @@ class CrossLMMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # Full names: these are searched as patterns, and "gate" would also match every `gate_proj`.
+    # Full names, because these are patterns: "gate" would also match every `gate_proj`.
     _keep_in_fp32_modules_strict = ["cross_attention.v2v.gate", "cross_attention.t2v.gate"]
 
     @classmethod
     def from_pretrained(cls, *args, quantization_config=None, **kwargs):
-        """Transformers' own; what a quantisation leaves as it is stands in `NOT_QUANTIZED`."""
+        """Loads as in Transformers; a quantisation skips the modules in `NOT_QUANTIZED`."""
         return super().from_pretrained(
             *args, quantization_config=leave_vision_unquantized(quantization_config), **kwargs
         )
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict: dict | None = None, **kwargs):
-        """Transformers' own. A head that the config calls untied is written even while it shares its tensor with the
-        embeddings. Raises ValueError, before anything is written, for weights that the config does not describe: they
+        """Saves as in Transformers. A head that is untied by the config is written even if it shares its tensor with
+        the embeddings. Raises ValueError, before anything is written, for weights that do not fit the config and so
         could not be loaded."""
         if is_main_process:
             self._check_that_it_will_load(self.state_dict() if state_dict is None else state_dict)
@@ -132,7 +132,7 @@ class CrossLMMPreTrainedModel(PreTrainedModel):
 
     def _check_that_it_will_load(self, state_dict: dict[str, torch.Tensor]) -> None:
         if getattr(self, "_hf_peft_config_loaded", False) or getattr(self, "hf_quantizer", None) or is_sharded(self):
-            return  # adapters alone, packed weights, parts of weights: their own writers know them
+            return  # adapters, packed weights and shards have writers of their own
         with torch.device("meta"):
             wanted = {
                 name: tuple(value.shape) for name, value in type(self)(copy.deepcopy(self.config)).state_dict().items()
@@ -147,14 +147,14 @@ class CrossLMMPreTrainedModel(PreTrainedModel):
             lines += [f"{name}: not in a model of this config" for name in spare[:3]]
             raise ValueError(
                 f"A checkpoint must hold the weights that its config describes, or it cannot be loaded; {len(wrong)} "
-                f"differ and {len(spare)} are too many: {'; '.join(lines)}. Set the config to what the model is, "
+                f"differ and {len(spare)} are too many: {'; '.join(lines)}. Make the config match the model, "
                 "merge adapters (`merge_and_unload`), or resize with `resize_token_embeddings`."
             )
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Transformers' own, and gates that no checkpoint has given a value: they lie in the language model, which
-        does not know them."""
+        """Initialises as in Transformers, and then gates that no checkpoint filled: the language model that contains
+        them does not initialise them."""
         super().initialize_weights()
         for module in self.modules():
             if isinstance(module, CrossLMMGate):
@@ -184,7 +184,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def pool(self, original: torch.Tensor) -> torch.Tensor:
-        """Token merge: (F, N, D) to (F, s x s, D), row by row."""
+        """Merges the tokens of each frame: (F, N, D) to (F, s x s, D), row by row."""
         grid, pooled_grid = self.config.patch_grid_size, self.config.pooled_grid_size
         maps = original.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
         return POOLINGS[self.config.pooling_mode](maps, pooled_grid).flatten(2).transpose(1, 2)
@@ -197,12 +197,12 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         video_frame_index: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """Encodes videos: `last_hidden_state` is V of Eq. 1, (F, N, D); `pooler_output` a tuple of projected pooled
+        """Encodes videos: `last_hidden_state` is V of Eq. 1, (F, N, D); `pooler_output` is a tuple of projected pooled
         tokens, one (frames x s x s, C) per video.
 
-        pixel_values_videos: (F, 3, S, S), the frames of all videos one after the other.
-        video_num_frames: (videos,), frames of each; None when all belong to one video.
-        video_frame_index: (all frames,), which of the pixels each frame shows, where unchanged frames were left out.
+        pixel_values_videos: (F, 3, S, S), the concatenated frames of all videos.
+        video_num_frames: (videos,), frames of each; None if all belong to one video.
+        video_frame_index: (all frames,), the index into F of each frame, if unchanged frames were left out.
         Raises ValueError for pixels that are not finite frames of the encoder's size, or counts that do not add up.
         """
         check_pixels("pixel_values_videos", pixel_values_videos, self.config.vision_config)
@@ -218,19 +218,19 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
     def encode(
         self, pixels: torch.Tensor, frames: list[int], frame_index: torch.Tensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
-        """Original and projected pooled tokens of checked pixels (F, 3, S, S), `frames` of each medium.
+        """Computes original and projected pooled tokens of checked pixels (F, 3, S, S), `frames` of each medium.
 
-        frame_index: which of the F each frame shows; None for its own. It is encoded, pooled and projected once.
+        frame_index: the index into F of each frame; None if each has its own pixels.
 
-        Chunk by chunk, so that neither activations nor the pixels on the encoder's device grow with the video; each is
-        projected at once, so that ranks whose media differ use encoder and projector in one order.
+        Works in chunks, so that neither activations nor pixels on the encoder's device grow with the video. Each chunk
+        is projected at once, so that ranks with different media run encoder and projector in one order.
         """
         tower, recorded, pooled = self.vision_tower, [], []
 
         def encoded() -> Iterator[torch.Tensor]:
             for chunk in pixels.split(self.config.vision_chunk_size):
-                chunk = chunk.to(tower.dtype)  # before the upload, which it halves
-                if tower.device.type != "meta":  # offloaded weights fetch their input themselves
+                chunk = chunk.to(tower.dtype)  # before the upload: half the bytes
+                if tower.device.type != "meta":  # with offloaded weights, accelerate moves the input
                     chunk = upload(chunk, tower.device)
                 output = encode_frames(tower, chunk, **kwargs)
                 recorded.append((output.hidden_states, output.attentions))
@@ -249,19 +249,18 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         if frame_index is not None:
             output = CrossLMMEncodedMedia(**output, frame_index=tuple(frame_index.tolist()))
             tokens = tokens[frame_index.to(tokens.device)]
-        output.pooler_output = per_medium(tokens, frames)
+        output.pooler_output = split_by_medium(tokens, frames)
         return output
 
     def encode_media(self, new: NewMedia, *, project_anew: bool = False) -> EncodedMedia:
-        """The media of a call, encoded, with pooled tokens of this model. Those of media that came encoded are
-        projected again when they have another width, or in any case with `project_anew` (for a draft model, which gets
-        what the main model encoded)."""
+        """Encodes the media of a call, with pooled tokens of this model. For media that are already encoded, these are
+        computed again if they have another width or with `project_anew` (for a draft model, which gets the main
+        model's media)."""
         blocks = (layer.cross_attention for layer in self.language_model.layers if layer.cross_attention is not None)
         parts = (self.vision_tower, self.multi_modal_projector, *blocks)
         check_adapters(module for part in parts for module in part.modules())
-        index = {"video": new.frame_index}
         media = {
-            modality: self.encode(pixels, new.frames[modality], index.get(modality))
+            modality: self.encode(pixels, new.frames[modality], new.frame_index if modality == "video" else None)
             for modality, pixels in new.pixels.items()
         }
         width = self.config.text_config.hidden_size
@@ -276,7 +275,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
                 pooled = (self.multi_modal_projector(self.pool(chunk)) for chunk in chunks)
                 tokens = concat_parts(pooled, len(original))
                 shown = frame_index(output)
-                tokens = per_medium(tokens if shown is None else tokens[list(shown)], frames)
+                tokens = split_by_medium(tokens if shown is None else tokens[list(shown)], frames)
                 output = replace(output, pooler_output=tuple(tokens[order.index(medium)] for medium in index))
             media[modality] = output
         return media
@@ -284,7 +283,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        """Where the placeholders of each modality stand, (B, L); by embedding when there are no ids."""
+        """Masks (B, L) of the placeholders of each modality, found by id or, without ids, by embedding."""
         token_ids = {"image": self.config.image_token_id, "video": self.config.video_token_id}
         if input_ids is not None:
             return {modality: input_ids == token_id for modality, token_id in token_ids.items()}
@@ -311,18 +310,18 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         visual_memory: VisualMemory | None = None,
         **kwargs,
     ) -> CrossLMMModelOutputWithPast:
-        """Runs text with the media whose placeholders it holds.
+        """Runs the model on text and the media whose placeholders it contains.
 
         pixel_values (images, 3, S, S), pixel_values_videos (F, 3, S, S), video_num_frames (videos,),
             video_frame_index (all frames,): new media, in the order of their placeholders.
-        mm_encoder_outputs: the same media already encoded: {"video": get_video_features(...), "image": ...}.
-        cross_attention_cache: "kv" or "features"; None for the config's, or for what the cache already holds.
-        visual_memory: what `generate` has made of the media; only where there is no cache to hold it.
-        Raises ValueError when placeholders and media do not match, when the sequence is longer than the context, and
-        for bad pixels, before the encoder runs.
+        mm_encoder_outputs: media already encoded, instead of pixels: {"video": get_video_features(...), "image": ...}.
+        cross_attention_cache: "kv" or "features"; None for the form of the cache or, without media in it, the config.
+        visual_memory: the media that `generate` has encoded; only without a cache.
+        Raises ValueError, before the encoder runs, if placeholders and media do not match, if the sequence is longer
+        than the context, and for invalid pixels.
         """
         given = input_ids if inputs_embeds is None else inputs_embeds
-        if "write_index" in kwargs:  # continuous batching: texts of several requests in a row, a cache for all
+        if "write_index" in kwargs:  # continuous batching: texts of several requests in one row, one cache for all
             outputs = self.language_model(
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -363,14 +362,14 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
             inputs_embeds = run_encoder_equally_often(self, inputs_embeds, list(map(len, new.pixels.values())))
         if new:
             media = self.encode_media(new)
-            # Filling a new cache would use sharded weights in another order than ranks without media do.
+            # Filling a new cache would use sharded weights in another order than on ranks without media.
             if use_cache and cache is None and not is_sharded(self):
                 cache = DynamicCache(config=self.config.text_config)
             memory = self.remember(media, new, past_length, memory)
             if cache is not None:
                 memory = self.attach(memory, cache)
-        elif memory is None and cache is None and must_agree(self):
-            inputs_embeds, memory = look_at_a_black_frame(self, inputs_embeds)
+        elif memory is None and cache is None and must_run_every_module(self):
+            inputs_embeds, memory = black_frame_memory(self, inputs_embeds)
 
         context = None
         if memory is not None:
@@ -406,8 +405,8 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
     def remember(
         self, media: EncodedMedia, new: NewMedia, past_length: int | torch.Tensor, known: VisualMemory | None
     ) -> VisualMemory:
-        """A memory of encoded media in the tokens from `past_length` on, to be used alone or after `known`, the one
-        that the cache has."""
+        """Creates the memory of encoded media in the tokens from `past_length` on; it will be appended to `known`, the
+        cache's memory, if there is one."""
         rows, original, frame_numbers, shown = locate_media(
             media, new.masks, int(past_length), tokens_per_frame=self.config.tokens_per_frame
         )
@@ -415,7 +414,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         is_lazy = known.norm is not None if has_form else not torch.is_grad_enabled()
         if shown is not None:
             shown = shown.to(original.device)
-            if not is_lazy and self.config.visual_norm != "none":  # with the codes of all frames
+            if not is_lazy and self.config.visual_norm != "none":  # equal frames have different codes
                 original, shown = original[shown], None
         states, norm = self.normalise(original, frame_numbers, is_lazy=is_lazy)
         pooled = [tokens for output in media.values() for tokens in output.pooler_output]
@@ -437,18 +436,18 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         )
 
     def attach(self, memory: VisualMemory, cache: Cache) -> VisualMemory:
-        """Puts a memory into a cache, after the media that it holds, and returns the cache's memory."""
+        """Appends a memory to the media in a cache and returns the cache's memory."""
         layers = self.config.cross_attention_layer_indices
         return attach_visual_memory(cache, memory, layers, self.config.text_config.num_hidden_layers)
 
     def normalise(
         self, original: torch.Tensor, frame_numbers: torch.Tensor, *, is_lazy: bool
     ) -> tuple[torch.Tensor, TokenNorm | None]:
-        """What K and V are projected from, (P, D): the original tokens (F, N, D), normalised and with frame codes if
-        the config says so. When `is_lazy`, the tokens as they came, and the normalisation still to be applied."""
+        """Turns original tokens (F, N, D) into the inputs of K and V (P, D): normalised and with frame codes if the
+        config says so. If `is_lazy`, returns unchanged tokens and the normalisation still to be applied."""
         original, device = original.to(self.language_model.dtype), original.device.type
         if torch.is_grad_enabled() and is_autocast_available(device) and torch.is_autocast_enabled(device):
-            # Once: each projection would cast them for itself, and keep its copy for the backward pass.
+            # Cast once: otherwise each projection would cast the tokens and keep a copy for the backward pass.
             original = original.to(torch.get_autocast_dtype(device))
         if self.config.visual_norm == "none":
             return original.flatten(0, 1), None
@@ -468,16 +467,16 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
     ) -> VisualContext:
         length, device = inputs_embeds.shape[1], inputs_embeds.device
         if memory.is_placeholder:
-            nobody = Segments.placeholder(memory.num_patches, device)
-            return VisualContext(memory, nobody, nobody)
+            placeholder = Segments.placeholder(memory.num_patches, device)
+            return VisualContext(memory, placeholder, placeholder)
         if length > 1:
-            memory.segments_after_media(1, device)  # now, so that a compiled step finds them and changes nothing
+            memory.segments_after_media(1, device)  # cached before a compiled decode step reads them
         if memory.pooled is None:
             return VisualContext(memory, None, memory.segments_after_media(length, device))
         scope, start = self.config.v2v_scope, int(past_length)
         v2v = memory.v2v_segments(start, length, scope, device)
         t2v = memory.t2v_segments(start, length, scope, tokens_of_mask(attention_mask, start, length), device)
-        if must_agree(self):
+        if must_run_every_module(self):
             v2v = v2v or Segments.placeholder(memory.num_patches, device)
             t2v = t2v or Segments.placeholder(memory.num_patches, device)
         return VisualContext(memory, v2v, t2v)
@@ -494,11 +493,11 @@ POOLINGS = dict(
 
 
 def tokens_of_mask(attention_mask: torch.Tensor | dict | None, start: int, length: int) -> torch.Tensor | None:
-    """Which positions [start, start + length) hold tokens and not padding, (B, length), on the CPU; None when all do.
+    """Which positions [start, start + length) are tokens and not padding, (B, length), on the CPU; None if all are.
 
-    In a mask prepared for the layers (B, 1, L, columns), with a static cache for instance, padding is a position that
-    does not attend to itself; a dict has one mask for each kind of layer. Where a window slides, the columns begin
-    later than the sequence and end with these positions.
+    In a mask in the layers' form (B, 1, L, columns), for instance with a static cache, padding is a position that does
+    not attend to itself; a dict has one mask per kind of layer. With a sliding window, the columns begin later than
+    the sequence and end with these positions.
     """
     if isinstance(attention_mask, dict):
         attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
@@ -511,9 +510,9 @@ def tokens_of_mask(attention_mask: torch.Tensor | dict | None, start: int, lengt
     return (own if own.dtype == torch.bool else own >= 0).cpu()
 
 
-def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The positions (B, L, C) whose logits are wanted: the last so many (0: all), these for all rows (n,), these for
-    each (B, n), or those that are True in a mask (B, L), which come flat (n, C)."""
+def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """Selects the positions (B, L, C) whose logits are wanted, by `logits_to_keep`: a number of last positions (0 for
+    all), indices for all rows (n,) or for each row (B, n), or a mask (B, L), for which the result is flat (n, C)."""
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
     if logits_to_keep.ndim == 1:
@@ -524,7 +523,7 @@ def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tens
 
 
 class CrossLMMForConditionalGeneration(CrossLMMPreTrainedModel, CrossLMMGenerationMixin):
-    """CrossLMM with its language-model head: answers questions about videos and images."""
+    """CrossLMM with its language-model head, for questions about videos and images."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
@@ -534,10 +533,10 @@ class CrossLMMForConditionalGeneration(CrossLMMPreTrainedModel, CrossLMMGenerati
         check_head(config.text_config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-        # What the model writes is text; a placeholder among it would stand for nothing.
+        # A generated placeholder would have no medium.
         self.generation_config.suppress_tokens = [config.image_token_id, config.video_token_id]
 
-    # Qwen2's, Llama's and Mistral's embeddings have this name; `get_input_embeddings` knows where others are.
+    # The name of Qwen2's, Llama's and Mistral's embeddings; `get_input_embeddings` also finds others.
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def get_input_embeddings(self) -> nn.Module:
@@ -579,8 +578,8 @@ class CrossLMMForConditionalGeneration(CrossLMMPreTrainedModel, CrossLMMGenerati
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> CrossLMMCausalLMOutputWithPast:
-        """Logits, and the loss when `labels` (B, L; -100 where nothing is to be learned) are given; see
-        `CrossLMMModel.forward` for the rest."""
+        """Computes logits and, if `labels` (B, L; -100 at positions without loss) are given, the loss; see
+        `CrossLMMModel.forward` for the other arguments."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -596,7 +595,7 @@ class CrossLMMForConditionalGeneration(CrossLMMPreTrainedModel, CrossLMMGenerati
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(

@@ -1,4 +1,4 @@
-"""Video and question to answer, for `transformers.pipeline`."""
+"""The pipeline "video-text-to-text": answers questions about videos."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ from .media_crosslmm import CrossLMMEncodedMedia, join_media
 
 
 class Question(Chat):
-    """A chat of one turn made of videos and a question; it is answered with a string, not with a longer chat."""
+    """A chat of one turn with videos and a question; the result is the answer's text, not a longer chat."""
 
     def __init__(self, videos: list[Any], text: str) -> None:
         parts = [{"type": "video", "video": video} for video in videos]
@@ -30,69 +30,67 @@ class Question(Chat):
 class VideoTextToTextPipeline(ImageTextToTextPipeline):
     """`pipeline("video-text-to-text", model=folder)`: answers chats, and questions about videos.
 
-    Videos may be long: they are encoded while they are decoded (not with `num_workers`, whose processes only decode).
+    Videos can be long: they are encoded while they are decoded (not with `num_workers`, whose processes only decode).
 
         pipe([{"role": "user", "content": [{"type": "video", "path": "clip.mp4"}, {"type": "text", "text": "Why?"}]}])
         pipe([chat, chat], batch_size=2)
         pipe(videos="clip.mp4", text="Why?")
-        pipe(videos=["a.mp4", "b.mp4"], text=["Why?", "When?"])  # of each, its own
-        pipe(videos=["a.mp4", "b.mp4"], text="Which is longer?")  # of both
+        pipe(videos=["a.mp4", "b.mp4"], text=["Why?", "When?"])  # one question per video
+        pipe(videos=["a.mp4", "b.mp4"], text="Which is longer?")  # one question about both
 
-    All parameters are those of `ImageTextToTextPipeline`: `max_new_tokens`, `generate_kwargs` (with a streamer, say),
+    Parameters are those of `ImageTextToTextPipeline`: `max_new_tokens`, `generate_kwargs` (for example a streamer),
     `processor_kwargs` (`{"num_frames": 8}`), `return_full_text`, `return_tensors`, `continue_final_message`, …
 
-    Returns a list of `{"input_text", "generated_text"}` for one input, one per returned sequence, and a list of those
-    for several. `generated_text` is, for a chat, the chat with the answer, for a question, the answer;
-    `return_full_text` chooses otherwise.
+    Returns, for one input, a list with `{"input_text", "generated_text"}` per returned sequence, and for several
+    inputs a list of such lists. `generated_text` is the chat with the answer for a chat, and the answer for a
+    question, unless `return_full_text` is set.
     """
 
     _load_video_processor = False  # type: ignore[assignment]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # The parent's own __init__ adds a check of the class name against Transformers' models, which logs an error.
+        # The parent's __init__ would check the class name against Transformers' models and log an error.
         Pipeline.__init__(self, *args, **kwargs)
 
     def _sanitize_parameters(self, generate_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        # A copy, because the parent writes `max_new_tokens` and stop strings into the caller's own dict.
+        # A copy, because the parent writes `max_new_tokens` and stop strings into the caller's dict.
         return super()._sanitize_parameters(generate_kwargs=generate_kwargs and dict(generate_kwargs), **kwargs)
 
     def __call__(  # type: ignore[override]
         self, videos: Any = None, text: Any = None, *, images: None = None, **kwargs: Any
     ) -> Any:
-        """Answer chats (first argument or `text`), or questions `text` about `videos`.
+        """Answers chats (first argument or `text`), or questions `text` about `videos`.
 
-        videos: of one question one or several; of a list of questions one each, or a list each. Inputs may also be
+        videos: one or several for one question; one, or a list, for each of several questions. Inputs can also be
         mappings with "videos" and "text", and lists, generators and datasets of chats, questions and such mappings.
-        Raises ValueError when videos and questions differ in number.
+        Raises ValueError if the numbers of videos and questions differ.
         """
         if images is not None:
             raise ValueError(
-                "`images` is no argument here. Put images into a chat, as parts of a message, or use the pipeline "
-                '"image-text-to-text".'
+                "`images` is not an argument of this pipeline. Put images into a chat, as parts of a message, or use "
+                'the pipeline "image-text-to-text".'
             )
         if _is_nothing(videos) and _is_nothing(text):
             raise ValueError("Nothing to answer: pass a chat, or `videos` and `text`.")
         if videos is not None and text is not None:
             return Pipeline.__call__(self, _questions(videos, text), **kwargs)
+        if isinstance(videos, str):
+            raise ValueError("A question is missing: pass `text` along with `videos`, or a chat.")
         inputs = text if videos is None else videos
-        if isinstance(inputs, str):
-            if videos is not None:
-                raise ValueError("A question is missing: pass `text` along with `videos`, or a chat.")
-            return Pipeline.__call__(self, Question([], inputs), **kwargs)
         if isinstance(inputs, list | tuple) and not is_valid_message(inputs[0]):
             inputs = [_as_chat(item) for item in inputs]
-        elif isinstance(inputs, Mapping | bytes | np.ndarray | torch.Tensor | os.PathLike):
+        elif isinstance(inputs, str | Mapping | bytes | np.ndarray | torch.Tensor | os.PathLike):
             inputs = _as_chat(inputs)
         return Pipeline.__call__(self, inputs, **kwargs)
 
     def preprocess(self, inputs: Any = None, *args: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
-        """Model inputs of one chat, of one mapping with "videos" and "text", or of what else `__call__` names."""
+        """Prepares the model inputs of one input of `__call__`: a chat, a question, or a mapping."""
         if get_worker_info() is None:
             kwargs["processor_kwargs"] = {"encode_with": self.model} | (kwargs.get("processor_kwargs") or {})
         return super().preprocess(_as_chat(inputs), *args, **kwargs)
 
     def _ensure_tensor_on_device(self, inputs: Any, device: torch.device) -> Any:
-        """As in Transformers, which would make encoded media a plain output class; they are on the model's device."""
+        """Moves inputs to the device, except encoded media: they are already there and would lose their class."""
         if isinstance(inputs, CrossLMMEncodedMedia):
             return inputs
         return super()._ensure_tensor_on_device(inputs, device)
@@ -106,7 +104,7 @@ class VideoTextToTextPipeline(ImageTextToTextPipeline):
         forward_params: dict[str, Any],
         postprocess_params: dict[str, Any],
     ) -> Iterable[Any]:
-        """As in Transformers, whose collation would pad frames like tokens and keep the first frame of each video."""
+        """Iterates with our `_collate`; Transformers' own pads frames like tokens and keeps one frame per video."""
         if batch_size == 1:
             return super().get_iterator(
                 inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
@@ -122,11 +120,9 @@ class VideoTextToTextPipeline(ImageTextToTextPipeline):
         return PipelineIterator(outputs, self.postprocess, postprocess_params)
 
     def _collate(self, items: list[BatchFeature]) -> BatchFeature:
-        """Texts padded on the left, for generation; media one after the other."""
-        names = ("input_ids", "attention_mask")
-        rows = [{name: item[name][0] for name in names} for item in items]
-        padded = self.tokenizer.pad(rows, padding=True, padding_side="left", return_tensors="pt")
-        batch = {name: padded[name] for name in names}
+        """Batches inputs: pads texts on the left, for generation, and concatenates media."""
+        rows = [{name: item[name][0] for name in ("input_ids", "attention_mask")} for item in items]
+        batch = dict(self.tokenizer.pad(rows, padding=True, padding_side="left", return_tensors="pt"))
         for name in ("pixel_values_videos", "video_num_frames", "pixel_values"):
             tensors = [item[name] for item in items if name in item]
             if tensors:
@@ -134,7 +130,7 @@ class VideoTextToTextPipeline(ImageTextToTextPipeline):
         indices, frames = [], 0
         for item in items:
             if "video_frame_index" in item:
-                indices.append(item["video_frame_index"] + frames)  # counted over the pixels of all
+                indices.append(item["video_frame_index"] + frames)  # numbered over the pixels of all items
                 frames += len(item["pixel_values_videos"])
         if indices:
             batch["video_frame_index"] = torch.cat(indices)
@@ -144,7 +140,7 @@ class VideoTextToTextPipeline(ImageTextToTextPipeline):
         return BatchFeature(batch | {"text": [item["text"] for item in items]})
 
     def _forward(self, model_inputs: Any, generate_kwargs: dict[str, Any] | None = None) -> Any:  # type: ignore[override]
-        """As in Transformers, with the sequences of one input side by side: (inputs, sequences, tokens)."""
+        """Generates as in Transformers, with the sequences grouped by input: (inputs, sequences, tokens)."""
         outputs = super()._forward(model_inputs, generate_kwargs)
         sequences = outputs["generated_sequence"]
         grouped = sequences.reshape(len(outputs["input_ids"]), -1, sequences.shape[-1])
@@ -153,14 +149,14 @@ class VideoTextToTextPipeline(ImageTextToTextPipeline):
     def postprocess(  # type: ignore[override]
         self, model_outputs: dict[str, Any], return_type: ReturnType | None = None, **kwargs: Any
     ) -> list[dict[str, Any]]:
-        """Records of one input, one per returned sequence; see the class."""
+        """Creates the records of one input, one per returned sequence; see the class."""
         prompt = model_outputs["prompt_text"]
         if return_type is None:
             return_type = ReturnType.NEW_TEXT if isinstance(prompt, Question) else ReturnType.FULL_TEXT
         if isinstance(prompt, Question):
             prompt = prompt.text
         elif (last := prompt.messages[-1])["role"] == "assistant" and isinstance(last["content"], str):
-            # The parent appends a continuation to parts only.
+            # The parent can append a continuation only to a list of parts.
             last = last | {"content": [{"type": "text", "text": last["content"]}]}
             prompt = Chat([*prompt.messages[:-1], last])  # type: ignore[arg-type]
         [sequences] = model_outputs["generated_sequence"]
@@ -172,10 +168,10 @@ class VideoTextToTextPipeline(ImageTextToTextPipeline):
         return super().postprocess(records_of, return_type=return_type, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Save model and processor, so that `pipeline("video-text-to-text", model=save_directory)` loads them.
+        """Saves model and processor, so that `pipeline("video-text-to-text", model=save_directory)` loads them.
 
-        Only a model that travels as remote code gets `custom_pipelines` and the pipeline's file: with that key in its
-        config a folder asks for `trust_remote_code` even where this package is installed.
+        Only a model loaded as remote code gets `custom_pipelines` and the pipeline's file, because a folder with that
+        key in its config needs `trust_remote_code` even if this package is installed.
         """
         if self.model.is_remote_code():
             super().save_pretrained(save_directory, **kwargs)
@@ -193,7 +189,7 @@ def _questions(videos: Any, text: Any) -> Question | list[Question]:
     if isinstance(text, str):
         return Question(flatten_videos(videos), text)
     if not isinstance(text, list | tuple) or not all(isinstance(question, str) for question in text):
-        raise ValueError("Beside `videos`, `text` is a question or a list of questions. Put a chat's videos into it.")
+        raise ValueError("With `videos`, `text` is a question or a list of questions. Put a chat's videos into it.")
     groups = [list(group or []) for group in videos] if is_nested(videos) else [[v] for v in flatten_videos(videos)]
     if len(text) != len(groups):
         raise ValueError(
@@ -204,7 +200,7 @@ def _questions(videos: Any, text: Any) -> Question | list[Question]:
 
 
 def _as_chat(item: Any) -> Chat:
-    """A chat of what may stand for one input: a chat, its messages, a question, or {"videos": …, "text": …}."""
+    """Converts one input to a chat: a chat, its messages, a question, or {"videos": …, "text": …}."""
     if isinstance(item, Chat):
         return item
     if isinstance(item, str):

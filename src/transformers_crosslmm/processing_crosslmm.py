@@ -1,4 +1,4 @@
-"""Chats, texts, videos and images to the inputs of a CrossLMM.
+"""Converts chats, texts, videos and images to the inputs of a CrossLMM.
 
 A video becomes `<|video_pad|>` and an image `<|image_pad|>`, s·s of them per frame (an image is one frame).
 """
@@ -29,20 +29,20 @@ from .frames_crosslmm import (
     picture_pixels,
     source_in,
 )
-from .media_crosslmm import CrossLMMEncodedMedia, encode_video, join_media
-from .video_processing_crosslmm import CrossLMMVideoProcessor, CrossLMMVideosKwargs, VideoStream
+from .media_crosslmm import encode_video, join_media
+from .video_processing_crosslmm import CrossLMMVideoProcessor, CrossLMMVideosKwargs
 from .video_source import DEFAULT_LIMITS
 
 IMAGE_TOKEN = "<|image_pad|>"
 VIDEO_TOKEN = "<|video_pad|>"
 VISION_END_TOKEN = "<|vision_end|>"
 MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", VISION_END_TOKEN, IMAGE_TOKEN, VIDEO_TOKEN)
-"""What the chat template writes around and for roles and media: Qwen2.5's own special tokens."""
+"""The special tokens that the chat template writes for roles and media; Qwen2.5's own."""
 
 ESCAPE = "\ue000"
-"""Stands behind the first character of a special token that is text: it is then no special token when the tokenizer
-looks for those, and the tokenizer's normaliser drops the escape before the text is split into tokens. A private-use
-character, so no text loses anything."""
+"""Inserted after the first character of a special token that is text. The tokenizer then does not find the special
+token, and its normaliser drops the escape before the text is split into tokens. It is a private-use character, so no
+ordinary text contains it."""
 
 NO_AUDIO = "CrossLMM does not accept audio; leave `audio` out."
 
@@ -87,14 +87,14 @@ CHAT_TEMPLATE = """\
     {{- "<|im_start|>assistant\\n" -}}
 {%- endif -%}
 """
-"""Qwen2.5's ChatML: a system prompt only if given, media where they stand, and marks for training on assistant turns
-(their words and their `<|im_end|>`). Rendered by a program other than the processor, it escapes `MARKS` itself."""
+"""Qwen2.5's ChatML: a system prompt only if given, media at their place in the text, and marks for training on the
+assistant's words and `<|im_end|>`. If a program other than the processor renders it, it escapes `MARKS` itself."""
 
 PLACEHOLDER = re.compile(f"({re.escape(IMAGE_TOKEN)}|{re.escape(VIDEO_TOKEN)})({re.escape(VISION_END_TOKEN)})?")
 
 
 class CrossLMMProcessorKwargs(ProcessingKwargs, total=False):
-    """What Transformers' processors take by keyword, with the options of `CrossLMMVideoProcessor`."""
+    """Keyword arguments of Transformers' processors, with the options of `CrossLMMVideoProcessor`."""
 
     videos_kwargs: CrossLMMVideosKwargs  # type: ignore[misc]  # narrower than in the base class
 
@@ -103,15 +103,15 @@ declare_no_defaults(CrossLMMProcessorKwargs)
 
 
 class CrossLMMProcessor(ProcessorMixin):
-    """Transformers' SigLIP image processor, a Qwen2 tokenizer and `CrossLMMVideoProcessor` in one.
+    """Combines Transformers' SigLIP image processor, a Qwen2 tokenizer and `CrossLMMVideoProcessor`.
 
-    pooled_grid_size, pooling_mode: s and how, as in the model's config; patch_size: pixels of the vision tower's
-        patches. `from_config` takes them from there.
+    pooled_grid_size, pooling_mode: as in the model's config; patch_size: pixels along a side of the vision tower's
+        patches. `from_config` reads them from the config.
     time_instruction, add_timestamps: the defaults of these keyword arguments of calls.
 
-    The tokenizer must know the marks of ChatML and of media (`MARKS`) as special tokens, as every Qwen2.5 tokenizer
-    does. It is given a normaliser that drops `ESCAPE`, so that text in chats cannot write those marks, and pads on the
-    left unless a call says otherwise.
+    The tokenizer must have the marks of ChatML and of media (`MARKS`) as special tokens, as every Qwen2.5 tokenizer
+    does. The processor gives it a normaliser that drops `ESCAPE`, so that text in chats cannot write those marks, and
+    left padding as the default.
     """
 
     valid_processor_kwargs = CrossLMMProcessorKwargs  # type: ignore[assignment]
@@ -152,8 +152,8 @@ class CrossLMMProcessor(ProcessorMixin):
         self.image_token, self.video_token = IMAGE_TOKEN, VIDEO_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.video_token_id = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
-        tokenizer.padding_side = "left"  # for generation; Transformers' own pipelines ask the tokenizer
-        tokenizer.init_kwargs["padding_side"] = "left"  # what is saved of it
+        tokenizer.padding_side = "left"  # for generation; Transformers' own pipelines read it from the tokenizer
+        tokenizer.init_kwargs["padding_side"] = "left"  # the value that is saved
         self._make_marks_escapable()
 
     @classmethod
@@ -167,11 +167,11 @@ class CrossLMMProcessor(ProcessorMixin):
         add_timestamps: bool = False,
         **video_defaults: Any,
     ) -> "CrossLMMProcessor":
-        """The processor of a model with this `CrossLMMConfig`.
+        """Creates the processor of a model with this `CrossLMMConfig`.
 
         video_defaults: attributes of the video processor, such as `num_frames`; `image_mean`, `image_std` and
-        `resample` are those of images too. Raises ValueError where the tokenizer and the config disagree on the ids of
-        the placeholders.
+        `resample` also apply to images. Raises ValueError if tokenizer and config have different ids for the
+        placeholders.
         """
         size = {"height": config.vision_config.image_size, "width": config.vision_config.image_size}
         for_both = {
@@ -192,13 +192,13 @@ class CrossLMMProcessor(ProcessorMixin):
             if getattr(config, name) != getattr(processor, name):
                 raise ValueError(
                     f"`{name}` of the config is {getattr(config, name)}, of the tokenizer {getattr(processor, name)}. "
-                    "Build the config with the tokenizer's ids."
+                    "Create the config with the tokenizer's ids."
                 )
         return processor
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """As in Transformers; the tokenizer is saved so that whoever loads it alone gets its normaliser too. A class
-        of its own builds one anew, and leaves out what drops `ESCAPE`; `TokenizersBackend` reads tokenizer.json."""
+        """Saves as in Transformers. The tokenizer is saved as a `TokenizersBackend`, which reads tokenizer.json; its
+        own class would build a new normaliser, without the step that drops `ESCAPE`."""
         own_class = type(self.tokenizer)
         self.tokenizer.__class__ = type("TokenizersBackend", (own_class,), {})
         try:
@@ -208,7 +208,7 @@ class CrossLMMProcessor(ProcessorMixin):
 
     @property
     def tokens_per_frame(self) -> int:
-        """Placeholders per frame of a video and per image."""
+        """The number of placeholders per frame of a video and per image."""
         return self.pooled_grid_size**2
 
     def _get_num_multimodal_tokens(
@@ -217,8 +217,8 @@ class CrossLMMProcessor(ProcessorMixin):
         video_sizes: Sequence[Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> MultiModalData:
-        """Placeholders of media with these sizes, (height, width) or (frames, height, width); vLLM asks before it
-        has the media. Whatever the size, a frame has `tokens_per_frame`."""
+        """Counts the placeholders of media of these sizes, (height, width) or (frames, height, width), for vLLM, which
+        needs them before it has the media. Every frame has `tokens_per_frame`, at any size."""
         images, videos = image_sizes or (), video_sizes or ()
         return MultiModalData(
             num_image_tokens=[self.tokens_per_frame for _ in images] if image_sizes is not None else None,
@@ -227,7 +227,7 @@ class CrossLMMProcessor(ProcessorMixin):
         )
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-        """As in Transformers, which looks for the video processor's base class where only torchvision puts it."""
+        """Checks as in Transformers, which without torchvision cannot find the video processor's base class."""
         if argument_name != "video_processor":
             return super().check_argument_for_proper_class(argument_name, argument)
         if not isinstance(argument, VideoProcessorMixin):
@@ -245,25 +245,25 @@ class CrossLMMProcessor(ProcessorMixin):
         encode_with: PreTrainedModel | None = None,
         **kwargs: Unpack[CrossLMMProcessorKwargs],
     ) -> BatchFeature:
-        """Model inputs from texts in which each `<|video_pad|>` and `<|image_pad|>` stands for the next medium.
+        """Creates model inputs from texts in which each `<|video_pad|>` and `<|image_pad|>` marks the next medium.
 
         text: a string or a list of strings. images, videos: one, a flat list, or a list per text; see
-        `CrossLMMVideoProcessor` for what a video is. Options of the tokenizer and of the two processors are passed by
-        name, or in `text_kwargs`, `images_kwargs` and `videos_kwargs`.
-        time_instruction: say after each video how long it is, how many frames are seen and at which seconds.
-        add_timestamps: write before each frame of a video when it is shown, `<1.2 seconds>`. Frames whose times nobody
-        knows are refused, unless they are not sampled (`do_sample_frames=False`) and `fps` says how to count them.
-        None, for both: the processor's own setting.
-        encode_with: the model that will be asked. It encodes the videos while they are decoded, without gradients, so
-        that the pixels of a long one never exist together: `mm_encoder_outputs` for `generate` takes their place.
+        `CrossLMMVideoProcessor` for the forms of a video. Options of the tokenizer and of the two processors are
+        passed by name, or in `text_kwargs`, `images_kwargs` and `videos_kwargs`.
+        time_instruction: whether to write after each video its length, number of frames and their seconds.
+        add_timestamps: whether to write the time before each frame of a video, `<1.2 seconds>`. Frames without known
+        times are refused, unless they are not sampled (`do_sample_frames=False`) and `fps` gives their rate.
+        For both, None means the processor's own setting.
+        encode_with: the model to be used for generation. It encodes the videos while they are decoded, without
+        gradients and without holding all pixels of a video; the result is `mm_encoder_outputs` instead of pixels.
 
-        Returns `input_ids` and `attention_mask` with the placeholders expanded, `pixel_values_videos` (frames of all
-        videos, 3, S, S), `video_num_frames` (videos,) and, with `skip_unchanged`, `video_frame_index`, or, with a
-        model, `mm_encoder_outputs` {"video": encoded}, `pixel_values` (images, 3, S, S), each if there is something
-        for it, and with `return_metadata=True` a `CrossLMMVideoMetadata` per video in `video_metadata`.
+        Returns `input_ids` and `attention_mask` with the placeholders expanded; for videos, `pixel_values_videos`
+        (frames of all videos, 3, S, S), `video_num_frames` (videos,) and, with `skip_unchanged`, `video_frame_index`,
+        or, with `encode_with`, `mm_encoder_outputs` {"video": encoded}; for images, `pixel_values` (images, 3, S, S);
+        with `return_metadata=True`, a `CrossLMMVideoMetadata` per video in `video_metadata`.
 
-        Raises ValueError when placeholders and media do not match in number, before anything is decoded, when
-        truncation would cut placeholders, and for times that are to be written and that nobody knows.
+        Raises ValueError, before decoding, if the numbers of placeholders and media differ; if truncation would cut
+        placeholders; and if times are to be written but not known.
         """
         if kwargs.pop("audio", None) is not None:  # type: ignore[typeddict-item]  # `apply_chat_template` passes None
             raise ValueError(NO_AUDIO)
@@ -285,7 +285,7 @@ class CrossLMMProcessor(ProcessorMixin):
         text_options = options["text_kwargs"]
         begin = self.tokenizer.bos_token
         if texts is not None and begin is not None and all(text.startswith(begin) for text in texts):
-            text_options.setdefault("add_special_tokens", False)  # a chat template has written it
+            text_options.setdefault("add_special_tokens", False)  # a chat template has written the bos token
         return_tensors = text_options.pop("return_tensors", None)
         return_mm_token_type_ids = text_options.pop("return_mm_token_type_ids", False)
         return_offsets = text_options.pop("return_text_replacement_offsets", False)
@@ -306,11 +306,14 @@ class CrossLMMProcessor(ProcessorMixin):
             else:
                 chunk_size = encode_with.config.vision_chunk_size
                 streams = self.video_processor.stream(in_one_sample, chunk_size=chunk_size, **video_options)
-                encoded_videos = join_media([self._encoded(encode_with, stream) for stream in streams])
+                encoded_videos = join_media([encode_video(encode_with, stream) for stream in streams])
                 media["mm_encoder_outputs"] = {"video": encoded_videos}
                 metadata, num_frames = [s.metadata for s in streams], [s.num_frames for s in streams]
                 patch_grid = (encode_with.config.patch_grid_size,) * 2
-            self._describe_pooling(metadata, patch_grid)
+            for video in metadata:
+                video.patch_grid = patch_grid
+                video.pooled_grid = (self.pooled_grid_size, self.pooled_grid_size)
+                video.pooling_mode = self.pooling_mode
 
         encoded = BatchFeature()
         if texts is not None:
@@ -318,7 +321,7 @@ class CrossLMMProcessor(ProcessorMixin):
                 texts,
                 num_frames,
                 metadata,
-                say_times=self.time_instruction if time_instruction is None else time_instruction,
+                say_times=time_instruction,
                 add_timestamps=add_timestamps,
                 count_by_fps=options["videos_kwargs"].get("fps"),
             )
@@ -344,15 +347,15 @@ class CrossLMMProcessor(ProcessorMixin):
         sanitize_control_tokens: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As in Transformers: one chat or a list of chats to text, ids (`tokenize`) or model inputs (`return_dict`).
+        """Renders one chat or a list of chats as text, ids (`tokenize`) or model inputs (`return_dict`).
 
         Content is a string or a list of parts `{"type": "text", "text": …}`, `{"type": "video", "video" | "path" |
-        "url" | "base64" | "bytes" | "array": …}`, the same with "image"; keys that are None count as absent. A part
-        with a video may say how it is sampled (`VIDEO_OPTIONS`), which wins over `processor_kwargs`.
-        sanitize_control_tokens: which tokens are ordinary characters where a chat's texts write them. None: `MARKS`,
-        the tokenizer's own end, padding and the like, and what the chat template writes; others, such as those that a
-        user has added, are tokens. True: all special tokens too. False: none.
-        load_audio_from_video: servers set it for every model; there is nothing to hear, so it changes nothing.
+        "url" | "base64" | "bytes" | "array": …}`, the same with "image"; keys that are None count as absent. A video
+        part can have sampling options of its own (`VIDEO_OPTIONS`), which override `processor_kwargs`.
+        sanitize_control_tokens: which tokens are ordinary characters in a chat's texts. None: `MARKS`, the tokenizer's
+        own special tokens (end, padding and so on) and tokens that the chat template writes; others, such as those
+        added by a user, stay tokens. True: all special tokens too. False: none.
+        load_audio_from_video: has no effect; servers set it for every model.
         """
         if not isinstance(conversation, list | tuple) or not conversation:
             raise ValueError("A chat is a list of messages, at least one; a batch is a list of chats.")
@@ -365,15 +368,21 @@ class CrossLMMProcessor(ProcessorMixin):
             conversation = [
                 [escape.message(message) for message in getattr(chat, "messages", chat)] for chat in conversation
             ]
-        return super().apply_chat_template(conversation, chat_template, texts_are_escaped=True, **kwargs)
+        if "texts_are_escaped" in self._template_text(chat_template):  # other templates lack this variable
+            kwargs["texts_are_escaped"] = True
+        return super().apply_chat_template(conversation, chat_template, **kwargs)
+
+    def _template_text(self, chat_template: str | None) -> str:
+        """The chat template with this name, the default one, or the given text itself."""
+        named = (self.chat_template or {}) if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        return named.get(chat_template or "default", chat_template) or ""
 
     def _tokens_to_escape(self, chat_template: str | None, sanitize_control_tokens: bool | None) -> set[str]:
-        """See `apply_chat_template`. Asked anew for each chat, so that tokens added later count as after loading."""
+        """The tokens to escape; see `apply_chat_template`. Looked up for each call, to include tokens added later."""
         if sanitize_control_tokens is False:
             return set()
         added = self.tokenizer.added_tokens_decoder.values()
-        named = (self.chat_template or {}) if isinstance(self.chat_template, dict) else {"default": self.chat_template}
-        written = named.get(chat_template or "default", chat_template) or ""
+        written = self._template_text(chat_template)
         return {
             *MARKS,
             *(value for value in self.tokenizer.special_tokens_map.values() if isinstance(value, str)),
@@ -382,7 +391,7 @@ class CrossLMMProcessor(ProcessorMixin):
         }
 
     def _make_marks_escapable(self) -> None:
-        """Let the tokenizer drop `ESCAPE` once it has looked for special tokens."""
+        """Adds a normaliser to the tokenizer that drops `ESCAPE` after the search for special tokens."""
         if not self.tokenizer.is_fast:
             raise ValueError(
                 f"CrossLMM needs a tokenizer with a `tokenizers` backend; got {type(self.tokenizer).__name__}."
@@ -404,15 +413,9 @@ class CrossLMMProcessor(ProcessorMixin):
         written = [mark for mark in MARKS if self.tokenizer.convert_tokens_to_ids(mark) in escaped_ids]
         if written:
             raise ValueError(
-                f"The tokenizer finds {', '.join(written)} in normalised text, so that a chat's text could write "
-                "them. Add them with `normalized=False`."
+                f"The tokenizer finds {', '.join(written)} in normalised text, so a chat's text could write them. "
+                "Add them with `normalized=False`."
             )
-
-    def _encoded(self, model: PreTrainedModel, stream: VideoStream) -> CrossLMMEncodedMedia:
-        encoded = encode_video(model, stream)
-        if stream.frame_index is None:
-            return encoded
-        return _every_frame(encoded, stream.frame_index, self.tokens_per_frame)
 
     def _image_inputs(self, images: list[Any], options: dict[str, Any]) -> BatchFeature:
         image_options = options["images_kwargs"]
@@ -425,23 +428,21 @@ class CrossLMMProcessor(ProcessorMixin):
         fixed = {"return_tensors": "pt", "input_data_format": "channels_first"}
         return self.image_processor(arrays, **image_options | fixed)
 
-    def _describe_pooling(self, metadata: list[CrossLMMVideoMetadata], patch_grid: tuple[int, int]) -> None:
-        for video in metadata:
-            video.patch_grid = patch_grid
-            video.pooled_grid = (self.pooled_grid_size, self.pooled_grid_size)
-            video.pooling_mode = self.pooling_mode
-
     def _expand(
         self,
         texts: list[str],
         num_frames: list[int],
         metadata: list[CrossLMMVideoMetadata],
         *,
-        say_times: bool,
+        say_times: bool | None = None,
         add_timestamps: bool | None = None,
         count_by_fps: float | None = None,
     ) -> tuple[list[str], list[list[dict[str, Any]]]]:
-        """The texts with as many placeholders as there are tokens, and where (`span`) and to what (`new_span`)."""
+        """Expands placeholders to one per token; returns the texts and, for each, the replaced `span` and `new_span`.
+
+        say_times, add_timestamps: None for the processor's own setting.
+        """
+        say_times = self.time_instruction if say_times is None else say_times
         add_timestamps = self.add_timestamps if add_timestamps is None else add_timestamps
         videos = iter(zip(num_frames, metadata, strict=True))
         expanded, offsets = [], []
@@ -488,36 +489,27 @@ def _timestamps(num_frames: int, video: CrossLMMVideoMetadata, count_by_fps: flo
     if times is None and count_by_fps is not None:
         warnings.warn(
             f"The times of {num_frames} frames are not known; they are counted by `fps`={count_by_fps:g}. Pass "
-            "`video_metadata` with `fps` to say how fast they were shown.",
+            "`video_metadata` with `fps` to set the true rate.",
             stacklevel=4,
         )
         times = [number / count_by_fps for number in range(num_frames)]
     if times is None:
         raise ValueError(
-            "`add_timestamps` needs to know when each frame was shown; got frames without a frame rate. Pass "
+            "`add_timestamps` needs the time of each frame; got frames without a frame rate. Pass "
             "`video_metadata` with `fps`, or leave the timestamps out."
         )
     return [f"<{seconds:.1f} seconds>" for seconds in times]
 
 
-def _every_frame(encoded: CrossLMMEncodedMedia, frame_index: list[int], tokens_per_frame: int) -> CrossLMMEncodedMedia:
-    """One video of which the distinct frames were encoded, with what all of its frames show."""
-    pooled = encoded.pooler_output[0].unflatten(0, (-1, tokens_per_frame))  # type: ignore[index]
-    return CrossLMMEncodedMedia(
-        last_hidden_state=encoded.last_hidden_state[frame_index],  # type: ignore[index]
-        pooler_output=(pooled[frame_index].flatten(0, 1),),  # type: ignore[arg-type]
-    )
-
-
 class TextEscape:
-    """Writes chats so that texts in them are no tokens of these, neither alone nor one after the other."""
+    """Escapes these tokens in a chat's texts, also where a token spans neighbouring texts."""
 
     def __init__(self, tokens: Iterable[str]) -> None:
         longest_first = sorted(tokens, key=len, reverse=True)
-        self._tokens = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) is nowhere
+        self._tokens = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) matches nothing
 
     def message(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """The message without None, its parts checked, its texts escaped."""
+        """Drops entries that are None from a message, checks its parts and escapes its texts."""
         return {
             key: self._content(value) if key == "content" and isinstance(value, list | tuple) else self.value(value)
             for key, value in message.items()
@@ -525,7 +517,7 @@ class TextEscape:
         }
 
     def value(self, value: Any) -> Any:
-        """The value with all strings in it escaped."""
+        """Escapes all strings in a value."""
         if isinstance(value, str):
             return self._texts([value])[0]
         if isinstance(value, Mapping):
@@ -537,7 +529,7 @@ class TextEscape:
     def _content(self, parts: Sequence[Any]) -> list[dict[str, Any]]:
         prepared: list[dict[str, Any]] = []
         for is_text, run in groupby(map(_prepared_part, parts), key=lambda part: part["type"] == "text"):
-            if is_text:  # together: a token may begin in one part and end in the next
+            if is_text:  # escaped together, because a token can span two parts
                 prepared += [{"type": "text", "text": text} for text in self._texts([part["text"] for part in run])]
             else:
                 prepared += map(_media_part, run)
@@ -555,7 +547,7 @@ class TextEscape:
 def _time_instruction(num_frames: int, video: CrossLMMVideoMetadata) -> str:
     if video.frame_times is None or video.duration is None:
         raise ValueError(
-            "`time_instruction` needs to know when each frame was shown; got frames without a frame rate. Pass "
+            "`time_instruction` needs the time of each frame; got frames without a frame rate. Pass "
             "`video_metadata` with `fps`, or leave the instruction out."
         )
     moments = ", ".join(f"{seconds:.1f}" for seconds in video.frame_times)
@@ -563,7 +555,7 @@ def _time_instruction(num_frames: int, video: CrossLMMVideoMetadata) -> str:
 
 
 def _prepared_part(part: Any) -> dict[str, Any]:
-    """A part of a message as {"type": "text", "text": …} or {"type": …, source: …, option: …}; None is dropped.
+    """Converts a message part to {"type": "text", "text": …} or {"type": …, source: …, option: …}, without None.
 
     Raises ValueError for anything else, so that no option is ignored.
     """
@@ -573,12 +565,12 @@ def _prepared_part(part: Any) -> dict[str, Any]:
         raise ValueError(f"A part of a message is a string or an object; got {type(part).__name__}.")
     part = {key: value for key, value in part.items() if value is not None}
     kind = part.pop("type", None) or next((name for name in ("text", "video", "image") if name in part), None)
-    if kind in ("image_url", "video_url"):  # OpenAI's words
+    if kind in ("image_url", "video_url"):  # OpenAI's names
         source = part.pop(kind, {})
         part |= dict(source) if isinstance(source, Mapping) else {"url": source}
         kind = kind.removesuffix("_url")
         if kind == "image":
-            part.pop("detail", None)  # how closely to look: there is one size
+            part.pop("detail", None)  # the resolution; here there is only one
     if kind == "text":
         text = part.get("text", "")
         if not isinstance(text, str):
@@ -593,7 +585,7 @@ def _prepared_part(part: Any) -> dict[str, Any]:
 
 
 def _media_part(part: dict[str, Any]) -> dict[str, Any]:
-    """The part with its source and options in one place, where Transformers looks for the source."""
+    """Moves a part's source and options under the key where Transformers looks for the source."""
     kind = part["type"]
     said = {key: value for key, value in part.items() if key != "type"}
     return {"type": kind, kind: said} if said else part
@@ -607,7 +599,7 @@ def _as_texts(text: Any) -> list[str]:
 
 
 def _flatten_images(images: Any) -> tuple[list[Any], list[int] | None]:
-    """A flat list of images, and how many each sample has, if they came so."""
+    """Flattens images to a list; also returns the number per sample if they are given per sample."""
     if images is None:
         return [], None
     if isinstance(images, np.ndarray | Tensor) and images.ndim == 4:
@@ -622,16 +614,16 @@ def _flatten_images(images: Any) -> tuple[list[Any], list[int] | None]:
 
 
 def _check_counts(kind: str, token: str, texts: list[str], num_media: int, per_sample: list[int] | None) -> None:
-    """Raise ValueError unless there is one placeholder per medium, in all or, for media in lists, in each text."""
+    """Raises ValueError unless there is one placeholder per medium: in total or, for media per text, in each text."""
     if per_sample is not None and len(per_sample) != len(texts):
         raise ValueError(
-            f"`{kind}s` has {len(per_sample)} lists for {len(texts)} texts. Pass one list per text, empty where a "
-            f"text has no {kind}, or a flat list."
+            f"`{kind}s` has {len(per_sample)} lists for {len(texts)} texts. Pass one list per text, empty if the text "
+            f"has no {kind}, or a flat list."
         )
     placeholders = [text.count(token) for text in texts]
     if sum(placeholders) != num_media or (per_sample is not None and placeholders != per_sample):
         counts = f"; per text {placeholders} and {per_sample}" if per_sample is not None else ""
         raise ValueError(
             f"`text` has {sum(placeholders)} {token} for {num_media} {kind}s{counts}. Write one {token} for each "
-            f"{kind}, in their order, or leave both to `apply_chat_template`."
+            f"{kind}, in order, or use `apply_chat_template`."
         )

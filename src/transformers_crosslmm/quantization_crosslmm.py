@@ -1,4 +1,4 @@
-"""Which modules a quantisation leaves as they are, unless it names some itself."""
+"""Modules that are not quantised by default."""
 
 import copy
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 from transformers.quantizers import AutoQuantizationConfig
 
 NOT_QUANTIZED = (r"(model\.)?vision_tower", r"(model\.)?multi_modal_projector", r".*\.cross_attention", "lm_head")
-"""Patterns of names: encoder, projector, cross-attention and head are a small part of the weights, and everything that
-the model knows of a video goes through the first three. (Gates and norms are no linear layers.)"""
+"""Name patterns of encoder, projector, cross-attention and head: a small part of the weights, and the first three
+carry all information about a video. (Gates and norms are not linear layers.)"""
 
 
 def leave_vision_unquantized(quantization_config: Any) -> Any:
-    """What `from_pretrained` was given, a config object or a dict or None, as a config that skips `NOT_QUANTIZED`.
+    """Copies a quantisation config (an object, a dict or None) and makes it skip `NOT_QUANTIZED`.
 
-    A config that names modules to skip is obeyed. The caller's own object is not changed.
+    A config that itself names modules to skip keeps them. The caller's object is not changed.
     """
     if quantization_config is None:
         return None

@@ -1,8 +1,8 @@
-"""What keeps the ranks of distributed training in step when their batches hold different media.
+"""Keeps the ranks of distributed training in step when their batches hold different media.
 
-Gradients are reduced, and sharded weights gathered, by all ranks at once and in one order. A rank without a video that
-skipped a module would make the others wait for ever, so it runs every module once on a black frame whose result is
-multiplied by zero.
+All ranks must reduce gradients and gather sharded weights together and in the same order. If a rank without media
+skipped a module, the others would wait forever, so it runs every module once on a black frame and multiplies the
+result by zero.
 """
 
 from typing import Any
@@ -16,14 +16,14 @@ from .cache_crosslmm import VisualMemory
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether parameters are sharded (FSDP, FSDP2, ZeRO-3). `fully_shard` may have wrapped parts only."""
-    if not dist.is_initialized():  # nearly always; asking every module takes milliseconds
+    """Whether parameters are sharded (FSDP, FSDP2, ZeRO-3); `fully_shard` may wrap some modules only."""
+    if not dist.is_initialized():  # the usual case; checking every module takes milliseconds
         return False
     is_fsdp = is_fsdp_managed_module(model) or any(isinstance(module, FSDPModule) for module in model.modules())
     return is_fsdp or is_deepspeed_zero3_enabled()
 
 
-def must_agree(model: torch.nn.Module) -> bool:
+def must_run_every_module(model: torch.nn.Module) -> bool:
     """Whether a batch without media must still run every module."""
     return model.training or is_sharded(model)
 
@@ -31,9 +31,9 @@ def must_agree(model: torch.nn.Module) -> bool:
 @torch.compiler.disable
 def run_encoder_equally_often(model: Any, inputs_embeds: torch.Tensor, frames: list[int]) -> torch.Tensor:
     """Encodes black frames, with weight zero, until this rank has run encoder and projector as often as the rank with
-    most frames. Returns `inputs_embeds` with the zeros added.
+    the most frames. Returns `inputs_embeds` with the zeros added.
 
-    frames: how many each modality has on this rank.
+    frames: the number of frames of each modality on this rank.
     """
     runs = max(1, sum(-(-count // model.config.vision_chunk_size) for count in frames))
     most = torch.tensor(runs, device=inputs_embeds.device)
@@ -43,8 +43,8 @@ def run_encoder_equally_often(model: Any, inputs_embeds: torch.Tensor, frames: l
     return inputs_embeds
 
 
-def look_at_a_black_frame(model: Any, inputs_embeds: torch.Tensor) -> tuple[torch.Tensor, VisualMemory]:
-    """For a rank without media: `inputs_embeds` with zeros added, and a memory of one frame that no row has."""
+def black_frame_memory(model: Any, inputs_embeds: torch.Tensor) -> tuple[torch.Tensor, VisualMemory]:
+    """For a rank without media: returns `inputs_embeds` with zeros added, and a memory of one frame of no row."""
     inputs_embeds, original = _encode_black_frame(model, inputs_embeds)
     states, _ = model.normalise(original, torch.zeros(1), is_lazy=False)
     memory = VisualMemory(

@@ -1,15 +1,15 @@
-"""Video files to frames: exact, bounded in memory, and safe with files from strangers.
+"""Decodes frames of video files: exact in time, bounded in memory, and safe with untrusted files.
 
-A frame is asked for by time and found by its presentation timestamp: the frame at `t` is the last one that is due at
-or before `t`. Times are seconds from the start of the video stream. Pixels are FFmpeg's own conversion to 8-bit RGB at
-full size, turned upright as the file asks; `frame_transform` is applied to each frame as soon as it is decoded, so
-that full-size frames never pile up.
+A frame is requested by time and found by its presentation timestamp: the frame at `t` is the last one due at or before
+`t`. Times are seconds from the start of the video stream. Pixels are FFmpeg's own conversion to 8-bit RGB at full
+size, rotated upright by the file's metadata; `frame_transform` is applied to each frame when it is decoded, so only
+one full-size frame is in memory.
 
-    video_source   where the bytes come from, limits, what is refused
+    video_source   opens sources, sets limits, refuses unsafe ones
     video_file     one stream of a file: packets, decoder, clock
-    video_packets  which packets to decode
-    video_worker   the same in a process of its own (`isolated=True`)
-    this file      pictures to tensors, and the functions to call
+    video_packets  chooses the packets to decode
+    video_worker   decodes in a separate process (`isolated=True`)
+    this file      public functions; converts pictures to tensors
 
 These files import only the standard library and PyAV at their top, so that the worker process starts quickly.
 """
@@ -46,17 +46,17 @@ FrameTransform: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
 
 
 class VideoDecodeWarning(UserWarning):
-    """Some frames asked for could not be decoded; `DecodedVideo.valid` says which."""
+    """Some requested frames could not be decoded; they are False in `DecodedVideo.valid`."""
 
 
 @dataclass(frozen=True)
 class DecodedVideo:
-    """Frames of one video, in order, with what is known of the video.
+    """Frames of one video, in order, with the video's properties.
 
-    frames: (T, 3, H, W) uint8 RGB, or what `frame_transform` made of it.
-    times: presentation time of each frame, seconds from the start of the stream.
-    frame_indices: number of each frame in the video, counted by time: round(time * fps).
-    valid: (T,) bool; False where a frame could not be decoded and what stands in `frames` is not right.
+    frames: (T, 3, H, W) uint8 RGB, or the output of `frame_transform`.
+    times: presentation time of each frame, in seconds from the start of the stream.
+    frame_indices: number of each frame in the video, by time: round(time * fps).
+    valid: (T,) bool; False if a frame could not be decoded and its pixels are wrong.
     width, height: of the upright picture, before `frame_transform`.
     """
 
@@ -88,21 +88,21 @@ def decode_video(
     isolated: bool = False,
     on_wait: Callable[[], None] | None = None,
 ) -> DecodedVideo:
-    """Decode the frames of `source` at the moments asked for.
+    """Decodes the frames of `source` at the requested moments.
 
     source: path, `file://`, `data:` or http(s) URI, the bytes of a file, or a binary file object (read from its
         start).
-    num_frames, fps, times: at most one of them, see `sample_times`; `times` are seconds in ascending order. None of
-        them: every frame due in [start_seconds, end_seconds).
-    frame_transform: called with each (3, H, W) uint8 frame as it is decoded; returns tensors of one shape.
+    num_frames, fps, times: at most one of them, see `sample_times`; `times` are seconds in ascending order. Without
+        them, every frame due in [start_seconds, end_seconds).
+    frame_transform: called with each (3, H, W) uint8 frame when it is decoded; returns tensors of one shape.
     num_threads: threads of the decoder; 0 lets FFmpeg choose.
-    strict: raise where a frame cannot be decoded, instead of a warning and False in `valid`.
-    isolated: decode in a process of its own under limits of memory and time, for files from strangers: a crash or a
-        bomb costs this call alone.
-    on_wait: called at least four times a second while the network or the process of `isolated` is waited for; what it
-        raises ends the call, the connection and the process.
+    strict: whether to raise for a frame that cannot be decoded, instead of a warning and False in `valid`.
+    isolated: whether to decode in a separate process with limits on memory and time, for untrusted files: a crash or
+        a decompression bomb then ends only this call.
+    on_wait: called at least four times a second while the call waits for the network or the process of `isolated`; an
+        exception from it ends the call, the connection and the process.
 
-    Each frame is returned once, so a clip that holds fewer frames than asked for gives fewer.
+    Each frame is returned once, so a clip with fewer frames than requested gives fewer.
     Raises a subclass of `VideoError`.
     """
     request = Request.check(num_frames, fps, times, max_frames, start_seconds, end_seconds)
@@ -128,7 +128,7 @@ def iter_video(
     isolated: bool = False,
     on_wait: Callable[[], None] | None = None,
 ) -> Iterator[DecodedVideo]:
-    """`decode_video` in chunks of `chunk_size` frames (the last may be shorter), each decoded when it is asked for."""
+    """Decodes as `decode_video` in chunks of `chunk_size` frames (the last may be shorter), each when requested."""
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1; got {chunk_size}.")
     request = Request.check(num_frames, fps, times, max_frames, start_seconds, end_seconds)
@@ -153,7 +153,7 @@ def _stack(info, pictures, chunk_size, frame_transform, limits, strict):
     slots, seconds, valid, size = None, [], [], (info.width, info.height)
 
     def chunk():
-        """What has come since the last chunk; nothing of it is kept."""
+        """Returns the frames since the last chunk and drops the references to them."""
         nonlocal slots, seconds, valid
         done = DecodedVideo(
             frames=slots[: len(seconds)],
@@ -180,8 +180,8 @@ def _stack(info, pictures, chunk_size, frame_transform, limits, strict):
             bad_times.append(picture.seconds)
             if strict:
                 raise VideoDecodeError(
-                    f"The frame at {picture.seconds:.3f} s cannot be decoded. Without `strict=True` it is marked in "
-                    "`valid` instead."
+                    f"The frame at {picture.seconds:.3f} s cannot be decoded. Without `strict=True` it would be False "
+                    "in `valid`."
                 )
         size = (picture.height, picture.width) if picture.orientation[0] else (picture.width, picture.height)
         frame = _tensor(picture)
@@ -195,12 +195,12 @@ def _stack(info, pictures, chunk_size, frame_transform, limits, strict):
                 f"The frames change shape at {picture.seconds:.3f} s, from {tuple(slots.shape[1:])} to "
                 f"{tuple(frame.shape)}. Pass a `frame_transform` that resizes to one shape."
             )
-        if len(seconds) == len(slots):  # the file holds more frames than it announces
+        if len(seconds) == len(slots):  # the file has more frames than it announces
             grown = _empty_slots(len(slots) + len(slots) // 2 + 1, frame, limits)
             grown[: len(slots)] = slots
             slots = grown
         slots[len(seconds)] = frame
-        del frame  # nobody should hold it while a chunk is looked at
+        del frame  # so that it is not in memory while the caller uses a chunk
         seconds.append(picture.seconds)
         valid.append(picture.valid)
         num_returned += 1
@@ -228,7 +228,7 @@ def _empty_slots(count, frame, limits):
 
 
 def _tensor(picture: Picture) -> torch.Tensor:
-    """(3, H, W) uint8, upright; a view of FFmpeg's memory, so nothing is copied before `frame_transform`."""
+    """Converts a picture to (3, H, W) uint8, upright: a view of FFmpeg's memory, not a copy."""
     import torch
 
     if picture.pixels is None:

@@ -1,4 +1,4 @@
-"""Which packets of a video to decode for the frames asked for, and which frames those are."""
+"""Chooses the packets of a video to decode for the requested frames, and decodes them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from typing import BinaryIO
 
 import av
@@ -20,10 +20,9 @@ from .video_source import RAISE_LIMITS, VideoDecodeError, VideoLimitError, Video
 
 _QUEUE_BYTES = 64 * 1024**2
 _EARLY_PICTURES = 32
-# Packets to read beyond the moment looked for: some containers do not store when a packet is decoded, and FFmpeg's
-# guess may be off by the pictures it holds back.
+# Packets to read after the requested moment: some containers do not store decoding times, and FFmpeg's guess can be
+# wrong by the number of pictures that the decoder delays.
 _MARGIN = 8
-# A moment this little before a picture still counts as its own, or the rounding of k / fps would decide.
 
 
 def sample_times(
@@ -35,14 +34,25 @@ def sample_times(
     start_seconds: float = 0.0,
     end_seconds: float | None = None,
 ) -> list[float]:
-    """Moments at which to look at a video, in seconds from its start.
+    """Moments at which to sample a video, in seconds from its start.
 
     `num_frames=n`: the middles of n equal shares, start + (i + 1/2) * duration / n.
-    `fps=f`: start + k / f before the end; where those are more than `max_frames`, `num_frames=max_frames` instead.
-    The part looked at is [start_seconds, end_seconds), `end_seconds=None` the end of the video.
+    `fps=f`: start + k / f before the end; if those are more than `max_frames`, `num_frames=max_frames` instead.
+    The sampled part is [start_seconds, end_seconds); `end_seconds=None` is the end of the video.
 
     Example: 10 s, num_frames=4 -> [1.25, 3.75, 6.25, 8.75]; 3 s, fps=1 -> [0, 1, 2].
     """
+    _check_sampling(num_frames, fps, max_frames)
+    duration = _check_part(duration_seconds, start_seconds, end_seconds) - start_seconds
+    # The tolerance excludes k / fps == duration when the product is rounded up.
+    count = num_frames if fps is None else max(1, math.ceil(duration * fps - 1e-6))
+    wanted = count if max_frames is None else min(count, max_frames)
+    if fps is not None and wanted == count:
+        return [start_seconds + k / fps for k in range(count)]
+    return [start_seconds + (i + 0.5) * duration / wanted for i in range(wanted)]
+
+
+def _check_sampling(num_frames: int | None, fps: float | None, max_frames: int | None) -> None:
     if (num_frames is None) == (fps is None):
         raise ValueError(f"Pass exactly one of `num_frames` and `fps`; got num_frames={num_frames}, fps={fps}.")
     for name, count in (("num_frames", num_frames), ("max_frames", max_frames)):
@@ -50,30 +60,15 @@ def sample_times(
             raise ValueError(f"`{name}` must be at least 1; got {count}.")
     if fps is not None and not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"`fps` must be a positive number; got {fps}.")
-    end = _check_part(duration_seconds, start_seconds, end_seconds)
-    duration = end - start_seconds
-    if fps is not None:
-        # The tolerance keeps k / fps == duration out when the product rounds up.
-        count = max(1, math.ceil(duration * fps - 1e-6))
-        if max_frames is None or count <= max_frames:
-            return [start_seconds + k / fps for k in range(count)]
-        wanted = max_frames
-    else:
-        wanted = min(num_frames or 1, max_frames or num_frames or 1)
-    return [start_seconds + (i + 0.5) * duration / wanted for i in range(wanted)]
-
-
-_ENDLESS = 1e12
-"""Seconds: stands for a duration that is not known yet, to check everything else."""
 
 
 def _check_part(duration_seconds: float, start_seconds: float, end_seconds: float | None) -> float:
-    """The end of the part of the video that is looked at."""
+    """Checks the sampled part of a video and returns its end. duration_seconds: infinity if not known."""
     end = duration_seconds if end_seconds is None else min(end_seconds, duration_seconds)
     if not 0 <= start_seconds < end:
-        length = "" if duration_seconds == _ENDLESS else f" and a video of {duration_seconds:.3f} s"
+        length = "" if duration_seconds == math.inf else f" and a video of {duration_seconds:.3f} s"
         raise ValueError(
-            f"`start_seconds` must lie in the video and before `end_seconds`; got start_seconds={start_seconds}, "
+            f"`start_seconds` must be within the video and before `end_seconds`; got start_seconds={start_seconds}, "
             f"end_seconds={end_seconds}{length}."
         )
     return end
@@ -81,7 +76,7 @@ def _check_part(duration_seconds: float, start_seconds: float, end_seconds: floa
 
 @dataclass(frozen=True)
 class Request:
-    """Which frames: as the caller said it, checked."""
+    """The caller's choice of frames, checked."""
 
     num_frames: int | None
     fps: float | None
@@ -100,17 +95,8 @@ class Request:
             if not times or not all(math.isfinite(moment) for moment in times) or times != sorted(times):
                 raise ValueError(f"`times` must be seconds in ascending order, at least one; got {times[:8]}.")
         elif num_frames is not None or fps is not None:
-            sample_times(
-                _ENDLESS,
-                num_frames=num_frames and 1,
-                fps=fps,
-                max_frames=1,
-                start_seconds=start_seconds,
-                end_seconds=end_seconds,
-            )
-            for name, count in (("num_frames", num_frames), ("max_frames", max_frames)):
-                if count is not None and count < 1:
-                    raise ValueError(f"`{name}` must be at least 1; got {count}.")
+            _check_sampling(num_frames, fps, max_frames)
+            _check_part(math.inf, start_seconds, end_seconds)
         return cls(num_frames, fps, times, max_frames, start_seconds, end_seconds)
 
     def moments(self, duration_seconds: float) -> list[float] | None:
@@ -142,11 +128,11 @@ class Info:
 
 
 class _Untrusted(Exception):
-    """What the container says of its packets (times, keyframes) is missing or does not fit what the decoder gives."""
+    """The container's data about packets (times, keyframes) is missing or contradicts the decoder's output."""
 
 
 def read_video(opened: BinaryIO, request: Request, limits: VideoLimits, num_threads: int):
-    """What is known of the video, then its pictures, then what went wrong on the way (a sentence or nothing)."""
+    """Yields an `Info`, then the pictures, then a description of any error (a sentence or "")."""
     file = VideoFile(opened, limits=limits, num_threads=num_threads)
     moments = request.moments(file.duration_seconds)
     if moments is not None and len(moments) > limits.max_frames:
@@ -165,7 +151,7 @@ def read_video(opened: BinaryIO, request: Request, limits: VideoLimits, num_thre
 
 
 def _pictures(file: VideoFile, request: Request, moments: list[float] | None) -> Iterator[Picture]:
-    """The pictures asked for, in order; where one is missing, an empty one of the same shape."""
+    """Yields the requested pictures in order; for a missing one, an empty picture of the same shape."""
     held: list[Picture] = []
     like: Picture | None = None
     for picture in _decoded(file, request, moments):
@@ -181,30 +167,27 @@ def _pictures(file: VideoFile, request: Request, moments: list[float] | None) ->
                 yield picture
         held.clear()
     if like is None and not held and not file.trouble:
-        raise VideoDecodeError("No frame is due in the part of the video asked for.")
+        raise VideoDecodeError("No frame is due in the requested part of the video.")
     if like is None:
         raise VideoDecodeError(f"No frame of the video can be decoded. ({file.trouble or 'FFmpeg gives no reason'})")
 
 
 def _decoded(file: VideoFile, request: Request, moments: list[float] | None) -> Iterator[Picture]:
+    after = -math.inf
     if file.seekable:
-        last_seconds = -math.inf
-        try:
+        with suppress(_Untrusted):
             for picture in _LookAhead(file).pictures(request, moments):
-                last_seconds = picture.seconds
+                after = picture.seconds
                 yield picture
             return
-        except _Untrusted:
-            yield from _in_sequence(file, request, moments, after=last_seconds)
-    else:
-        yield from _in_sequence(file, request, moments)
+    yield from _in_sequence(file, request, moments, after=after)
 
 
-def _in_sequence(file: VideoFile, request: Request, moments, *, after: float = -math.inf) -> Iterator[Picture]:
-    """Decode everything from the first packet: the decoder's own order is the truth."""
+def _in_sequence(file: VideoFile, request: Request, moments, *, after: float) -> Iterator[Picture]:
+    """Decodes all packets from the first on and trusts the decoder's order."""
     file.open(strict=False)
     if file.in_decoding_order:
-        file.start = None  # of the first picture that comes out
+        file.start = None  # set from the first decoded picture
     targets = deque(moments or ())
     end = math.inf if request.end_seconds is None or moments is not None else request.end_seconds
     for shown, following in pairwise(chain(_in_order_of_output(file), [(math.inf, None, True)])):
@@ -220,9 +203,8 @@ def _in_sequence(file: VideoFile, request: Request, moments, *, after: float = -
 
 
 def _in_order_of_output(file: VideoFile) -> Iterator[tuple[float, av.VideoFrame, bool]]:
-    """Every picture with its time in seconds, and whether it is valid: after an error, none is before a keyframe.
-
-    Without any clock, picture k is due at k / fps.
+    """Yields every picture with its time in seconds and its validity: after an error, pictures are invalid until a
+    keyframe. Without any clock, picture k is due at k / fps.
     """
     clock, last, valid, packet = _OutputClock(), None, True, ...
     while packet is not None:
@@ -246,8 +228,8 @@ def _in_order_of_output(file: VideoFile) -> Iterator[tuple[float, av.VideoFrame,
 
 
 class _OutputClock:
-    """When the pictures that a decoder gives are due: at their pts, unless those have gone backwards more often than
-    the dts of the packets at which the pictures came out. FFmpeg's own programs judge alike."""
+    """Chooses the times of decoded pictures: their pts, unless these have gone backwards more often than the dts of
+    the packets after which the pictures were output. FFmpeg's own programs use the same rule."""
 
     def __init__(self):
         self.last, self.faults = [-math.inf, -math.inf], [0, 0]
@@ -263,21 +245,21 @@ class _OutputClock:
 
 
 class _Damaged(Exception):
-    """Pictures in `_LookAhead.pending` do not come out right."""
+    """A picture in `_LookAhead.pending` was not decoded correctly."""
 
 
 class _LookAhead:
-    """Pictures by presentation time, decoding as little as possible.
+    """Finds pictures by presentation time and decodes as few packets as possible.
 
-    Packets are read ahead of the decoder until some are decoded later than the target is due (dts > target): no later
-    packet can be due by then, so the wanted one is known. Decoding starts at the last keyframe due by the target, goes
-    no further than the wanted packet, and leaves out pictures that no other depends on.
+    Packets are read ahead of the decoder until their decoding time is after the target (dts > target): no later packet
+    can be due by then, so the wanted one is known. Decoding starts at the last keyframe due by the target, ends at the
+    wanted packet, and skips pictures that no other depends on.
 
-    The container is believed until the decoder proves it wrong: then `_Untrusted` is raised.
+    The container is trusted until the decoder's output contradicts it; then `_Untrusted` is raised.
 
-    A group of pictures that turns out damaged (an error, a picture missing or marked corrupt) is decoded again by the
-    lenient decoder without leaving anything out (`careful`). What does not come right then, and what was decoded after
-    the packet with the error, is handed out as not valid.
+    A damaged group of pictures (an error, a picture missing or marked corrupt) is decoded again by the lenient decoder
+    without skipping (`careful`). Pictures that are still wrong, and those decoded after the packet with the error, are
+    returned as invalid.
     """
 
     def __init__(self, file: VideoFile):
@@ -286,30 +268,29 @@ class _LookAhead:
         self.queue_bytes = 0
         self.due: list[int] = []  # ascending pts of packets read, later than `last`
         self.recent: deque[float] = deque(maxlen=_MARGIN)  # dts of the packets read last
-        self.every = False  # every picture is asked for
+        self.every = False  # whether every picture is requested
         self.ended = False
-        self.end: int | None = None  # when the last picture read is over
-        self.early: dict[int, av.VideoFrame] = {}  # pictures out that a later target may want
-        self.pending: deque[int] = deque()  # pts wanted, given to the decoder and not yet out
-        self.last: int | None = None  # pts last wanted
-        self.keyframe: int | None = None  # where decoding began
-        self.awaited: int | None = None  # the keyframe, until the decoder has shown that it starts cleanly there
-        self.fresh = True  # the decoder has been given nothing yet
+        self.end: int | None = None  # end of the last picture read
+        self.early: dict[int, av.VideoFrame] = {}  # decoded pictures that a later target may want
+        self.pending: deque[int] = deque()  # pts wanted, given to the decoder and not yet decoded
+        self.last: float = -math.inf  # pts last wanted
+        self.keyframe: float = -math.inf  # pts at which decoding began
+        self.awaited: int | None = None  # the keyframe, until the decoder's output shows that it is one
         self.careful = False
         self.careful_until: float = -math.inf
-        self.again: set[int] = set()  # pts that were pending in something damaged
-        self.fed: int | None = None  # pts of the packet that went in last
-        self.leading = False  # whether pictures due before the keyframe went in: they may need what lies before it
-        self.broken: set[int] = set()  # pts of packets from which on decoding goes wrong
-        self.doubtful: set[int] = set()  # pts of pictures decoded from there on
-        self.failed = False  # since decoding began
+        self.again: set[int] = set()  # pts that were pending in a damaged group
+        self.fed: int | None = None  # pts of the last packet given to the decoder, None before the first
+        self.leading = False  # whether pictures due before the keyframe were given: they may need earlier packets
+        self.broken: set[int] = set()  # pts of packets at which decoding errors begin
+        self.doubtful: set[int] = set()  # pts of pictures decoded after those errors
+        self.failed = False  # whether there was an error since decoding began
         self.broken_groups = 0
-        self.good = False  # whether the strict decoder gave anything right
-        self.out = -math.inf  # pts that came out last
-        self.handed_out: float = -math.inf  # pts of the last picture that was
-        self.owed = False  # the first picture, to moments before it
-        self.shown: av.VideoFrame | None = None  # in a complete decode: came out last and was not handed out
-        self.patience_seconds = 4.0  # stretches up to this are read through rather than jumped over
+        self.good = False  # whether the strict decoder has output a valid picture
+        self.out = -math.inf  # pts of the last decoder output
+        self.handed_out: float = -math.inf  # pts of the last picture yielded
+        self.owed = False  # whether the first picture is still to be yielded, for moments before it
+        self.shown: av.VideoFrame | None = None  # in a complete decode: the last output that was not yielded
+        self.patience_seconds = 4.0  # distances up to this are read instead of skipped by a seek
 
     def pictures(self, request: Request, moments: list[float] | None) -> Iterator[Picture]:
         file, self.every = self.file, moments is None
@@ -338,7 +319,7 @@ class _LookAhead:
             file.trouble = file.trouble or f"the data ends after {file.seconds(self.end):.3f} s"
 
     def _serve(self, target: int):
-        """Hand out the last picture due at `target`, unless it was the last one already."""
+        """Yields the last picture due at `target`, unless it has been yielded already."""
         if target > self.careful_until and self._worth_seeking(target):
             yield from self._drain()
             self._trust()
@@ -353,9 +334,9 @@ class _LookAhead:
             yield from self._show(pts)
 
     def _serve_next(self, first: float, end: float):
-        """Hand out the next picture due in [first, end); False when there is none."""
+        """Yields the next picture due in [first, end); returns False if there is none."""
         while (pts := (yield from self._find(None))) is not None and pts < first:
-            self._pass(pts)
+            self._advance(pts)
         if pts is None or pts >= end:
             return False
         yield from self._show(pts)
@@ -364,7 +345,7 @@ class _LookAhead:
     def _show(self, pts: int):
         if pts > self.careful_until:
             yield from self._jump(pts)
-        self._pass(pts)
+        self._advance(pts)
         self.pending.append(pts)
         if self.broken and not self.careful:
             raise _Damaged
@@ -373,7 +354,7 @@ class _LookAhead:
         else:
             yield from self._feed(pts)
 
-    def _pass(self, pts: int) -> None:
+    def _advance(self, pts: int) -> None:
         self.last = pts
         del self.due[: bisect.bisect_right(self.due, pts)]
         self.early = {early: frame for early, frame in self.early.items() if early >= pts}
@@ -390,36 +371,36 @@ class _LookAhead:
         self.recent.append(-math.inf if packet.dts is None else packet.dts)
         self.queue.append(packet)
         self.queue_bytes += packet.size
-        # The pictures before an edit list's start are decoded and not shown.
+        # Pictures before an edit list's start are decoded but not shown.
         if not packet.is_discard and self.file.shows(packet):
             over = packet.pts + (packet.duration or 0)
             self.end = over if self.end is None else max(self.end, over)
             if self.every and packet.pts in self.due:  # pictures that share a time
                 raise _Untrusted
-            if self.last is None or packet.pts > self.last:
+            if packet.pts > self.last:
                 bisect.insort(self.due, packet.pts)
 
     def _read_past(self, pts: float) -> bool:
         return self.ended or (len(self.recent) == _MARGIN and min(self.recent) > pts)
 
     def _find(self, target: int | None):
-        """pts of the last picture due at `target` (None: of the next one), None if it is not a new one."""
+        """Returns the pts of the last picture due at `target` (None: of the next one), or None if it is not new."""
         while True:
             position = bisect.bisect_right(self.due, target) if target is not None else 0
-            if position == 0 and self.due and (target is None or self.last is None):
-                position = 1  # before the first picture, it is the first one
+            if position == 0 and self.due and (target is None or self.last == -math.inf):
+                position = 1  # a moment before the first picture gives the first one
             wanted = self.due[position - 1] if position else None
             limit = max((moment for moment in (target, wanted) if moment is not None), default=math.inf)
             if self._read_past(limit):
                 return wanted
             self._read()
-            # A stretch without keyframes is not kept as packets: all before the best one so far can be left out.
+            # A long part without keyframes is decoded early; pictures before the best one so far are skipped.
             while self.queue_bytes > _QUEUE_BYTES:
                 yield from self._feed_one(skip=wanted is not None and self.queue[0].pts < wanted)
 
     def _check_order(self) -> None:
-        """Where all packets say that pictures are shown as they are decoded, although the decoder holds pictures back:
-        do the first ones come out as said?"""
+        """Reads the first packets. If all have pts = dts although the decoder reorders pictures, decodes them and
+        raises `_Untrusted` if the pictures are output in another order."""
         while len(self.queue) < 4 * _MARGIN and not self.ended:
             self._read()
         if self.file.start is None:
@@ -432,11 +413,10 @@ class _LookAhead:
             self._flush()
 
     def _after_the_data(self, target: int) -> bool:
-        """Whether a picture is announced for `target`, but the file is cut off before it."""
-        end, announced_end = self.end, self.file.announced_end
-        if not self.ended or end is None or announced_end is None:
+        """Whether the header announces a picture for `target`, but the file ends before it."""
+        if not self.ended or self.end is None or self.file.announced_end is None:
             return False
-        return end + 1.5 / (self.file.fps * self.file.tick) <= target < announced_end
+        return self.end + 1.5 / (self.file.fps * self.file.tick) <= target < self.file.announced_end
 
     # Jumping
 
@@ -450,7 +430,7 @@ class _LookAhead:
         return (target - position) * self.file.tick > self.patience_seconds
 
     def _start_at(self, pts: int) -> None:
-        """Begin at a keyframe due by `pts`, or at the first packet."""
+        """Seeks to a keyframe due by `pts`, or to the first packet."""
         self._flush()
         behind, step, at = self.recent[-1] if self.recent else -math.inf, max(1, round(1 / self.file.tick)), pts
         while True:
@@ -468,15 +448,16 @@ class _LookAhead:
             if rewound or (self.queue and self.queue[0].pts <= pts):
                 break
             at, step = at - step, 2 * step
-        self._begun()
+        self._begin_group()
         if rewound:
             self.awaited = None
         if self.recent and self.recent[-1] <= behind:
             self.patience_seconds *= 2
 
-    def _begun(self) -> None:
-        self.keyframe = self.queue[0].pts if self.queue else None
-        self.awaited = None if self.queue and self.queue[0].is_discard else self.keyframe
+    def _begin_group(self) -> None:
+        first = self.queue[0].pts if self.queue else None
+        self.keyframe = -math.inf if first is None else first
+        self.awaited = None if self.queue and self.queue[0].is_discard else first
         self.leading = self.failed = False
 
     def _drop_first(self) -> None:
@@ -487,35 +468,30 @@ class _LookAhead:
             del self.due[place]
 
     def _jump(self, pts: int):
-        """Leave out what lies before the last keyframe in the queue from which `pts` can be decoded."""
-        found = 0
-        for place, packet in enumerate(self.queue):
-            if packet.is_keyframe and packet.pts <= pts:
-                found = place
-            if packet.pts == pts:
-                break
-        else:
-            return
-        at_keyframe = self.queue[found].is_keyframe and self.queue[found].pts <= pts
-        if not at_keyframe or (found == 0 and (self.fresh or not self.careful)):
+        """Drops the packets before the last keyframe in the queue from which `pts` can be decoded."""
+        ahead = list(islice(self.queue, self._packets_up_to(pts)))
+        found = max(
+            (place for place, packet in enumerate(ahead) if packet.is_keyframe and packet.pts <= pts), default=-1
+        )
+        if found < 0 or (found == 0 and (self.fed is None or not self.careful)):
             return
         yield from self._drain()
         for _ in range(found):
             self._drop_first()
         self._trust()
-        self._begun()
+        self._begin_group()
 
     def _trust(self) -> None:
-        """Go on with the strict decoder."""
+        """Switches back to the strict decoder."""
         self.careful = False
         self.broken.clear()
         self.doubtful.clear()
 
     def _begin_again(self) -> None:
-        """Decode the group with what is pending again, completely and leniently."""
+        """Decodes the group with the pending pictures again, completely, with the lenient decoder."""
         self.broken_groups += self.keyframe in self.broken
         if not self.good and self.broken_groups > 1:
-            raise _Untrusted  # nothing can be entered at what is called a keyframe
+            raise _Untrusted  # decoding cannot start at the container's keyframes
         first = self.pending[0]
         self.again.update(self.pending)
         self.careful_until = max(self.careful_until, self.pending[-1])
@@ -525,31 +501,33 @@ class _LookAhead:
         self.doubtful.clear()
         self._start_at(first)
 
+    def _packets_up_to(self, pts: int) -> int:
+        """Counts the packets of the queue up to the one with `pts`; 0 if it is not there."""
+        return next((place + 1 for place, packet in enumerate(self.queue) if packet.pts == pts), 0)
+
     # Decoding
 
     def _feed(self, pts: int):
-        """Decode up to the packet of `pts`."""
-        to_go = next((place + 1 for place, packet in enumerate(self.queue) if packet.pts == pts), 0)
-        for _ in range(to_go):
+        """Decodes up to the packet with `pts`."""
+        for _ in range(self._packets_up_to(pts)):
             yield from self._feed_one(skip=self.queue[0].pts < pts)
 
     def _feed_one(self, *, skip: bool):
         packet = self.queue.popleft()
         self.queue_bytes -= packet.size
-        self.fresh = False
         self.fed = packet.pts
-        self.leading |= self.keyframe is not None and packet.pts < self.keyframe
-        if packet.is_corrupt:  # a transport stream counts what it sends
-            self._blame()
+        self.leading |= packet.pts < self.keyframe
+        if packet.is_corrupt:  # a transport stream numbers its packets, so losses are known
+            self._record_failure()
         if self.doubtful or packet.pts in self.broken:
             self.doubtful.add(packet.pts)
         skip = skip and not self.careful and not packet.is_keyframe and packet.pts not in self.pending
         yield from self._decode(packet, skip=skip)
 
     def _drain(self):
-        if not self.fresh:
+        if self.fed is not None:
             yield from self._decode(None)
-        yield from self._miss(math.inf)
+        yield from self._resolve_missing(math.inf)
         self._flush()
 
     def _decode(self, packet, *, skip: bool = False):
@@ -557,47 +535,45 @@ class _LookAhead:
             frames = self.file.decode(packet, skip=skip, lenient=self.careful)
         except av.error.FFmpegError:
             frames = []
-            self._blame()
+            self._record_failure()
         for frame in frames:
             pts = frame.pts
             if pts is None or (pts < self.out and not self.broken):
                 raise _Untrusted
             self.out = pts
             if self.awaited is not None and pts >= self.awaited:
-                # What is called a keyframe may be none, or only begin a gradual refresh.
+                # A marked keyframe may not be one, or may only begin a gradual refresh.
                 started = pts == self.awaited and (frame.key_frame or frame.pict_type == PictureType.I)
                 self.awaited = None
                 if not started and not self.failed:
                     raise _Untrusted
-            if frame.is_corrupt and pts not in self.broken and (self.keyframe is None or pts >= self.keyframe):
+            if frame.is_corrupt and pts not in self.broken and pts >= self.keyframe:
                 self._damage(pts)
                 self.doubtful.update(self.pending)
             yield from self._hand_out(pts, frame)
 
     def _flush(self) -> None:
         self.file.flush()
-        self.fresh = True
         self.fed = None
         self.early.clear()
         self.out = -math.inf
 
-    def _blame(self) -> None:
-        """Note where decoding went wrong: at the last packet, or with threads anywhere since the keyframe."""
+    def _record_failure(self) -> None:
+        """Records where decoding failed: at the last packet, or, with threads, anywhere since the keyframe."""
         self.failed = True
-        at_once = self.file.reports_at_once
-        if at_once and self.keyframe is not None and self.fed is not None and self.fed < self.keyframe:
-            return
-        place = self.fed if at_once else self.keyframe
-        if place is not None and (at_once or not self.leading):
-            self._damage(place)
+        if self.file.reports_at_once:
+            if self.fed >= self.keyframe:
+                self._damage(self.fed)
+        elif self.keyframe > -math.inf and not self.leading:
+            self._damage(self.keyframe)
 
-    def _damage(self, pts: int) -> None:
+    def _damage(self, pts: float) -> None:
         self.broken.add(pts)
         if self.pending and not self.careful:
             raise _Damaged from None
 
     def _hand_out(self, pts: int, frame: av.VideoFrame):
-        yield from self._miss(pts)
+        yield from self._resolve_missing(pts)
         wanted = bool(self.pending) and self.pending[0] == pts
         if wanted and frame.is_corrupt and not self.careful:
             raise _Damaged
@@ -605,7 +581,7 @@ class _LookAhead:
             if wanted:
                 self.pending.popleft()
             yield self._picture(frame)
-        elif self.last is None or pts > self.last:
+        elif pts > self.last:
             self.early[pts] = frame
             if len(self.early) > _EARLY_PICTURES:
                 del self.early[next(iter(self.early))]
@@ -619,9 +595,9 @@ class _LookAhead:
         self.good |= valid and not self.careful
         return self.file.picture(self.file.seconds(frame.pts), frame, valid=valid)
 
-    def _miss(self, pts: float):
-        """Pictures come out in order: those pending before `pts` do not come. Where a complete decode meets no error,
-        they are none to be shown, and the picture before them is the one that is due."""
+    def _resolve_missing(self, pts: float):
+        """Handles pictures pending before `pts`: output is in order, so they are missing. If a complete decode has no
+        error, they are not meant to be shown, and the picture before them is due instead."""
         while self.pending and self.pending[0] < pts:
             if not self.careful:
                 raise _Damaged

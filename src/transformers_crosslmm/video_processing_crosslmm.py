@@ -1,4 +1,4 @@
-"""Videos in any form to model inputs: which frames, which pixels.
+"""Converts videos in any form to model inputs: samples, resizes and normalises frames.
 
 Shapes: T frames of one video, F frames of all videos together, (H, W) a frame's own size, (S, S) the vision tower's.
 """
@@ -46,16 +46,16 @@ INTERPOLATION_MODES = {
 
 
 class CrossLMMVideosKwargs(VideosKwargs, total=False):
-    """What Transformers' video processors take, and:
+    """Keyword arguments of Transformers' video processors, and:
 
-    max_frames: with `fps`, the most frames; a longer video is sampled uniformly at this many.
-    times: the moments to look at, in seconds, instead of `num_frames` or `fps`.
+    max_frames: with `fps`, the most frames; a longer video is sampled uniformly with this many.
+    times: the moments to sample, in seconds, instead of `num_frames` or `fps`.
     start_seconds, end_seconds: the part of the video to sample from.
-    strict: raise VideoDecodeError where a frame of a file cannot be decoded, instead of a warning and False in
-        `frames_valid` of the metadata.
-    skip_unchanged: leave out frames that show what the last one kept shows: False, True (equal pixels after resizing)
-        or the grey levels that no pixel may differ by.
-    limits: what reading one video or picture may cost; never saved, since it belongs to a machine.
+    strict: whether to raise VideoDecodeError for a frame of a file that cannot be decoded, instead of a warning and
+        False in `frames_valid` of the metadata.
+    skip_unchanged: whether to leave out frames equal to the last kept one: False, True (equal pixels after resizing)
+        or the largest difference of a pixel in grey levels.
+    limits: of time, memory and size for reading one video or picture; never saved, because they suit one machine.
     """
 
     max_frames: Annotated[int | None, positive_int()]
@@ -68,15 +68,15 @@ class CrossLMMVideosKwargs(VideosKwargs, total=False):
 
 
 class VideoStream:
-    """Pixels of one video, a chunk of frames at a time; `CrossLMMVideoProcessor.stream` makes it.
+    """Pixels of one video, in chunks of frames; created by `CrossLMMVideoProcessor.stream`.
 
-    Iterating decodes the video, each time anew, and gives (t, 3, S, S) float32. A chunk is decoded when it is asked
-    for, and nothing of it is kept here: with the last one dropped before, one is all there ever is.
+    Every iteration decodes the video again and yields (t, 3, S, S) float32. A chunk is decoded when it is requested
+    and not stored, so one chunk is in memory at a time if the caller drops the previous one.
 
-    source: the video as it was given.
-    metadata, num_frames: of the frames given so far, from the first chunk on.
-    frame_index: with `skip_unchanged`, which of the distinct frames, which alone are given, each of them shows.
-    expected_num_frames: of the whole video, as far as can be told; there once it has begun.
+    source: the video as the caller passed it.
+    metadata, num_frames: of the frames read so far, from the first chunk on.
+    frame_index: with `skip_unchanged`, where only distinct frames are yielded, the index of each frame among them.
+    expected_num_frames: the estimate for the whole video; known after `begin`.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class VideoStream:
         self._begun: tuple[list[FrameChunk], Iterator[FrameChunk]] | None = None
 
     def begin(self) -> None:
-        """Decodes the first chunk now, so that a video that cannot be read says so, and how long it is."""
+        """Decodes the first chunk, so that errors are raised now and `expected_num_frames` is known."""
         if self._begun is None:
             chunks = self._read()
             ahead = next(chunks)
@@ -102,10 +102,10 @@ class VideoStream:
         assert self._begun is not None
         (ahead, chunks), self._begun = self._begun, None
         self.num_frames = 0
-        yield self._given(ahead.pop())
-        yield from filter(len, map(self._given, chunks))  # a chunk may bring nothing new
+        yield self._finished(ahead.pop())
+        yield from filter(len, map(self._finished, chunks))  # a chunk may have no new frames
 
-    def _given(self, chunk: FrameChunk) -> Tensor:
+    def _finished(self, chunk: FrameChunk) -> Tensor:
         if self.num_frames == 0:
             self.metadata, self.frame_index = chunk.metadata, chunk.frame_index
         else:
@@ -120,12 +120,12 @@ class VideoStream:
 
     @property
     def times(self) -> list[float] | None:
-        """Seconds of each frame from the start of the clip, None where the clip has no clock."""
+        """Seconds of each frame from the start of the clip; None if the clip has no clock."""
         return self.metadata.frame_times
 
     @property
     def pixels(self) -> Tensor:
-        """All chunks in one, (T, 3, S, S)."""
+        """All chunks in one tensor, (T, 3, S, S)."""
         return torch.cat(list(self))
 
 
@@ -135,19 +135,19 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
 
     Videos: paths, `file://` and `data:` URIs, http(s) URLs, bytes, file objects, arrays or tensors (T, H, W, 3) or
     (T, 3, H, W), lists of frames (PIL, arrays) or of picture files, torchcodec decoders; flat, or one list per sample.
-    A list of names of picture files is one video. Floats lie in 0..1 or 0..255, integers in 0..255, those of 16 bits
-    also in 0..65535. Frames may come in a tuple with their metadata, and any video in a mapping with options of its
-    own, which win over those of the call: {"video": "clip.mp4", "fps": 2}. `sample_fps` there is the rate at which a
-    list of frames was taken: all of them are kept.
+    A list of names of picture files is one video. Floats are in 0..1 or 0..255, integers in 0..255, 16-bit ones also
+    in 0..65535. Frames can be passed in a tuple with their metadata, and any video in a mapping with its own options,
+    which override those of the call: {"video": "clip.mp4", "fps": 2}. `sample_fps` there is the rate at which a list
+    of frames was sampled: all of them are kept.
 
-    Sampling: `num_frames=n` looks at the middles of n equal shares, `fps=f` every 1/f seconds and at most at
-    `max_frames` moments (then uniformly), `times` at the given seconds; a frame is the last one shown by then, and
-    each frame comes once. The one that is passed clears the defaults of the others. Default: 1 fps, at most 256
-    frames. Frames in memory follow the same rule given `video_metadata` with `fps`; without it `num_frames` picks
-    uniformly, seconds are refused, and by default all frames are kept, uniformly thinned to `max_frames`.
+    Sampling: `num_frames=n` samples the middles of n equal shares, `fps=f` every 1/f seconds and at most `max_frames`
+    moments (then uniformly), `times` the given seconds. The frame at t is the last one shown at or before t, and each
+    frame is used once. The option that is passed clears the defaults of the others. Default: 1 fps, at most 256
+    frames. Frames in memory follow the same rule if `video_metadata` has `fps`; without it `num_frames` samples
+    uniformly, seconds are refused, and by default all frames are kept, thinned uniformly to `max_frames`.
 
     Returns `pixel_values_videos` (F, 3, S, S) float32 and `video_num_frames` (videos,). With `skip_unchanged` the
-    pixels are those of distinct frames only, and `video_frame_index` says for every frame which of them it shows:
+    pixels are those of distinct frames only, and `video_frame_index` gives for every frame its index among them:
     `pixel_values_videos[video_frame_index]` are all frames, and `video_num_frames` counts all.
     """
 
@@ -169,9 +169,9 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
 
     def __init__(self, **kwargs: Any) -> None:
         if self._auto_class is None:
-            kwargs.pop("auto_map", None)  # names code beside a checkpoint, which is not what runs here
+            kwargs.pop("auto_map", None)  # it names code in a checkpoint's folder, but the package's code runs
         super().__init__(**kwargs)
-        # The mixin leaves this to its subclasses; without it nothing but the class name would be saved.
+        # Not done by the mixin; without this call only the class name would be saved.
         self._set_attributes(**kwargs)
         if kwargs.get("num_frames") is not None:
             _refuse_two_rates(num_frames=kwargs["num_frames"], fps=kwargs.get("fps"))
@@ -179,26 +179,26 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:  # type: ignore[override]
-        """What `preprocess` returns for the model."""
+        """Names of the model inputs that `preprocess` returns."""
         names = ["pixel_values_videos", "video_num_frames"]
         return names if self.skip_unchanged is False else [*names, "video_frame_index"]
 
     @classmethod
     def from_dict(cls, video_processor_dict: dict[str, Any], **kwargs: Any) -> Any:  # type: ignore[override]
-        """As in Transformers; an overriding `fps` clears a saved `num_frames` and the other way round."""
+        """Loads as in Transformers; a passed `fps` clears a saved `num_frames` and the other way round."""
         if kwargs.get("num_frames") is not None or kwargs.get("fps") is not None:
             video_processor_dict = video_processor_dict | {"num_frames": None, "fps": None}
         return super().from_dict(video_processor_dict, **kwargs)
 
     def preprocess(self, videos: Any, **kwargs: Any) -> BatchFeature:
-        """Videos to pixels; see the class for what goes in and comes out, `CrossLMMVideosKwargs` for the options.
+        """Converts videos to pixels; see the class for inputs and outputs, `CrossLMMVideosKwargs` for the options.
 
-        With `return_metadata=True` also `video_metadata`, a `CrossLMMVideoMetadata` per video. Raises ValueError or
-        TypeError for options that contradict each other, videos without frames, of a wrong rank, layout or value
-        range, and seconds asked of frames without a clock; VideoError for files that cannot be decoded.
+        With `return_metadata=True` also returns `video_metadata`, a `CrossLMMVideoMetadata` per video. Raises
+        ValueError or TypeError for contradicting options, for videos without frames or with a wrong rank, layout or
+        value range, and for sampling in seconds without a clock; VideoError for files that cannot be decoded.
         """
         read, options = self._readers(videos, None, kwargs)
-        streams = [VideoStream(video, chunks, _keep) for video, chunks in read]
+        streams = [VideoStream(video, chunks, _identity) for video, chunks in read]
         frames = [list(stream) for stream in streams]
         features: dict[str, Any] = {
             "pixel_values_videos": self._normalised([chunk for chunks in frames for chunk in chunks], options),
@@ -213,8 +213,8 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
         return BatchFeature(features, tensor_type=options["return_tensors"], skip_tensor_conversion=["video_metadata"])
 
     def stream(self, videos: Any, *, chunk_size: int = 16, **kwargs: Any) -> list[VideoStream]:
-        """The same pixels, at most `chunk_size` frames at a time, for videos that are too long to be held: one
-        `VideoStream` per video. What can be checked without decoding is checked now; see `preprocess`.
+        """Returns a `VideoStream` per video, which gives the same pixels in chunks of at most `chunk_size` frames, for
+        videos that do not fit in memory. Checks everything that needs no decoding; raises as `preprocess`.
 
             [stream] = processor.video_processor.stream("hour.mp4", fps=1)
             encoded = encode_video(model, stream)  # for `mm_encoder_outputs={"video": encoded}`
@@ -229,7 +229,7 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
     def _readers(
         self, videos: Any, chunk_size: int | None, kwargs: dict[str, Any]
     ) -> tuple[list[tuple[Any, Callable[[], Iterator[FrameChunk]]]], dict[str, Any]]:
-        """Each video with what reads it, and all options, checked."""
+        """Checks all options; returns each video's source with its reader, and the options."""
         validate_typed_dict(self.valid_kwargs, kwargs)  # type: ignore[type-var]
         asked = {name: kwargs.pop(name, None) for name in SAMPLING_KWARGS}
         for name in self.valid_kwargs.__annotations__:
@@ -243,41 +243,41 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
             raise ValueError("`videos` needs at least one video; got none.")
         metadata = flatten_metadata(options["video_metadata"], num_videos=len(given))
         resize = (
-            partial(_resize, size=options["size"], resample=options["resample"]) if options["do_resize"] else _keep
+            partial(_resize, size=options["size"], resample=options["resample"]) if options["do_resize"] else _identity
         )
         level = 0.0 if options["skip_unchanged"] is True else float(options["skip_unchanged"])
+        if options["skip_unchanged"] is not False:  # always in chunks, so that skipped frames are freed
+            chunk_size = chunk_size or FRAMES_COMPARED_AT_ONCE
         readers: list[tuple[Any, Callable[[], Iterator[FrameChunk]]]] = []
         for video, about in zip(given, metadata, strict=True):
             sampling = self._sampling_of(video, asked, do_sample_frames=options["do_sample_frames"])
-            source = open_video(
+            read = open_video(
                 video if video.metadata is not None else replace(video, metadata=about),
                 layout=options["input_data_format"],
                 do_rescale=options["do_rescale"],
                 strict=options["strict"],
                 limits=options["limits"] or DEFAULT_LIMITS,
             )
-            if options["skip_unchanged"] is False:
-                read = partial(source.read, sampling, resize, chunk_size)
-            else:  # in chunks always, so that frames that are left out are not held
-                in_chunks = partial(source.read, sampling, resize, chunk_size or FRAMES_COMPARED_AT_ONCE)
-                read = partial(_distinct_frames, in_chunks, level)
-            readers.append((video.source, read))
+            chunks = partial(read, sampling, resize, chunk_size)
+            if options["skip_unchanged"] is not False:
+                chunks = partial(_distinct_frames, chunks, level)
+            readers.append((video.source, chunks))
         return readers, options
 
     def _sampling_of(
         self, video: GivenVideo, asked: dict[str, Any], *, do_sample_frames: bool
     ) -> FrameSampling | None:
-        """How one video is sampled: its own options win over those of the call."""
+        """The sampling of one video; its own options override those of the call."""
         own = dict(video.options or {})
         if not own:
             return self._sampling(**asked) if do_sample_frames and not video.keeps_all else None
         for name, value in own.items():
             try:
                 validate_typed_dict(self.valid_kwargs, {name: value})  # type: ignore[type-var]
-            except StrictDataclassFieldValidationError as error:  # its text holds the whole value
+            except StrictDataclassFieldValidationError as error:  # its text contains the whole value
                 raise ValueError(f"`{name}` of a video takes numbers; got {reprlib.repr(value)}.") from error
         if "times" in own:
-            asked = dict.fromkeys(SAMPLING_KWARGS)
+            asked = {}
         elif own.keys() & {"num_frames", "fps"}:
             asked = asked | {"num_frames": None, "fps": None, "times": None}
         return self._sampling(**asked | own)
@@ -285,16 +285,16 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
     def sample_frames(  # type: ignore[override]
         self, metadata: VideoMetadata, num_frames: int | None = None, fps: float | None = None, **kwargs: Any
     ) -> np.ndarray:
-        """Numbers of the frames that would be sampled of a clip; as in Transformers, by the rules of this class.
+        """Numbers of the frames that would be sampled from a clip, by the rules of this class.
 
-        kwargs: more of `SAMPLING_KWARGS`; others do not matter here.
+        kwargs: more of `SAMPLING_KWARGS`; others are ignored.
         """
         kwargs = {name: kwargs[name] for name in SAMPLING_KWARGS if name in kwargs}
         sampling = self._sampling(num_frames=num_frames, fps=fps, **kwargs)
         return np.array(sampling.frames_of(range(metadata.total_num_frames), metadata))
 
     def to_dict(self) -> dict[str, Any]:
-        """As in Transformers, without `limits`."""
+        """All attributes as in Transformers, without `limits`."""
         saved = super().to_dict()
         saved.pop("limits", None)
         return saved
@@ -309,13 +309,13 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
         start_seconds: float | None = None,
         end_seconds: float | None = None,
     ) -> FrameSampling:
-        """What the caller asks for, completed by the processor's own attributes where the caller is silent."""
+        """Completes the caller's sampling options with the processor's defaults."""
         _refuse_two_rates(num_frames=num_frames, fps=fps, times=times)
         if times is not None:
             others = {"max_frames": max_frames, "start_seconds": start_seconds, "end_seconds": end_seconds}
             if any(value is not None for value in others.values()):
                 raise ValueError(
-                    f"`times` names every moment, so nothing can narrow it; got {others}. Leave them out."
+                    f"`times` names every moment, so no other option can restrict it; got {others}. Leave them out."
                 )
             if not times:
                 raise ValueError("`times` needs at least one moment; got none.")
@@ -352,7 +352,7 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
         self._validate_preprocess_kwargs(do_resize=do_resize, size=size, resample=resample, **others)
         if do_center_crop or do_pad:
             raise ValueError(
-                "SigLIP sees the whole frame: `do_center_crop` and `do_pad` must be off; got "
+                "SigLIP encodes the whole frame: `do_center_crop` and `do_pad` must be off; got "
                 f"do_center_crop={do_center_crop}, do_pad={do_pad}."
             )
         if not 0 <= skip_unchanged <= 255:  # true for NaN too
@@ -366,15 +366,13 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
             raise ValueError(f"`resample` must be one of {names}; got {resample!r}.")
 
     def _normalised(self, videos: list[Tensor], options: dict[str, Any]) -> Tensor:
-        """(F, 3, S, S) float32 of frames (T, 3, S, S) per video."""
+        """Rescales and normalises frames (T, 3, S, S) per video to (F, 3, S, S) float32."""
         shapes = sorted({tuple(frames.shape[1:]) for frames in videos})
         if len(shapes) > 1:
             raise ValueError(f"Without `do_resize` all videos must have the same frame size; got {shapes}.")
         pixels = torch.empty(sum(len(frames) for frames in videos), *shapes[0], dtype=torch.float32)
-        start = 0
-        for frames in videos:
-            pixels[start : start + len(frames)] = frames
-            start += len(frames)
+        for room, frames in zip(pixels.split([len(frames) for frames in videos]), videos, strict=True):
+            room[:] = frames
         if options["do_rescale"]:
             pixels *= options["rescale_factor"]
         if options["do_normalize"]:
@@ -384,7 +382,7 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
 
 
 def _resize(frame: Tensor, *, size: Any, resample: int) -> Tensor:
-    """(3, H, W) to (3, S, S) of the same dtype, as PIL does it within one grey level."""
+    """Resizes (3, H, W) to (3, S, S) of the same dtype; differs from PIL by at most one grey level."""
     if frame.shape[-2:] == (size.height, size.width):
         return frame
     mode = INTERPOLATION_MODES[PILImageResampling(resample)]
@@ -396,7 +394,7 @@ def _distinct_frames(read: Callable[[], Iterator[FrameChunk]], level: float) -> 
     return map(UnchangedFrames(level), read())
 
 
-def _keep(frame: Tensor) -> Tensor:
+def _identity(frame: Tensor) -> Tensor:
     return frame
 
 

@@ -1,7 +1,7 @@
-"""Where the bytes of a video come from, what one call may cost, and what is refused.
+"""Opens the source of a video under limits, and refuses unsafe sources.
 
-A source is a path, a URI, bytes or a file object; what comes out of here is a seekable file of a limited size. FFmpeg
-sees it only through `Bytes`: without a name by which it could choose a format or find a neighbour.
+A source is a path, a URI, bytes or a file object; it is opened as a seekable file of limited size. FFmpeg reads it
+only through `Bytes`, without a name from which it could choose a format or open other files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import BinaryIO, TypeAlias, cast
 VideoSource: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO"
 OnWait: TypeAlias = "Callable[[], None]"
 WAIT_SECONDS = 0.25
-"""How long a wait for somebody else may last before the clock, and the caller's `on_wait`, are asked again."""
+"""Longest wait for the network or a process between two checks of the clock and calls of `on_wait`."""
 HEADERS = {"Accept-Encoding": "identity", "User-Agent": "transformers_crosslmm"}
 RAISE_LIMITS = "Pass `limits=VideoLimits(...)` with a higher value if that is intended."
 
@@ -62,21 +62,21 @@ class VideoDecodeError(VideoError):
 
 @dataclass(frozen=True)
 class VideoLimits:
-    """What one call may cost. The defaults let any ordinary video pass; lower them for files from strangers.
+    """Limits of one call. The defaults allow any ordinary video; lower them for untrusted files.
 
     max_bytes: size of the file, the data or the download.
-    max_pixels: width times height of a picture; the default holds 8K.
+    max_pixels: width times height of a picture; the default allows 8K.
     max_frames: frames that one call may return.
-    max_output_bytes: size of the frames that `decode_video`, or one chunk of `iter_video`, holds.
+    max_output_bytes: size of the frames of `decode_video`, or of one chunk of `iter_video`.
     max_duration_seconds: length that the file announces.
-    max_decode_seconds: time spent reading and decoding, checked between FFmpeg's calls (`isolated=True` is strict);
-        for a URL from the look-up of its name to the last byte.
+    max_decode_seconds: time for reading and decoding, checked between FFmpeg's calls (strictly with `isolated=True`);
+        for a URL, the time from name look-up to the last byte.
     max_memory_bytes: memory of the process of `isolated=True`.
-    max_redirects: how often an http(s) URL may lead to another one.
-    network_timeout_seconds: how long a server may stay silent.
-    allow_private_addresses: let URLs lead to this machine and to private networks.
-    use_proxy: download through the proxy that the environment names (`http_proxy`, `https_proxy`, `no_proxy`), which
-        then decides where URLs lead.
+    max_redirects: number of redirects of an http(s) URL.
+    network_timeout_seconds: longest time without data from a server.
+    allow_private_addresses: whether URLs may resolve to this machine and to private networks.
+    use_proxy: whether to download through the environment's proxy (`http_proxy`, `https_proxy`, `no_proxy`), which
+        then resolves the addresses.
     """
 
     max_bytes: int = 16 * 1024**3
@@ -97,9 +97,9 @@ DEFAULT_LIMITS = VideoLimits()
 
 @contextmanager
 def open_source(source: VideoSource, limits: VideoLimits, on_wait: OnWait | None = None) -> Iterator[BinaryIO]:
-    """A seekable binary file of at most `max_bytes`; closed at the end unless it is the caller's own.
+    """Opens a source as a seekable binary file of at most `max_bytes`; closes it at the end unless the caller owns it.
 
-    on_wait: called every `WAIT_SECONDS` while the network is waited for; what it raises ends the call.
+    on_wait: called every `WAIT_SECONDS` while the call waits for the network; an exception from it ends the call.
     """
     if isinstance(source, (str, os.PathLike)):
         file, own = _open_named(os.fspath(source), limits, on_wait), True
@@ -132,7 +132,7 @@ def _open_named(name: str, limits: VideoLimits, on_wait: OnWait | None) -> Binar
     if scheme == "file":
         parts = urllib.parse.urlsplit(name)
         if parts.netloc not in ("", "localhost"):
-            raise VideoOpenError(f"A file:// URI must name a file of this machine; got host {shown(parts.netloc)}.")
+            raise VideoOpenError(f"A file:// URI must name a file on this machine; got host {shown(parts.netloc)}.")
         name = urllib.request.url2pathname(parts.path)
     elif "://" in name:
         raise VideoOpenError(
@@ -140,12 +140,12 @@ def _open_named(name: str, limits: VideoLimits, on_wait: OnWait | None) -> Binar
             "Download the video first."
         )
     try:
-        # Without O_NONBLOCK a named pipe would wait here for a writer; Windows has neither.
+        # Without O_NONBLOCK, opening a named pipe would wait for a writer; Windows has neither.
         descriptor = os.open(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise VideoOpenError(
-            f"Cannot open {shown(name)}: {reason}. Check the path; a relative one begins in the current folder."
+            f"Cannot open {shown(name)}: {reason}. Check the path; a relative one starts in the current folder."
         ) from error
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
@@ -164,8 +164,8 @@ def _data_uri(uri: str, limits: VideoLimits) -> bytes:
     media_type, *parameters = header.lower().removeprefix("data:").split(";")
     if media_type == "video/jpeg":
         raise VideoOpenError(
-            "data:video/jpeg is a list of JPEG pictures, not a file. Pass a list of frames, each a data:image/jpeg "
-            "URI."
+            "data:video/jpeg is a list of JPEG pictures and not a file. Pass a list of frames, each a "
+            "data:image/jpeg URI."
         )
     if "base64" in parameters:
         return from_base64(payload, limits)
@@ -173,7 +173,7 @@ def _data_uri(uri: str, limits: VideoLimits) -> bytes:
 
 
 def from_base64(text: str, limits: VideoLimits) -> bytes:
-    """Data written as base64; line breaks, percent-encoding and a lack of padding do no harm."""
+    """Decodes base64; line breaks, percent-encoding and missing padding are accepted."""
     _check_size(len(text) * 3 // 4, limits)
     data = urllib.parse.unquote_to_bytes(text).translate(None, b" \t\r\n")
     try:
@@ -183,12 +183,12 @@ def from_base64(text: str, limits: VideoLimits) -> bytes:
 
 
 def shown(name: str) -> str:
-    """A path or URL for an error, which must not carry what may be data."""
+    """Shortens a path or URL for an error message, because it may contain data."""
     return repr(name) if len(name) <= 200 else f"{name[:60]!r}... ({len(name):,} characters)"
 
 
 def _spooled(stream, limits: VideoLimits, clock: Clock) -> BinaryIO:
-    """What cannot be rewound is kept in memory up to 16 MiB and on disk beyond."""
+    """Copies a stream that cannot be rewound: into memory up to 16 MiB, to disk beyond."""
     file = cast(BinaryIO, tempfile.SpooledTemporaryFile(max_size=16 * 1024**2))  # noqa: SIM115, the caller closes it
     while piece := stream.read(64 * 1024):
         clock.check()
@@ -205,7 +205,7 @@ def _check_size(size: int, limits: VideoLimits) -> None:
 
 
 class Bytes:
-    """What FFmpeg sees of a file: its bytes, and no name by which to choose a format or find a neighbour."""
+    """Gives FFmpeg the bytes of a file, without a name from which to choose a format or open other files."""
 
     name = "video"
 
@@ -215,7 +215,7 @@ class Bytes:
     def read(self, size: int) -> bytes:
         self._clock.check()
         piece = self._file.read(size)
-        # PyAV copies the answer into a buffer of `size` bytes without looking at its length.
+        # PyAV copies the result into a buffer of `size` bytes without checking its length.
         if not isinstance(piece, bytes) or len(piece) > size:
             raise VideoOpenError(
                 f"read({size}) of the file object must return at most as many bytes; got {type(piece).__name__}"
@@ -230,22 +230,22 @@ class Bytes:
     def tell(self) -> int:
         return self._file.tell()
 
-    def seekable(self) -> bool:
-        return True
-
 
 class Clock:
-    """Seconds of work spent so far; stands still while the caller has the frames."""
+    """Measures the seconds of work; it is paused while the caller has the frames."""
 
     def __init__(self, limits: VideoLimits, on_wait: OnWait | None = None):
         self._limit, self._on_wait = limits.max_decode_seconds, on_wait
         self._spent, self._since = 0.0, time.monotonic()
 
-    def check(self) -> None:
+    def check(self) -> float:
+        """Calls `on_wait` and returns the seconds left. Raises VideoTimeoutError if there are none."""
         if self._on_wait is not None:
             self._on_wait()
-        if self._spent + time.monotonic() - self._since > self._limit:
+        left = self._limit - (self._spent + time.monotonic() - self._since)
+        if left < 0:
             raise VideoTimeoutError(f"Decoding took longer than max_decode_seconds={self._limit}. {RAISE_LIMITS}")
+        return left
 
     @contextmanager
     def paused(self):
@@ -255,7 +255,7 @@ class Clock:
 
 
 def _download(url: str, limits: VideoLimits, clock: Clock) -> BinaryIO:
-    """The body of an http(s) answer, checked at every redirect and never larger than `max_bytes`."""
+    """Downloads the body of an http(s) response of at most `max_bytes`; every redirect is checked."""
     for _ in range(limits.max_redirects + 1):
         try:
             parts = urllib.parse.urlsplit(url)
@@ -279,10 +279,10 @@ def _download(url: str, limits: VideoLimits, clock: Clock) -> BinaryIO:
                     url = urllib.parse.urljoin(url, target)
                     continue
                 if answer.status not in (200, 206):
-                    raise VideoOpenError(f"{shown(url)} answers with status {answer.status} {answer.reason}.")
+                    raise VideoOpenError(f"{shown(url)} returned status {answer.status} {answer.reason}.")
                 part = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.headers.get("Content-Range", "bytes 0-0/1"))
                 if part is None or (int(part[1]), int(part[2]) + 1) != (0, int(part[3])):
-                    raise VideoOpenError(f"{shown(url)} answers with a part of the file only. Download it first.")
+                    raise VideoOpenError(f"{shown(url)} returned only a part of the file. Download it first.")
                 _check_size(1 if answer.length is None else answer.length, limits)
                 file = _spooled(answer, limits, clock)
                 if answer.length:
@@ -294,7 +294,7 @@ def _download(url: str, limits: VideoLimits, clock: Clock) -> BinaryIO:
 
 
 def _proxy(scheme: str, host: str) -> urllib.parse.SplitResult | None:
-    """The proxy that the environment names for this host."""
+    """The proxy for this host from the environment."""
     proxies = {} if urllib.request.proxy_bypass(host) else urllib.request.getproxies()
     return urllib.parse.urlsplit(proxies[scheme]) if proxies.get(scheme) else None
 
@@ -302,15 +302,14 @@ def _proxy(scheme: str, host: str) -> urllib.parse.SplitResult | None:
 def _connection(
     scheme: str, host: str, port: int, limits: VideoLimits, clock: Clock, proxy: urllib.parse.SplitResult | None
 ) -> http.client.HTTPConnection:
-    """A connection to the proxy, or to an address that was checked itself, so that a second look-up cannot lead
-    elsewhere."""
+    """Connects to the proxy, or to the checked address itself, so that a second name look-up cannot give another."""
     stream: _PatientSocket | None = None
     try:
         found = _look_up(proxy.hostname or "", proxy.port or 80, clock) if proxy else _look_up(host, port, clock)
         for address in (str(address[0]) for *_, address in found):
             if proxy is None and not limits.allow_private_addresses and not _is_public(address):
                 raise VideoOpenError(
-                    f"{shown(host)} leads to {address}, which is not a public address. Pass "
+                    f"{shown(host)} resolves to {address}, which is not a public address. Pass "
                     "`limits=VideoLimits(allow_private_addresses=True)` if that is intended."
                 )
         stream = _PatientSocket(found[0][0], socket.SOCK_STREAM)
@@ -339,20 +338,20 @@ def _connection(
 
 
 def _tunnel(stream: _PatientSocket, host: str, port: int) -> None:
-    """Has a proxy pass on what follows."""
+    """Opens a tunnel to a host through a proxy."""
     place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     stream.sendall(f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n\r\n".encode())
     answer = http.client.HTTPResponse(stream, method="CONNECT")
     answer.begin()
     if answer.status != 200:
-        raise OSError(f"the proxy answers with status {answer.status} {answer.reason}")
+        raise OSError(f"the proxy returned status {answer.status} {answer.reason}")
 
 
 _LOOK_UPS = threading.BoundedSemaphore(32)
 
 
 def _look_up(host: str, port: int, clock: Clock) -> list:
-    """`getaddrinfo`, which nothing can interrupt, on a thread that is left behind when the time is up."""
+    """Resolves a name on a thread that is abandoned at the time limit, because `getaddrinfo` cannot be interrupted."""
     answers: queue.SimpleQueue = queue.SimpleQueue()
 
     def ask() -> None:
@@ -378,8 +377,8 @@ def _look_up(host: str, port: int, clock: Clock) -> list:
 
 
 class _PatientSocket(socket.socket):
-    """A socket that waits in short steps, with an eye on the clock: a server that sends a byte now and then is not
-    silent, and may still not have more time than there is."""
+    """A socket that waits in short steps and checks the clock in each, so that a server that keeps sending single
+    bytes cannot exceed the time limit."""
 
     def begin(self, clock: Clock, silence_seconds: float) -> None:
         self._clock, self._silence_seconds = clock, silence_seconds
@@ -427,12 +426,12 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 def _is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        # Addresses that carry an IPv4 address lead where that one leads: mapped, 6to4, Teredo and NAT64.
+        # IPv6 addresses that embed an IPv4 address are judged by it: mapped, 6to4, Teredo and NAT64.
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
         if inner is None and ip in _NAT64:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner is not None:
             return _is_public(str(inner))
-        if ip not in _GLOBAL_UNICAST:  # all else is local, or has a meaning that some network gives it
+        if ip not in _GLOBAL_UNICAST:  # all other addresses are local or specific to a network
             return False
     return ip.is_global and not ip.is_multicast

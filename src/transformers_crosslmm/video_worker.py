@@ -1,7 +1,7 @@
-"""`isolated=True`: decoding in a process of its own, whose memory and time are limited.
+"""Decodes in a separate process with limited memory and time (`isolated=True`).
 
-The caller's side is `pictures_from_worker`, the worker's side is `main`. The worker imports the standard library, PyAV
-and the files beside this one, neither torch nor Transformers, so it starts quickly and can be given little memory.
+The caller's side is `read_video_in_worker`, the worker's side is `main`. The worker imports the standard library, PyAV
+and the files in this folder, but not torch or Transformers, so it starts quickly and needs little memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from typing import BinaryIO
@@ -27,6 +26,7 @@ from .video_packets import Info, Request, read_video
 from .video_source import (
     RAISE_LIMITS,
     WAIT_SECONDS,
+    Clock,
     NoVideoStreamError,
     OnWait,
     VideoDecodeError,
@@ -39,17 +39,8 @@ from .video_source import (
 
 _ERRORS = {
     kind.__name__: kind
-    for kind in (
-        VideoError,
-        VideoOpenError,
-        NoVideoStreamError,
-        VideoLimitError,
-        VideoTimeoutError,
-        VideoDecodeError,
-        ValueError,
-    )
-}
-
+    for kind in (VideoError, VideoOpenError, NoVideoStreamError, VideoLimitError, VideoTimeoutError, VideoDecodeError)
+} | {"ValueError": ValueError}
 
 _START = """
 import importlib, sys, types
@@ -58,38 +49,35 @@ decoder.__path__ = [sys.argv[1]]
 sys.path.append(sys.argv[2])
 importlib.import_module("decoder.video_worker").main(int(sys.argv[3]))
 """
-"""Imports the worker as a part of a package that holds nothing but the files of its folder, wherever that lies: the
-package's own `__init__` does not run. `python -I` ignores the current folder, PYTHONPATH and the user's settings."""
-
-
-def _folders() -> tuple[str, str]:
-    """Where the decoder's files lie, and where the caller found PyAV."""
-    return os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.dirname(av.__file__))
+"""Imports the worker as part of an empty package whose path is this folder, so that the package's own `__init__` does
+not run. `python -I` ignores the current folder, PYTHONPATH and the user's settings."""
 
 
 def read_video_in_worker(
     opened: BinaryIO, request: Request, limits: VideoLimits, num_threads: int, on_wait: OnWait | None = None
 ):
-    """`read_video` in a process that may use `max_memory_bytes` and `max_decode_seconds`, and is killed beyond.
+    """Runs `read_video` in a process that is killed if it exceeds `max_memory_bytes` or `max_decode_seconds`.
 
-    It gets the file, already open, and nothing else; pictures come back as bytes, a line of JSON before each.
-    on_wait: called every `WAIT_SECONDS` while the process is waited for; what it raises ends both.
+    The process gets only the open file. It returns pictures as bytes, each after a line of JSON.
+    on_wait: called every `WAIT_SECONDS` while the call waits for the process; an exception from it ends both.
     """
     if sys.platform == "win32":
         raise NotImplementedError("`isolated=True` needs the resource limits of POSIX, which Windows lacks.")
     task = {"request": asdict(request), "limits": asdict(limits), "num_threads": num_threads}
+    decoder, pyav = os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.dirname(av.__file__))
     with _as_real_file(opened) as file, tempfile.TemporaryFile("w+") as told:
         json.dump(task, told)
         told.seek(0)
         worker = subprocess.Popen(
-            [sys.executable, "-I", "-c", _START, *_folders(), str(file.fileno())],
+            [sys.executable, "-I", "-c", _START, decoder, pyav, str(file.fileno())],
             stdin=told,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             pass_fds=[file.fileno()],
             env={},
         )
-    pipe = _Pipe(worker, limits, on_wait)
+    clock = Clock(limits, on_wait)
+    pipe = _Pipe(worker, clock)
     try:
         while "end" not in (header := json.loads(pipe.line())):
             if "error" in header:
@@ -100,9 +88,11 @@ def read_video_in_worker(
             size = header.pop("size")
             height, line_size = header["height"], header["line_size"]
             if size and not 0 < 3 * header["width"] * height <= size == abs(line_size) * height:
-                raise VideoDecodeError("The decoder process sends a picture of the wrong size.")
+                raise VideoDecodeError("The decoder process sent a picture of the wrong size.")
             header["orientation"] = tuple(header["orientation"])
-            yield Picture(pixels=memoryview(pipe.take(size)) if size else None, **header)
+            picture = Picture(pixels=memoryview(pipe.take(size)) if size else None, **header)
+            with clock.paused():
+                yield picture
         yield header["end"]
     finally:
         worker.kill()
@@ -112,42 +102,35 @@ def read_video_in_worker(
 
 @contextmanager
 def _as_real_file(opened: BinaryIO):
-    """A file that another process can read from its start."""
+    """Yields a file that another process can read from its start; copies it if necessary."""
+    opened.seek(0, os.SEEK_END)
     try:
-        opened.fileno()
-        opened.seek(0)
+        # A file that unpacks while it reads, such as gzip's, has the descriptor of the packed file.
+        is_real = os.fstat(opened.fileno()).st_size == opened.tell()
     except (OSError, AttributeError):
-        with tempfile.TemporaryFile() as copy:
-            opened.seek(0)
-            shutil.copyfileobj(opened, copy)
-            copy.seek(0)
-            yield copy
-    else:
+        is_real = False
+    opened.seek(0)
+    if is_real:
         yield opened
+        return
+    with tempfile.TemporaryFile() as copy:
+        shutil.copyfileobj(opened, copy)
+        copy.seek(0)
+        yield copy
 
 
 class _Pipe:
-    """What the worker writes, with an eye on the clock and on its end."""
+    """Reads the worker's output and checks the clock and the worker's end while it waits."""
 
-    def __init__(self, worker: subprocess.Popen, limits: VideoLimits, on_wait: OnWait | None):
-        self._worker, self._limits, self._on_wait = worker, limits, on_wait
+    def __init__(self, worker: subprocess.Popen, clock: Clock):
+        self._worker, self._clock = worker, clock
         self._poll = select.poll()  # `select.select` fails beyond 1,024 open files
         self._poll.register(worker.stdout, select.POLLIN)
-        self._left = limits.max_decode_seconds
         self._buffer = bytearray()
 
     def _more(self) -> None:
-        ready: list = []
-        while not ready:
-            if self._left <= 0:
-                raise VideoTimeoutError(
-                    f"Decoding took longer than max_decode_seconds={self._limits.max_decode_seconds}. {RAISE_LIMITS}"
-                )
-            if self._on_wait is not None:
-                self._on_wait()
-            began = time.monotonic()
-            ready = self._poll.poll(1000 * min(self._left, WAIT_SECONDS))
-            self._left -= time.monotonic() - began
+        while not self._poll.poll(1000 * min(self._clock.check(), WAIT_SECONDS)):
+            pass
         piece = os.read(self._worker.stdout.fileno(), 1024**2)
         if not piece:
             status = self._worker.wait()
@@ -159,7 +142,7 @@ class _Pipe:
     def line(self) -> bytes:
         while (end := self._buffer.find(b"\n")) < 0:
             if len(self._buffer) > 2**16:
-                raise VideoDecodeError("The decoder process sends no header.")
+                raise VideoDecodeError("The decoder process sent no header.")
             self._more()
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
@@ -174,7 +157,7 @@ class _Pipe:
 
 
 def main(descriptor: int) -> None:
-    """The worker's side of `read_video_in_worker`: the file is open as `descriptor`, the task comes in as JSON."""
+    """The worker's side of `read_video_in_worker`: the file is open as `descriptor`, stdin has the task as JSON."""
     import resource
 
     task = json.load(sys.stdin)

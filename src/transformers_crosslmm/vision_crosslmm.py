@@ -1,5 +1,4 @@
-"""From frames to tokens: the vision tower, the projector, what normalises and dates original tokens, and how chunks of
-frames become one tensor.
+"""From frames to tokens: the vision tower, the projector, and the normalisation and frame codes of original tokens.
 
 Shapes: F frames, N patches per frame, D vision width, C language width.
 """
@@ -20,18 +19,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from .configuration_crosslmm import CrossLMMConfig
 
 NORM_EPS = 1e-6
-"""Of the LayerNorm that `visual_norm` names."""
+"""Epsilon of `visual_norm`'s LayerNorm."""
 
 FRAMES_AT_ONCE = 16
-"""Frames whose original tokens are in float32 at a time, while they are normalised."""
+"""Frames normalised at a time: only their original tokens are in float32 at once."""
 
 
 @dataclass(frozen=True)
 class TowerLayout:
-    """Where the parts of an encoder of Transformers lie.
+    """Names of the parts of an encoder of Transformers.
 
-    blocks: the list of its blocks. final_norm: what follows the last block. registers: the config's fields that count
-    tokens between the class token and the patches; None where there is no class token either.
+    blocks: the list of its blocks. final_norm: the norm after the last block. registers: the config's fields that
+    count tokens between the class token and the patches; None if there is no class token either.
     """
 
     blocks: str
@@ -49,10 +48,10 @@ TOWERS = {
 
 
 def build_vision_tower(config: CrossLMMConfig) -> PreTrainedModel:
-    """Transformers' own encoder up to the hidden state that CrossLMM reads; what follows it is not built.
+    """Builds Transformers' own encoder up to the hidden state that CrossLMM reads.
 
-    The blocks after that state go, and the final norm becomes the identity; loading a whole encoder skips the tensors
-    of both without a word.
+    Later blocks are deleted, and the final norm becomes the identity. Loading a whole encoder skips their tensors
+    without a warning.
     """
     tower = AutoModel.from_config(config.vision_config)
     layout = TOWERS[config.vision_config.model_type]
@@ -64,36 +63,35 @@ def build_vision_tower(config: CrossLMMConfig) -> PreTrainedModel:
     if dropped:
         ignored.add(rf"vision_tower\.{re.escape(layout.blocks)}\.({dropped})\.")
     tower._keys_to_ignore_on_load_unexpected |= ignored
-    # The class may name parts that are not built (SigLIP's pooling head), which FSDP would look for.
+    # FSDP looks for every class named here, so parts that are not built (SigLIP's pooling head) are removed.
     built = {type(module).__name__ for module in tower.modules()}
     tower._no_split_modules = set(tower._no_split_modules) & built
     mask_token = getattr(tower.embeddings, "mask_token", None)
     if mask_token is not None:
-        mask_token.requires_grad_(False)  # DINO's, for its own pretraining: nothing here reads it
+        mask_token.requires_grad_(False)  # used only in DINO's own pretraining
     tower.embeddings.register_forward_hook(_contiguous)
     return tower
 
 
 def _contiguous(module: nn.Module, inputs: tuple, embedded: torch.Tensor) -> torch.Tensor:
-    """Hook: lays embedded patches out token by token. The convolution's strides would make every LayerNorm of every
-    block copy its input."""
+    """Hook: makes embedded patches contiguous. With the convolution's strides every LayerNorm would copy its input."""
     return embedded.contiguous()
 
 
 def upload(chunk: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A chunk of pixels on a device. From pinned memory a GPU fetches it while the CPU prepares the next one."""
+    """Copies a chunk of pixels to a device. From pinned memory, the copy overlaps with preparing the next chunk."""
     if device.type == "cuda" and chunk.device.type == "cpu" and torch.cuda.is_available():
         chunk = chunk.pin_memory()
     return chunk.to(device, non_blocking=True)
 
 
 def encode_frames(tower: PreTrainedModel, pixels: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-    """What a tower gives for a chunk of frames (F, 3, S, S): `last_hidden_state` is V of Eq. 1, (F, N, D), without the
-    tokens that stand before the patches.
+    """Encodes a chunk of frames (F, 3, S, S): `last_hidden_state` is V of Eq. 1, (F, N, D), without the tokens before
+    the patches.
 
-    Under checkpointing a chunk is kept as pixels. Checkpointed by block alone, it would keep the input of every block:
-    26 times as much as the original tokens. A frozen tower keeps nothing and has no backward pass; Transformers'
-    checkpointing makes its embeddings ask for gradients, which would run through all of it.
+    With checkpointing, only the pixels of a chunk are kept; checkpointing per block would keep the input of every
+    block, 26 times as much as the original tokens. A frozen tower runs without gradients: Transformers' checkpointing
+    makes its embeddings require them, and they would run through the whole tower.
     """
     learns = torch.is_grad_enabled() and (
         pixels.requires_grad or any(parameter.requires_grad for parameter in tower.parameters())
@@ -108,7 +106,7 @@ def encode_frames(tower: PreTrainedModel, pixels: torch.Tensor, **kwargs) -> Bas
 
 
 def num_prefix_tokens(config: PreTrainedConfig) -> int:
-    """Tokens before the patches: a class token and registers, where the encoder has them."""
+    """The number of tokens before the patches: class token and registers, if the encoder has them."""
     registers = TOWERS[config.model_type].registers
     return 0 if registers is None else 1 + sum(getattr(config, name) for name in registers)
 
@@ -129,10 +127,10 @@ class CrossLMMMultiModalProjector(nn.Module):
 
 @dataclass(frozen=True)
 class TokenNorm:
-    """LayerNorm without parameters, and the date, of original tokens: applied where they are read, so that nobody
-    keeps a normalised copy of them all.
+    """LayerNorm without parameters, and frame codes, of original tokens. It is applied when tokens are read, so that
+    no normalised copy of all tokens is kept.
 
-    scale: (F, N), one over the standard deviation of each token. codes: (F, D), what its date adds to each frame.
+    scale: (F, N), one over the standard deviation of each token. codes: (F, D), the code added to each frame's tokens.
     Both in float32 or better.
     """
 
@@ -141,8 +139,8 @@ class TokenNorm:
 
     @classmethod
     def of(cls, original: torch.Tensor, codes: torch.Tensor) -> "TokenNorm":
-        """For tokens (F, N, D) of frames with these codes."""
-        variances = (to_float32(some).var(-1, correction=0) for some in original.split(FRAMES_AT_ONCE))
+        """Computes the norm for tokens (F, N, D) of frames with these codes."""
+        variances = (to_float32(chunk).var(-1, correction=0) for chunk in original.split(FRAMES_AT_ONCE))
         return cls((concat_parts(variances, len(original)) + NORM_EPS).rsqrt(), codes)
 
     @property
@@ -153,21 +151,16 @@ class TokenNorm:
         return TokenNorm(self.scale.to(device), self.codes.to(device))
 
     def concat(self, other: "TokenNorm") -> "TokenNorm":
-        """That of these frames followed by others."""
+        """The norm of these frames followed by those of `other`."""
         return TokenNorm(torch.cat([self.scale, other.scale]), torch.cat([self.codes, other.codes]))
 
     def clip_to_tokens(self, first: int, last: int) -> "TokenNorm":
-        """That of the tokens [first, last), counted through all frames; whole frames."""
+        """The norm of the tokens [first, last), counted through all frames; must be whole frames."""
         frames = slice(first // self.scale.shape[1], last // self.scale.shape[1])
         return TokenNorm(self.scale[frames], self.codes[frames])
 
-    def split(self, at_once: int) -> list["TokenNorm"]:
-        """That of `at_once` tokens at a time; whole frames."""
-        frames = at_once // self.scale.shape[1]
-        return [TokenNorm(*part) for part in zip(self.scale.split(frames), self.codes.split(frames), strict=True)]
-
     def apply(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens (F x N, D), normalised and with the codes of their frames added."""
+        """Normalises tokens (F x N, D) and adds the codes of their frames."""
         return normalised_tokens(tokens.view(*self.scale.shape, -1), self.codes).flatten(0, 1)
 
 
@@ -176,12 +169,12 @@ def to_float32(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def normalised_tokens(original: torch.Tensor, codes: torch.Tensor, *, is_checkpointed: bool = False) -> torch.Tensor:
-    """LayerNorm of original tokens (F, N, D) without parameters, and the codes (F, D) of their frames on top; made
-    again in the backward pass when `is_checkpointed`."""
+    """Applies LayerNorm without parameters to original tokens (F, N, D) and adds their frames' codes (F, D); if
+    `is_checkpointed`, computes both again in the backward pass."""
 
-    def normalised(some: torch.Tensor, its_codes: torch.Tensor) -> torch.Tensor:
-        states = F.layer_norm(to_float32(some), some.shape[-1:], eps=NORM_EPS)
-        return (states + its_codes[:, None]).to(some.dtype)
+    def normalised(chunk: torch.Tensor, chunk_codes: torch.Tensor) -> torch.Tensor:
+        states = F.layer_norm(to_float32(chunk), chunk.shape[-1:], eps=NORM_EPS)
+        return (states + chunk_codes[:, None]).to(chunk.dtype)
 
     make = partial(checkpoint, normalised, use_reentrant=False) if is_checkpointed else normalised
     chunks = zip(original.split(FRAMES_AT_ONCE), codes.split(FRAMES_AT_ONCE), strict=True)
@@ -189,7 +182,7 @@ def normalised_tokens(original: torch.Tensor, codes: torch.Tensor, *, is_checkpo
 
 
 def frame_codes(frame_numbers: torch.Tensor, width: int, *, visual_time: str) -> torch.Tensor:
-    """What the date of each frame (f,), its number within its medium, adds to its tokens: (f, width), float64."""
+    """The code added to the tokens of each frame, from its number within its medium (f,): (f, width), float64."""
     if visual_time == "none":
         return torch.zeros(len(frame_numbers), width, dtype=torch.float64)
     steps = torch.arange(width // 2, dtype=torch.float64) * (2.0 / width)
@@ -198,7 +191,7 @@ def frame_codes(frame_numbers: torch.Tensor, width: int, *, visual_time: str) ->
 
 
 def concat_parts(parts: Iterator[torch.Tensor], length: int) -> torch.Tensor:
-    """Parts one after the other, `length` along dim 0; without a gradient, no part is kept until the last has come."""
+    """Concatenates parts to `length` along dim 0; without gradients each part is copied and freed at once."""
     first = next(parts)
     if torch.is_grad_enabled() and first.requires_grad:
         return torch.cat([first, *parts])
@@ -212,6 +205,6 @@ def concat_parts(parts: Iterator[torch.Tensor], length: int) -> torch.Tensor:
     return whole
 
 
-def per_medium(tokens: torch.Tensor, frames: list[int]) -> tuple[torch.Tensor, ...]:
-    """Pooled tokens (F, s x s, C) of all media, apart."""
+def split_by_medium(tokens: torch.Tensor, frames: list[int]) -> tuple[torch.Tensor, ...]:
+    """Splits the pooled tokens (F, s x s, C) of all media into one tensor per medium."""
     return tokens.flatten(0, 1).split([count * tokens.shape[1] for count in frames])

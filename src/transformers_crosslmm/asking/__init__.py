@@ -1,1 +1,1 @@
-"""One person, one video: conversations, pictures of what the model saw, and the web page."""
+"""Questions of one user about one video: conversations, pictures of the sampled frames, and the web page."""

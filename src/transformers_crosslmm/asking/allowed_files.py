@@ -1,4 +1,4 @@
-"""Files that strangers name, opened below the folders that they may read. POSIX only."""
+"""Opens files named by untrusted users, within allowed folders only. POSIX only."""
 
 import errno
 import os
@@ -10,19 +10,19 @@ from typing import BinaryIO
 from ..video_source import VideoOpenError, shown
 
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
-"""Errors of a system that has no more open files, processes or memory: no file's fault."""
+"""Errors of a system without free file descriptors, processes or memory; the file is not at fault."""
 
 
 class NotAllowedError(VideoOpenError):
-    """The file lies in none of the allowed folders, whether or not it exists."""
+    """The path is in none of the allowed folders; the file may or may not exist."""
 
 
 def open_below(path: str | os.PathLike[str], roots: Sequence[Path]) -> BinaryIO:
-    """Opens a regular file, unbuffered, that lies below one of the roots (absolute, their own links resolved).
+    """Opens a regular file, unbuffered, within one of the roots (absolute, with their own links resolved).
 
-    Links are resolved before the check. What is then opened is opened folder by folder without following any, so that
-    one that somebody puts there in between leads nowhere.
-    Raises VideoOpenError, NotAllowedError among it, and OSError only for one of `SHORTAGES`.
+    Links are resolved before the check. The resolved path is then opened folder by folder without following links, so
+    a link created after the check is not followed.
+    Raises VideoOpenError, its subclass NotAllowedError, and OSError only for one of `SHORTAGES`.
     """
     named = shown(os.fspath(path))
     try:
@@ -35,7 +35,7 @@ def open_below(path: str | os.PathLike[str], roots: Sequence[Path]) -> BinaryIO:
         if isinstance(error, VideoOpenError) or getattr(error, "errno", None) in SHORTAGES:
             raise
         reason = getattr(error, "strerror", None) or error
-        if getattr(error, "errno", None) in (errno.ELOOP, errno.ENOTDIR):  # a link where there was none
+        if getattr(error, "errno", None) in (errno.ELOOP, errno.ENOTDIR):  # a link created after the check
             raise NotAllowedError(f"{named} changed while it was opened.") from error
         raise VideoOpenError(f"Cannot open {named}: {reason}.") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -51,7 +51,7 @@ def _open_step_by_step(root: Path, parts: Sequence[str]) -> int:
             inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
             os.close(folder)
             folder = inner
-        # Without O_NONBLOCK a named pipe would wait here for a writer.
+        # Without O_NONBLOCK, opening a named pipe would wait for a writer.
         return os.open(parts[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
     finally:
         os.close(folder)

@@ -1,4 +1,4 @@
-"""The text of an answer while its tokens are written."""
+"""Decodes the text of an answer while its tokens are generated."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,11 +8,11 @@ from transformers.generation.streamers import BaseStreamer
 
 
 class AnswerText(BaseStreamer):
-    """A streamer for `generate`: hands out the answer in pieces, each as soon as it is certain, and cuts it before
-    the first stop string.
+    """A streamer for `generate`: passes the answer on in pieces, each when its text is final, and ends it before the
+    first stop string.
 
-    on_text: called with each piece. stop: texts that end the answer and are no part of it.
-    num_tokens: tokens written. is_stopped: a stop string was found, so the tokens after it do not count.
+    on_text: called with each piece. stop: texts that end the answer and are not part of it.
+    num_tokens: number of generated tokens. is_stopped: whether a stop string was found; later tokens are ignored.
     """
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None], *, stop: Sequence[str] = ()) -> None:
@@ -21,29 +21,29 @@ class AnswerText(BaseStreamer):
         self.is_stopped = False
         self._waits_for_prompt = True
         self._token_ids: list[int] = []
-        self._begin = self._end = 0  # the tokens whose text was decoded last
+        self._begin = self._end = 0  # range of the tokens decoded last
         self._uncertain = ""
 
     def put(self, value: torch.Tensor) -> None:
-        if self._waits_for_prompt:  # `generate` passes it first
+        if self._waits_for_prompt:  # `generate` passes the prompt first
             self._waits_for_prompt = False
             return
-        if self.is_stopped:  # `generate` looks at what stops it before it passes a token on, and writes one more
+        if self.is_stopped:  # `generate` checks stopping criteria before it passes a token on, so one more arrives
             return
         self._token_ids += value.flatten().tolist()
         self.num_tokens = len(self._token_ids)
-        if not (piece := self._decoded()).endswith("\ufffd"):  # else a character whose last bytes are still to come
+        if not (piece := self._decoded()).endswith("\ufffd"):  # otherwise the last character is incomplete
             self._begin, self._end = self._end, self.num_tokens
             self._add(piece)
 
     def end(self) -> None:
         self._add(self._decoded())
-        self._give(len(self._uncertain))
+        self._emit(len(self._uncertain))
 
     def _decoded(self) -> str:
-        """The text of the tokens since the last call that ended with a whole character.
+        """The text of the tokens since the last complete character.
 
-        The tokens before are decoded along, because some tokenizers write the first token of a text differently.
+        Earlier tokens are decoded too, because some tokenizers decode the first token of a text differently.
         """
 
         def decode(token_ids: list[int]) -> str:
@@ -58,14 +58,14 @@ class AnswerText(BaseStreamer):
         found = [place for stop in self.stop if (place := self._uncertain.find(stop)) >= 0]
         if found:
             self.is_stopped = True
-            self._give(min(found))
+            self._emit(min(found))
             self._uncertain = ""
             return
         longest = min(max(map(len, self.stop), default=1) - 1, len(self._uncertain))
         begun = (n for n in range(longest, 0, -1) if any(s.startswith(self._uncertain[-n:]) for s in self.stop))
-        self._give(len(self._uncertain) - next(begun, 0))
+        self._emit(len(self._uncertain) - next(begun, 0))
 
-    def _give(self, length: int) -> None:
+    def _emit(self, length: int) -> None:
         piece, self._uncertain = self._uncertain[:length], self._uncertain[length:]
         if piece:
             self.on_text(piece)

@@ -1,6 +1,6 @@
-"""A video and the questions asked about it, one after the other: it is decoded, encoded and prefilled once.
+"""Several questions about one video, which is decoded, encoded and prefilled once.
 
-Encoding goes on while the video is decoded, a chunk of frames at a time, so that it may be long.
+The video is encoded while it is decoded, a chunk of frames at a time, so it can be long.
 
     model, processor = load_model(TINY_CHECKPOINT), load_processor(TINY_CHECKPOINT)
     conversation = VideoConversation(model, processor, read_video(processor, "clip.mp4", num_frames=8))
@@ -29,10 +29,10 @@ from .pictures import frame_pictures
 
 @dataclass(frozen=True)
 class Answer:
-    """text: the answer. tokens: the same in the pieces that were written, the end mark left out.
+    """text: the answer. tokens: the text of each generated token, without the end mark.
 
-    frame_weights: (tokens, T), how much each frame weighed in T2V when a token was written: the mean over layers and
-        heads, each row sums to 1; None unless asked for.
+    frame_weights: (tokens, T), the T2V attention weight of each frame for each token, averaged over layers and heads;
+        each row sums to 1. None unless requested.
     """
 
     text: str
@@ -41,10 +41,10 @@ class Answer:
 
 
 def read_video(processor: CrossLMMProcessor, source: Any, **sampling: Any) -> VideoStream:
-    """Begins to decode and sample a video as `CrossLMMVideoProcessor` does: its first frames are there.
+    """Opens a video, sampled as by `CrossLMMVideoProcessor`, and decodes its first frames.
 
-    sampling: `num_frames`, `fps`, `max_frames`, `times`, `start_seconds`, `end_seconds`. Raises VideoError where the
-    file cannot be decoded, ValueError for options that contradict each other.
+    sampling: `num_frames`, `fps`, `max_frames`, `times`, `start_seconds`, `end_seconds`. Raises VideoError if the file
+    cannot be decoded, ValueError for contradicting options.
     """
     [stream] = processor.video_processor.stream([source], **sampling)
     stream.begin()
@@ -60,12 +60,12 @@ def end_token_ids(model: CrossLMMForConditionalGeneration, processor: CrossLMMPr
 
 
 class VideoConversation:
-    """Questions about one video, each answered with all before it in view.
+    """A chat about one video; each answer takes earlier questions and answers into account.
 
-    The video is encoded when the conversation begins and prefilled with the first question. From then on everything
-    that was said stays in `cache`, and a question costs what its own tokens cost.
+    The video is encoded when the conversation begins and prefilled with the first question. The chat stays in `cache`,
+    so a later question costs only its own tokens.
 
-    messages: the chat so far. token_ids: what the cache has seen, and the token written last.
+    messages: the chat so far. token_ids: the tokens that the cache has seen, and the last generated one.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class VideoConversation:
         *,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """on_progress: called with the frames encoded and all frames.
+        """Encodes the video. on_progress: called with the numbers of encoded frames and of all frames.
 
-        Raises ValueError for more frames than the context holds, as far as can be told before they are encoded.
+        Raises ValueError, before encoding, if the expected frames do not fit the context.
         """
         video.begin()
         check_length(video.expected_num_frames * processor.tokens_per_frame + 1, model.config, None)
@@ -99,10 +99,10 @@ class VideoConversation:
         on_text: Callable[[str], None] | None = None,
         with_frame_weights: bool = False,
     ) -> Answer:
-        """Answers and remembers. A question that cannot be asked (too long for the context), or whose answer is
-        interrupted, leaves no trace.
+        """Answers a question and adds both to the chat. A question that is too long for the context, or whose answer
+        is interrupted, leaves the chat unchanged.
 
-        on_text: called with each piece of the answer as soon as it is certain. The checkpoint's generation config
+        on_text: called with each piece of the answer when its text is final. The checkpoint's generation config
         decides how tokens are chosen.
         """
         if not question.strip():
@@ -126,13 +126,13 @@ class VideoConversation:
                 return_dict_in_generate=True,
                 output_cross_attentions=with_frame_weights,
             )
-        except BaseException:  # Ctrl-C among them
+        except BaseException:  # Ctrl-C too
             self._forget_behind(length)
             raise
-        self._media = None  # the cache has them
+        self._media = None  # they are in the cache
         ids = written.sequences[0].tolist()
         if ids[-1] in self._ends:
-            ids.pop()  # the cache has not seen it, and the template writes it where the next turn begins
+            ids.pop()  # the cache has not seen it, and the template writes it at the next turn's beginning
         answered = ids[prompt.shape[1] :]
         decode = self.processor.tokenizer.decode
         text = decode(answered, skip_special_tokens=True).strip()
@@ -144,35 +144,33 @@ class VideoConversation:
         return Answer(text, [decode([token_id]) for token_id in answered], weights)
 
     def _forget_behind(self, length: int) -> None:
-        """Cuts the cache back, layer by layer: a call that was interrupted has filled some and not others."""
+        """Crops each layer of the cache to `length`; an interrupted call may have filled only some layers."""
         if length == 0:
             self.cache = DynamicCache()
         for layer in self.cache.layers:
             layer.crop(min(0, length - int(layer.get_seq_length())))
 
     def pictures(self) -> list[Image.Image]:
-        """The frames as the model sees them; the video is decoded again for them."""
+        """The frames as the model sees them; decodes the video again."""
         return [picture for chunk in self.video for picture in frame_pictures(chunk, self.processor.video_processor)]
 
     def _new_ids(self, turn: dict[str, Any]) -> list[int]:
-        """The tokens from the end of the last answer to the beginning of the next."""
+        """The tokens between the end of the last answer and the beginning of the next."""
 
         def rendered(messages: list[dict[str, Any]]) -> str:
             return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
         if not self.messages:
             text = rendered([turn])
-            (text,), _ = self.processor._expand(
-                [text], [self.video.num_frames], [self.video.metadata], say_times=self.processor.time_instruction
-            )
+            (text,), _ = self.processor._expand([text], [self.video.num_frames], [self.video.metadata])
         else:
-            # The answer's own tokens are in the cache, and need not be those that its text would give.
+            # The cache has the answer's own tokens, which can differ from those of its tokenised text.
             before = rendered(self.messages[:-1])
             text = rendered([*self.messages[:-1], {"role": "assistant", "content": ""}, turn])
             if not text.startswith(before):
                 raise ValueError(
-                    "The chat template must write earlier turns the same whatever follows, or a conversation cannot "
-                    "go on in its cache; this one does not. Use CrossLMM's own."
+                    "A conversation in a cache needs a chat template that writes earlier turns the same when more "
+                    "follow; this one does not. Use CrossLMM's own."
                 )
             text = text[len(before) :]
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]

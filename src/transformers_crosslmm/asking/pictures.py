@@ -1,4 +1,4 @@
-"""Pictures for people: the frames that a model sees, and where it looked.
+"""Draws the frames that a model sees and their attention weights.
 
 Shapes: T frames, S pixels along a side.
 """
@@ -13,12 +13,12 @@ from ..video_processing_crosslmm import CrossLMMVideoProcessor
 
 FONT = ImageFont.load_default(13)
 LINE = 18
-"""Pixels of a line of text."""
+"""Height of a line of text in pixels."""
 INK, PAPER, ACCENT = (25, 25, 25), (255, 255, 255), (31, 90, 200)
 
 
 def frame_pictures(pixels: torch.Tensor, video_processor: CrossLMMVideoProcessor) -> list[Image.Image]:
-    """The frames (T, 3, S, S) that a processor made, as they were before it normalised them."""
+    """Converts a processor's frames (T, 3, S, S) to pictures; undoes its normalisation and rescaling."""
     plain = pixels.float()
     if video_processor.do_normalize:
         plain = plain * _per_channel(video_processor.image_std) + _per_channel(video_processor.image_mean)
@@ -33,14 +33,14 @@ def _per_channel(values: Sequence[float]) -> torch.Tensor:
 
 
 def frame_labels(num_frames: int, times: Sequence[float] | None) -> list[str]:
-    """What stands under each frame: its second, or its number where the clip has no clock."""
+    """Labels for the frames: their seconds, or their numbers if the clip has no clock."""
     if times is None:
         return [f"#{number}" for number in range(1, num_frames + 1)]
     return [clock_time(seconds) for seconds in times]
 
 
 def clock_time(seconds: float) -> str:
-    """As people write it: 3.5 s, 2:03.5, 1:02:03.5."""
+    """Formats seconds for users: 3.5 s, 2:03.5, 1:02:03.5."""
     tenths = round(seconds * 10)
     minutes, rest = divmod(tenths, 600)
     if not minutes:
@@ -51,7 +51,7 @@ def clock_time(seconds: float) -> str:
 
 
 def draw_contact_sheet(frames: Sequence[Image.Image], labels: Sequence[str], *, side: int = 160) -> Image.Image:
-    """The frames in reading order, `side` pixels each, with their labels below."""
+    """Draws the frames in reading order, `side` pixels each, with their labels below."""
     columns = min(len(frames), max(4, math.ceil(math.sqrt(1.6 * len(frames)))))
     rows = math.ceil(len(frames) / columns)
     sheet = Image.new("RGB", (columns * side, rows * (side + LINE)), PAPER)
@@ -71,18 +71,18 @@ def draw_timeline(
     *,
     side: int = 72,
 ) -> Image.Image:
-    """Frames from left to right with their labels, and below, for each token of an answer, how much each weighed.
+    """Draws the frames from left to right with their labels and, below, a row of frame weights per token of an answer.
 
-    weights: (tokens, T), each row sums to 1. The darker, the more; a row's most is written as a percentage. From 33
-    frames on neighbours share a column: the picture of the first and the sum of their weights.
+    weights: (tokens, T), each row sums to 1. Darker means more; a row's maximum is written as a percentage. From 33
+    frames on, adjacent frames share a column, with the picture of the first and the sum of their weights.
     """
     if not len(tokens):
-        raise ValueError("An answer without tokens looked nowhere; there is nothing to draw.")
+        raise ValueError("A timeline needs an answer with tokens; got none.")
     share = math.ceil(len(frames) / 32)
     weights = torch.stack([part.sum(-1) for part in weights.float().cpu().split(share, dim=1)], dim=1)
     frames, labels = frames[::share], labels[::share]
 
-    pieces = [_printable(token) for token in tokens]
+    pieces = [token.strip() or repr(token) for token in tokens]  # repr makes whitespace visible
     margin = 16 + math.ceil(max(FONT.getlength(piece) for piece in pieces))
     head, row_height = side + LINE + 4, LINE + 4
     sheet = Image.new("RGB", (margin + len(frames) * side, head + len(tokens) * row_height), PAPER)
@@ -107,11 +107,6 @@ def draw_timeline(
 def _fitted(frame: Image.Image, side: int) -> Image.Image:
     small = max(frame.size) < side
     return frame.resize((side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
-
-
-def _printable(token: str) -> str:
-    """The token with its blanks visible, so that each row has a name."""
-    return token.strip() or repr(token)
 
 
 __all__ = ["clock_time", "draw_contact_sheet", "draw_timeline", "frame_labels", "frame_pictures"]

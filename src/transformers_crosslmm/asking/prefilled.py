@@ -1,35 +1,33 @@
-"""A video from somebody else, for questions of many: decoded in a process of its own, prefilled once, forked for each.
+"""An untrusted video for several conversations: decoded in a separate process, prefilled once, forked for each.
 
-POSIX only, as is isolated decoding.
+POSIX only, as isolated decoding is.
 """
 
 import copy
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
-from ..frames_crosslmm import SAMPLING_KWARGS, FrameChunk, frame_chunk
+from ..frames_crosslmm import read_file
 from ..modeling_crosslmm import CrossLMMForConditionalGeneration
 from ..processing_crosslmm import CrossLMMProcessor
-from ..video_decoding import DecodedVideo, VideoLimits, iter_video
+from ..video_decoding import VideoLimits
 from ..video_processing_crosslmm import VideoStream, _resize
 from .conversation import VideoConversation
 
 LIMITS = VideoLimits(max_decode_seconds=900.0)
-"""What decoding one video may cost its worker; beyond, its questions get the error."""
+"""Limits of decoding one video in its worker process; if they are exceeded, its questions get the error."""
 
 VIDEO_FAILURES = (ValueError, MemoryError, torch.OutOfMemoryError)
-"""What a bad or too long video or question raises. Anything else is a fault of program or machine and ends the run."""
+"""Errors of an unusable or too long video or question. Any other error is a fault of program or machine."""
 
 
 class IsolatedStream(VideoStream):
-    """The stream of `CrossLMMVideoProcessor` of a file from a stranger: decoded in a process of its own, by `limits`.
+    """The stream of `CrossLMMVideoProcessor` for an untrusted file, decoded in a separate process under `limits`.
 
-    source: a path, or an open file. sampling: as for `read_video`. Raises ValueError for options that no video could
-    meet.
+    source: a path, or an open file. sampling: as for `read_video`. Raises ValueError for options that fit no video.
     """
 
     def __init__(
@@ -37,31 +35,16 @@ class IsolatedStream(VideoStream):
     ) -> None:
         video_processor = processor.video_processor
         [checked] = video_processor.stream([source], **sampling)
-        super().__init__(source, self._chunks, checked._finish)
-        wanted = video_processor._sampling(**dict.fromkeys(SAMPLING_KWARGS) | sampling)
-        self._moments, self._limits = wanted.moments, limits
-        self._wanted: dict[str, Any] = {name: getattr(wanted, name) for name in SAMPLING_KWARGS}
-        self._resize = partial(_resize, size=video_processor.size, resample=video_processor.resample)
-        self._chunks()  # checks the options; nothing is opened before the first frame is asked for
-
-    def _chunks(self) -> Iterator[FrameChunk]:
-        decoded = iter_video(
-            self.source,
-            chunk_size=16,
-            frame_transform=self._resize,
-            limits=self._limits,
-            isolated=True,
-            **self._wanted,
-        )
-        return map(self._chunk, decoded)
-
-    def _chunk(self, decoded: DecodedVideo) -> FrameChunk:
-        return frame_chunk(decoded, self._moments(decoded.duration_seconds))
+        wanted = video_processor._sampling(**sampling)
+        resize = partial(_resize, size=video_processor.size, resample=video_processor.resample)
+        read = partial(read_file, source, wanted, resize, 16, strict=False, limits=limits, isolated=True)
+        super().__init__(source, read, checked._finish)
+        read()  # checks the options; the file is opened when the first frame is requested
 
 
 @torch.no_grad()
 def prefill(model: CrossLMMForConditionalGeneration, token_ids: list[int], media: Any) -> DynamicCache:
-    """A cache that has seen the tokens and the encoded media in them (as for `mm_encoder_outputs`)."""
+    """Creates a cache filled with the tokens and their encoded media (as for `mm_encoder_outputs`)."""
     cache = DynamicCache()
     ids = torch.tensor([token_ids], device=model.device)
     model(input_ids=ids, mm_encoder_outputs=media, cache=cache, use_cache=True, logits_to_keep=1)
@@ -69,9 +52,9 @@ def prefill(model: CrossLMMForConditionalGeneration, token_ids: list[int], media
 
 
 class PrefilledVideo(VideoConversation):
-    """A video and, in the cache, the chat up to the end of it; each `fork` begins there, with patches shared.
+    """A video with a cache filled up to its end; each `fork` starts a new chat from there and shares the patches.
 
-    Raises ValueError for more frames than the context holds, as far as can be told before they are encoded.
+    Raises ValueError, before encoding, if the expected frames do not fit the context.
     """
 
     def __init__(
@@ -85,7 +68,7 @@ class PrefilledVideo(VideoConversation):
         self.cache, self._media = prefill(model, self.prefix, self._media), None
 
     def fork(self) -> "PrefilledVideo":
-        """The same video without a word said about it."""
+        """Starts a new conversation about the same video."""
         twin = copy.copy(self)
         twin.messages, twin.token_ids, twin.cache = [], [], copy.deepcopy(self.cache)
         return twin
@@ -94,8 +77,8 @@ class PrefilledVideo(VideoConversation):
         ids = super()._new_ids(turn)
         if not self.messages and ids[: len(self.prefix)] != self.prefix:
             raise ValueError(
-                "The chat template must write the same up to the end of the video, whatever is asked about it; this "
-                "one does not. Use CrossLMM's own."
+                "A prefilled video needs a chat template that writes the same text up to the end of the video for "
+                "every question; this one does not. Use CrossLMM's own."
             )
         return ids
 

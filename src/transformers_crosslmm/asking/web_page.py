@@ -1,7 +1,7 @@
-"""`crosslmm demo`: a web page that answers questions about an uploaded video and shows where the model looked.
+"""`crosslmm demo`: a web page that answers questions about an uploaded video and shows the frames' attention weights.
 
-This file alone knows Gradio. A visitor's video is decoded in a process of its own under limits, encoded and prefilled
-once, and then belongs to that visitor's session until it is replaced or forgotten.
+Only this file uses Gradio. A visitor's video is decoded in a separate process under limits, encoded and prefilled
+once, and kept in the visitor's session until it is replaced or expires.
 """
 
 import os
@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from .. import TINY_CHECKPOINT
-from ..checkpoints.load import load_model, load_processor
+from ..checkpoints.load import caution, load_model, load_processor
 from ..tiny.procedural_videos import random_generator, random_video, write_mp4
 from ..video_decoding import VideoLimits
 from .conversation import Answer
@@ -25,22 +25,27 @@ from .prefilled import VIDEO_FAILURES, IsolatedStream, PrefilledVideo
 
 MAX_UPLOAD_BYTES = 64 * 2**20
 LIMITS = VideoLimits(max_bytes=MAX_UPLOAD_BYTES, max_decode_seconds=120.0, max_memory_bytes=2 * 2**30)
-"""What one upload may cost while all other visitors wait."""
+"""Limits of one upload, during which all other visitors wait."""
 MAX_SESSIONS = 16
-"""Visitors whose videos may be in memory at once; the one who has been idle longest is forgotten for the next."""
+"""The most sessions whose videos are in memory; a new one replaces the one that has been idle longest."""
 IDLE_SECONDS = 1800
-"""An unused video is forgotten after this, and files that were uploaded or drawn are deleted."""
+"""Time after which an unused video is dropped, and uploaded or drawn files are deleted."""
 MAX_NEW_TOKENS = 256
 MAX_QUESTION_CHARACTERS = 2000
 THUMBNAIL = 160
-"""Pixels along a side of the frames that are kept for the pictures."""
+"""Size in pixels of the frames kept for the pictures."""
+EXAMPLE_QUESTIONS = (
+    "What is in frame 3?",
+    "In which frame does the red star appear?",
+    "Is there a blue heart in the video?",
+)
 
 
 @dataclass
 class Visit:
-    """A visitor's video, what was said about it, and its frames for the pictures.
+    """A visitor's video with its chat and its frames for the pictures.
 
-    thread: the only one that asks, so that two questions at once wait for each other, and the second knows the first.
+    thread: runs all questions, one at a time, so that each one follows the earlier ones in the chat.
     """
 
     conversation: PrefilledVideo
@@ -50,7 +55,7 @@ class Visit:
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
 
     def ask(self, question: str) -> Iterator[str | Answer]:
-        """The pieces of the answer as they come, and the whole of it last. Raises as `VideoConversation.ask`."""
+        """Yields the answer's pieces as they are generated, then the `Answer`. Raises as `VideoConversation.ask`."""
         pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         answer = self.thread.submit(
             self.conversation.ask,
@@ -64,12 +69,12 @@ class Visit:
         yield answer.result()
 
     def close(self) -> None:
-        """Lets the thread end after what was asked already; memory goes with the last reference."""
+        """Lets the thread end after the questions already asked; memory is freed with the last reference."""
         self.thread.shutdown(wait=False)
 
 
 def build_page(model: str | os.PathLike = TINY_CHECKPOINT, *, device: str | None = None) -> Any:
-    """The page as `gradio.Blocks`, the model loaded; `serve_page` opens it to visitors.
+    """Loads the model and builds the page as `gradio.Blocks`; `serve_page` starts its server.
 
     model: folder or name of a checkpoint. device: as for `load_model`.
     Raises ImportError without Gradio.
@@ -101,7 +106,7 @@ def build_page(model: str | os.PathLike = TINY_CHECKPOINT, *, device: str | None
 
     def ask(question: str, visit: Visit | None) -> Iterator[tuple[list[dict[str, str]], Any, str]]:
         if visit is None:
-            raise gradio.Error("Upload a video or take the sample; then ask.", title="No video", print_exception=False)
+            raise gradio.Error("Upload a video or use the sample; then ask.", title="No video", print_exception=False)
         turn = {"role": "user", "content": question}
         text, answer = "", None
         try:
@@ -121,11 +126,12 @@ def build_page(model: str | os.PathLike = TINY_CHECKPOINT, *, device: str | None
         yield list(visit.chat), timeline, ""
 
     with gradio.Blocks(title="CrossLMM", analytics_enabled=False, delete_cache=(IDLE_SECONDS, IDLE_SECONDS)) as page:
-        page.sample_folder = folder  # lives as long as the page
+        page.sample_folder = folder  # kept as long as the page
         state = gradio.State(time_to_live=IDLE_SECONDS, delete_callback=lambda visit: visit and visit.close())
         gradio.Markdown(
-            "# CrossLMM\nA video is looked at once; then ask as often as you like. "
-            f"At most {MAX_UPLOAD_BYTES // 2**20} MiB. Model: `{Path(model).name}`."
+            "# CrossLMM\nUpload a video once; then ask as often as you like. Frames count from 1. "
+            f"At most {MAX_UPLOAD_BYTES // 2**20} MiB. Model: `{Path(model).name}`. "
+            f"{caution(model, network.config) or ''}"
         )
         picture: dict[str, Any] = {
             "show_label": False,
@@ -135,20 +141,21 @@ def build_page(model: str | os.PathLike = TINY_CHECKPOINT, *, device: str | None
         }
         with gradio.Row():
             with gradio.Column():
-                # Not `gradio.Video`: that would open the upload with FFmpeg outside of our limits.
+                # Not `gradio.Video`, which would open the upload with FFmpeg outside of our limits.
                 upload = gradio.File(label="Video", file_types=["video"], elem_id="upload")
-                upload.async_move_resource_to_block_cache = _uploaded_only(upload.async_move_resource_to_block_cache)
-                take_sample = gradio.Button("Take the sample video", elem_id="sample")
-                gradio.Markdown("What the model sees")
+                upload.async_move_resource_to_block_cache = _refuse_urls(upload.async_move_resource_to_block_cache)
+                take_sample = gradio.Button("Use the sample video", elem_id="sample")
+                gradio.Markdown("The frames that the model sees")
                 sheet = gradio.Image(elem_id="sheet", **picture)
             with gradio.Column():
                 chat = gradio.Chatbot(label="Answers", render_markdown=False, buttons=["copy"], elem_id="chat")
                 question = gradio.Textbox(
                     label="Question", max_length=MAX_QUESTION_CHARACTERS, submit_btn=True, elem_id="question"
                 )
-        gradio.Markdown("Where it looked: the weight of each frame for each token of the last answer")
+                gradio.Examples([[words] for words in EXAMPLE_QUESTIONS], [question], label="For example")
+        gradio.Markdown("Attention: the weight of each frame for each token of the last answer")
         timeline = gradio.Image(elem_id="timeline", **picture)
-        # One after the other, whoever asks: a queue is kinder than a machine out of memory.
+        # One request at a time, from all visitors together, so that memory is not exceeded.
         queued: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
         seen = [state, sheet, chat, timeline]
         upload.upload(look, [upload, state], seen, api_name="look", **queued)
@@ -158,7 +165,7 @@ def build_page(model: str | os.PathLike = TINY_CHECKPOINT, *, device: str | None
 
 
 def serve_page(page: Any, *, host: str = "127.0.0.1", port: int | None = None, wait: bool = True) -> str:
-    """Opens the page to visitors and returns its address, at once unless `wait`. No port: a free one from 7860 on."""
+    """Starts the server and returns its address (if `wait`, after it stops). Default port: a free one from 7860 on."""
     gradio = _import_gradio()
     _, address, _ = page.launch(
         server_name=host,
@@ -175,12 +182,12 @@ def serve_page(page: Any, *, host: str = "127.0.0.1", port: int | None = None, w
     return address
 
 
-def _uploaded_only(move: Callable[[str], Awaitable[str]]) -> Callable[[str], Awaitable[str]]:
-    """Gradio would fetch a URL that a request names in place of an upload, of any size."""
+def _refuse_urls(move: Callable[[str], Awaitable[str]]) -> Callable[[str], Awaitable[str]]:
+    """Wraps Gradio's handler of uploads to refuse URLs, which Gradio would fetch at any size."""
 
     async def moved(path: str) -> str:
         if "://" in path:
-            raise ValueError("A video must be uploaded; a URL is not fetched.")
+            raise ValueError("A video must be uploaded; URLs are not downloaded.")
         return await move(path)
 
     return moved
@@ -191,7 +198,10 @@ def _import_gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise ImportError('The page needs Gradio: pip install "transformers_crosslmm[demo]".') from error
+        raise ImportError(
+            'The page needs Gradio, and Gradio needs an older Pillow: `pip install -e ".[demo]"` in your clone, in a '
+            "separate environment (docs/getting-started.md, Extras)."
+        ) from error
     return gradio
 
 

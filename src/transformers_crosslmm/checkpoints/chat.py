@@ -1,4 +1,4 @@
-"""How a language model talks: its tokenizer and its chat template, kept, with media put in."""
+"""Keeps a language model's tokenizer and chat template, and adds media to them."""
 
 import json
 import re
@@ -14,28 +14,43 @@ from ..processing_crosslmm import CHAT_TEMPLATE, IMAGE_TOKEN, MARKS, VIDEO_TOKEN
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 HOLLOW = "\ue001"
-"""Stands for what an assistant says while its place is looked for; a private-use character."""
+"""Stands for an assistant's text in the run that finds its place; a private-use character."""
 
 PROBES = ("  def f(x):\n\treturn x**2  \n\n\nEND", "I don't know 12345 caf\u0065\u0301 ½ 你好 🙂 <b>", " ")
-"""Texts that tokenizers of different families split differently: runs of blanks, digits, marks that compose."""
+"""Texts that tokenizers of different families split differently: runs of blanks, digits, combining characters."""
 
 MEDIA_TEMPLATE = """\
+{%- macro as_text(text) -%}
+    {%- set escaped = namespace(text=text) -%}
+    {%- if not texts_are_escaped -%}
+        {%- for mark in @MARKS@ -%}
+            {%- set escaped.text = escaped.text | replace(mark, mark[0] ~ "\ue000" ~ mark[1:]) -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {{- escaped.text -}}
+{%- endmacro -%}
 {%- macro own(messages) -%}
 {{- "" }}@OWN@{{ "" -}}
 {%- endmacro -%}
 {%- set chat = namespace(plain=[], hollow=[], words=[]) -%}
 {%- for message in messages -%}
-    {%- set content = namespace(text=message.content) -%}
-    {%- if message.content is defined and message.content is not none and message.content is not string -%}
+    {%- set content = namespace(text=message.content, run="") -%}
+    {%- if message.content is string -%}
+        {%- set content.text = as_text(message.content) -%}
+    {%- elif message.content is defined and message.content is not none -%}
         {%- set content.text = "" -%}
         {%- for part in message.content -%}
             {%- if part.type in ("video", "image") -%}
-                {%- set content.text = content.text ~ "<|vision_start|><|" ~ part.type ~ "_pad|><|vision_end|>" -%}
+                {%- set mark = "<|vision_start|><|" ~ part.type ~ "_pad|><|vision_end|>" -%}
+                {%- set content.text = content.text ~ as_text(content.run) ~ mark -%}
+                {%- set content.run = "" -%}
             {%- elif part.text -%}
-                {%- set content.text = content.text ~ part.text -%}
+                {%- set content.run = content.run ~ part.text -%}
             {%- endif -%}
         {%- endfor -%}
+        {%- set content.text = content.text ~ as_text(content.run) -%}
     {%- endif -%}
+    {%- set message = dict(message, role=as_text(message.role)) -%}
     {%- set message = dict(message, content=content.text) if content.text is string else message -%}
     {%- set chat.plain = chat.plain + [message] -%}
     {%- if message.role == "assistant" and content.text is string -%}
@@ -61,16 +76,17 @@ MEDIA_TEMPLATE = """\
     {{- whole -}}
 {%- endif -%}
 """
-"""Around a template of a language model (OWN): it gets messages of text alone, in which marks stand for media. Its
-output is unchanged. Where an assistant's words stand is found by a second run with a sign in their place; they and the
-end of their turn (END) are marked for training."""
+"""Wraps the template of a language model (OWN), which gets messages of text with marks in place of media. Its output
+is unchanged. A second run with HOLLOW in place of the assistant's text finds that text; it and the end of its turn
+(END) are marked for training. If a program other than the processor renders the template, it escapes special tokens in
+texts (MARKS) itself."""
 
 
 def find_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The folder's tokenizer, or None if there is none.
+    """Loads the folder's tokenizer; None if there is none.
 
-    A tokenizer.json is taken as it is: the class that the model's type goes with would put its own splitting and
-    normalisation in place of the file's. Raises ValueError if it tokenizes other than the file says even so.
+    A tokenizer.json is used as it is: the class of the model's type would replace its splitting and normalisation.
+    Raises ValueError if the result still tokenizes differently from the file.
     """
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         return None
@@ -83,17 +99,17 @@ def find_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         expected = as_in_file.encode(text, add_special_tokens=False).ids
         if (found := tokenizer(text, add_special_tokens=False)["input_ids"]) != expected:
             raise ValueError(
-                f"{folder} must tokenize as its tokenizer.json says; {text!r} becomes {len(found)} tokens instead of "
-                f"{len(expected)}, because of its tokenizer_config.json. Correct or remove that."
+                f"{folder} must tokenize as its tokenizer.json does; {text!r} becomes {len(found)} tokens instead of "
+                f"{len(expected)}, because of tokenizer_config.json. Correct or remove that file."
             )
     return tokenizer
 
 
 def add_marks(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Adds the marks of roles and media that a tokenizer lacks, as special tokens; returns the ids that are new.
+    """Adds the marks of roles and media that a tokenizer lacks, as special tokens; returns the new ids.
 
-    A tokenizer without a padding token pads with its end token from now on. Raises ValueError for one whose ids have
-    gaps, in which the marks would take the ids of words.
+    A tokenizer without a padding token gets its end token for padding. Raises ValueError if the tokenizer's ids have
+    gaps, because the marks would then get ids of other tokens.
     """
     known = tokenizer.get_vocab()
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -111,35 +127,38 @@ def add_marks(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def media_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str | dict[str, str], str | None]:
-    """The tokenizer's chat template with media put in, and None; or plain ChatML, and why."""
+    """The tokenizer's chat template with media added, and None; or ChatML, and the reason."""
     own = tokenizer.chat_template
-    # What a tokenizer puts before every text stands before a chat too.
+    # A token that the tokenizer puts before every text begins a chat too.
     begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     chatml = "{{- bos_token -}}\n" + CHAT_TEMPLATE if begins else CHAT_TEMPLATE
     if own in (CHAT_TEMPLATE, chatml):  # the language model of a CrossLMM
         return own, None
     if own is None:
-        return chatml, "the language model has no chat template: chats are written in ChatML"
+        return chatml, "the language model has no chat template: ChatML is used"
     try:
         if isinstance(own, dict):
             return {name: _with_media(tokenizer, template) for name, template in own.items()}, None
         return _with_media(tokenizer, own), None
     except (TemplateError, TypeError, ValueError) as error:
-        return chatml, f"the language model's chat template cannot take media ({error}): ChatML instead"
+        return chatml, f"the language model's chat template cannot take media ({error}): ChatML is used"
 
 
 def _with_media(tokenizer: PreTrainedTokenizerBase, own: str) -> str:
-    """Raises ValueError, TypeError or jinja2's TemplateError for a template that this does not work with."""
+    """Wraps a template in `MEDIA_TEMPLATE`. Raises ValueError, TypeError or TemplateError if that does not work."""
     user = {"role": "user", "content": "Why?"}
     spaced = _write(tokenizer, own, [user, {"role": "assistant", "content": f" {HOLLOW} "}])
     if spaced.count(HOLLOW) != 1:
-        raise ValueError("it does not write what an assistant says as it is")
+        raise ValueError("it changes the assistant's text")
     is_trimmed = f" {HOLLOW} " not in spaced
     end = spaced.split(HOLLOW)[1].removeprefix("" if is_trimmed else " ").rstrip()
-    # Marks of its own would be counted where the macro runs, not where its output goes.
+    # The template's own generation marks would be counted at their place in the macro, not in the output.
     unmarked = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", own.removesuffix("\n"))
     unmarked = re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", unmarked)
-    template = MEDIA_TEMPLATE.replace("@TRIM@", " | trim" if is_trimmed else "")
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.content in own)
+    named = (value for value in tokenizer.special_tokens_map.values() if isinstance(value, str))
+    marks = json.dumps(sorted({*MARKS, *added, *named}))
+    template = MEDIA_TEMPLATE.replace("@MARKS@", marks).replace("@TRIM@", " | trim" if is_trimmed else "")
     template = template.replace("@END@", json.dumps(end)).replace("@HOLLOW@", HOLLOW).replace("@OWN@", unmarked)
     _check_template(tokenizer, own, template, end)
     return template
@@ -156,10 +175,10 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, own: str, template: str,
     for chat in chats:
         try:
             expected = [_write(tokenizer, own, chat, add_generation_prompt=prompt) for prompt in (True, False)]
-        except TemplateError:  # no system prompts, say
+        except TemplateError:  # for example, of a template without system prompts
             continue
         if [_write(tokenizer, template, chat, add_generation_prompt=prompt) for prompt in (True, False)] != expected:
-            raise ValueError("it depends on where it stands")
+            raise ValueError("its output changes inside a macro")
     for kind, mark in (("video", VIDEO_TOKEN), ("image", IMAGE_TOKEN)):
         content = [{"type": kind}, {"type": "text", "text": "Why?"}]
         written = _write(tokenizer, template, [{"role": "user", "content": content}])
@@ -173,7 +192,7 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, own: str, template: str,
     )
     marked = [token for token, mark in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mark]
     if tokenizer.decode(marked).strip() != f"So.{end}".strip():
-        raise ValueError("what an assistant says cannot be marked in it")
+        raise ValueError("the assistant's text cannot be marked in it")
 
 
 def _write(tokenizer: PreTrainedTokenizerBase, template: str, chat: list[dict[str, Any]], **options: Any) -> str:

@@ -1,4 +1,4 @@
-"""What `crosslmm compose` and `crosslmm convert` do: plan a checkpoint, write it, say what it is, and publish it."""
+"""Implements `crosslmm compose` and `crosslmm convert`: plan a checkpoint, write it, report on it, and publish it."""
 
 import json
 import os
@@ -14,9 +14,9 @@ from .publish import push
 
 
 def config_fields(words: Sequence[str]) -> dict[str, Any]:
-    """The config fields among a command's words, `--pooled-grid-size 1` or `--v2v-scope=frame`: JSON, or else text.
+    """Parses config fields from arguments such as `--pooled-grid-size 1` or `--v2v-scope=frame`: JSON, or else text.
 
-    Raises ValueError for anything that is not a field and its value.
+    Raises ValueError for an argument that is not a config field, or has no value.
     """
     fields: dict[str, Any] = {}
     rest = list(words)
@@ -49,10 +49,10 @@ def plan_conversion(
     seed: int | None,
     **overrides: Any,
 ) -> Conversion:
-    """`convert_crosslmm_weights` where the source holds a cross-attention that was trained, else `convert_llava`.
+    """Plans with `convert_crosslmm_weights` if the source has a trained cross-attention, else with `convert_llava`.
 
-    Nothing trained can be lost that way: `convert_llava` refuses tensors that it does not know. dtype, seed: of
-    `convert_llava`; raises ValueError where they are given for weights that keep theirs.
+    No trained weights can be lost, because `convert_llava` refuses unknown tensors. dtype, seed: for `convert_llava`;
+    raises ValueError if they are given for trained weights, which keep their types.
     """
     table = {**(name_table or {}), **LLAVA_NEXT}
     if name_table is None and "cross_attention_layers" not in fields_in_weights(
@@ -73,13 +73,13 @@ def write(
     private: bool,
     untrained: bool,
 ) -> Iterator[str]:
-    """Plans, writes and publishes; yields the lines that tell of it. Raises before work that would be in vain."""
+    """Plans, writes and publishes a checkpoint; yields the lines of the report. Raises before expensive work."""
     check_free(out, force=force)
     conversion = plan()
     if push_to_hub and conversion.config.untrained and not untrained:
         raise ValueError(
-            "What this writes was never trained as a CrossLMM. Train it before you publish it, or say --untrained; "
-            "its card and config then say so too."
+            "The new checkpoint was never trained as a CrossLMM. Train it first, or add --untrained; its card and "
+            "config then say that it is untrained."
         )
     is_new = bool(conversion.initialised)
     yield from report_lines(
@@ -90,7 +90,7 @@ def write(
 
 
 def report_lines(report: dict[str, Any], out: str | os.PathLike) -> Iterator[str]:
-    """The report for people; the whole of it is in conversion_report.json."""
+    """A summary of the report for the terminal; conversion_report.json has all of it."""
     yield f"{out}: {report['parameters'] / 1e6:,.1f} M parameters, {report['bytes'] / 1e9:.2f} GB"
     for part, source in report["sources"].items():
         yield f"  from {part}: {source}"

@@ -1,4 +1,4 @@
-"""A CrossLMM to train, put together from a vision encoder and a language model."""
+"""Composes an untrained CrossLMM from a vision encoder and a language model."""
 
 import os
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ from .new_weights import EMBEDDINGS, with_new_rows, with_new_weights
 TOP_FIELDS = {f.name for f in fields(CrossLMMConfig)} - {f.name for f in fields(PreTrainedConfig)}
 TOP_FIELDS -= {"vision_config", "text_config", "tie_word_embeddings", "untrained", "weight_layout"}
 CONFIG_FIELDS = sorted(TOP_FIELDS | {"rope_parameters", "max_position_embeddings"})
-"""What a conversion leaves to its user; everything else follows from the weights."""
+"""Config fields that a user can set; all others follow from the weights."""
 
 BICUBIC = 3
 OF_IMAGENET = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD, "resample": BICUBIC}
@@ -40,11 +40,11 @@ IMAGE_STATISTICS: dict[str, dict[str, Any]] = {
     },
     "clip_vision_model": {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD, "resample": BICUBIC},
 }
-"""What encoders of each kind were trained with, for a folder that does not say."""
+"""Normalisation and resampling by kind of encoder, for folders without a preprocessor_config.json."""
 
 HALF_PRECISION = (
-    "float16 ends at 65,504: compare largest_activation, which longer texts and training can exceed; bfloat16 has the "
-    "range of float32"
+    "float16 overflows at 65,504: compare largest_activation, which longer texts and training can exceed; bfloat16 "
+    "has the range of float32"
 )
 
 
@@ -60,25 +60,25 @@ def compose(
     seed: int = 0,
     **overrides: Any,
 ) -> Conversion:
-    """Plans a trainable CrossLMM of a vision encoder and a language model. Its gates are 0: it is the language model.
+    """Plans an untrained CrossLMM. Its gates are 0, so its answers are the language model's own.
 
-    vision: SigLIP, SigLIP2 (fixed resolution), CLIP, DINOv2 or DINOv3 ViT. text: a decoder of Transformers that
-    the cross-attention fits into. Both are folders or names on the Hub; with a preset, the paper's unless given. Sizes
-    always come from them. tokenizer: where it lies, if not with the language model. dtype: None for that of the
-    language model. overrides: config fields by name.
+    vision: a SigLIP, SigLIP2 (fixed resolution), CLIP, DINOv2 or DINOv3 ViT. text: a decoder of Transformers that the
+    cross-attention fits into. Both are folders or names on the Hub; default: the preset's. All sizes are theirs.
+    tokenizer: a folder or a name on the Hub; None for the language model's. dtype: None for the language model's.
+    overrides: config fields by name.
     """
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"`preset` must be one of {', '.join(map(repr, PRESETS))}; got {preset!r}.")
     defaults = BACKBONES[preset] if preset is not None else (None, None)
     vision, text = vision or defaults[0], text or defaults[1]
     if vision is None or text is None:
-        raise ValueError("A composition needs a vision encoder and a language model. Name both, or a preset.")
+        raise ValueError("A CrossLMM needs a vision encoder and a language model. Name both, or a preset.")
     vision_folder, text_folder = find_folder(vision), find_folder(text)
     text_config = AutoConfig.from_pretrained(text_folder)
     if long_context and text_config.model_type != "qwen2":
         raise ValueError(
-            f"`long_context` is Qwen2.5's own setting; {text_folder} holds a {text_config.model_type!r}. Give "
-            "what its model card says with --rope-parameters and --max-position-embeddings."
+            f"`long_context` is a setting of Qwen2.5; {text_folder} has a {text_config.model_type!r}. Set what its "
+            "model card says by --rope-parameters and --max-position-embeddings."
         )
     top, text_overrides = config_overrides(overrides, preset=preset, flavour=flavour, long_context=long_context)
     config = CrossLMMConfig(
@@ -123,8 +123,8 @@ def with_marks(
     tensors: Mapping[str, StoredTensor],
     overrides: Mapping[str, Any],
 ) -> dict[str, StoredTensor]:
-    """Adds the marks that a tokenizer lacks, writes the placeholders' ids into the config, and returns the tables with
-    rows for the marks. A vocabulary with rows to spare keeps its size, another one grows."""
+    """Adds the marks that a tokenizer lacks, sets the placeholders' ids in the config, and returns the embedding
+    tables with rows for the marks. A vocabulary with unused rows keeps its size; another one grows."""
     new_ids = add_marks(tokenizer)
     for name, mark in (("image_token_id", IMAGE_TOKEN), ("video_token_id", VIDEO_TOKEN)):
         if name not in overrides:
@@ -143,7 +143,7 @@ def with_marks(
 def config_overrides(
     overrides: Mapping[str, Any], *, preset: str | None = None, flavour: str = "paper", long_context: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields for `CrossLMMConfig` and for its text config, from a preset and from fields by name, which win."""
+    """Fields for `CrossLMMConfig` and for its text config, from a preset and `overrides`, which take precedence."""
     top: dict[str, Any] = dict(FLAVOURS[flavour])
     text: dict[str, Any] = {}
     if preset is not None:
@@ -152,28 +152,28 @@ def config_overrides(
         text |= {"rope_parameters": dict(YARN_131072), "max_position_embeddings": 131_072}
     for name, value in overrides.items():
         if name not in CONFIG_FIELDS:
-            raise ValueError(f"A config field that can be set is one of {', '.join(CONFIG_FIELDS)}; got {name!r}.")
+            raise ValueError(f"Config fields that can be set are {', '.join(CONFIG_FIELDS)}; got {name!r}.")
         (top if name in TOP_FIELDS else text)[name] = value
     return top, text
 
 
 def encoder_fields(folder: Path) -> dict[str, Any]:
-    """The fields of the vision encoder in a folder: of the whole model there, or of its vision part.
+    """Config fields of the vision encoder in a folder, which may be a part of a larger model.
 
-    Raises ConversionError for an encoder that CrossLMM does not take.
+    Raises ConversionError for an unsupported encoder.
     """
     config = AutoConfig.from_pretrained(folder)
     config = getattr(config, "vision_config", config)
     if config.model_type not in VISION_TYPES:
         raise ConversionError(
             f"The vision encoder must be one of {', '.join(VISION_TYPES)}, such as google/siglip2-so400m-patch14-384 "
-            f"(not -naflex); {folder} holds a {config.model_type!r}."
+            f"(not -naflex); {folder} has a {config.model_type!r}."
         )
     return network_fields(config)
 
 
 def network_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a config says of the network, without what it says of its file and of how it is called."""
+    """The fields of a config that describe the network, without those of every `PreTrainedConfig`."""
     other = {f.name for f in fields(PreTrainedConfig)} | {"transformers_version", "_name_or_path"}
     return {name: value for name, value in config.to_dict().items() if name not in other} | {
         "model_type": config.model_type
@@ -181,23 +181,23 @@ def network_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def image_options_of(folder: Path, config: CrossLMMConfig) -> tuple[dict[str, Any], list[str]]:
-    """How the encoder's own image processor resizes and normalises, and a note where it gives another size than the
-    encoder's, which frames have here. Without such a file, the values that go with the encoder's kind."""
+    """Resampling and normalisation of the encoder's own image processor, and a note if its size is not the encoder's,
+    which frames are resized to. Without an image processor, the values of the encoder's kind."""
     file = folder / "preprocessor_config.json"
     raw = read_json(file) if file.is_file() else {}
     if off := [name for name in ("do_resize", "do_rescale", "do_normalize") if raw.get(name) is False]:
-        raise ConversionError(f"{file} must leave {', '.join(off)} on: frames are resized and normalised by it.")
+        raise ConversionError(f"{file} must have {', '.join(off)} on: frames are always resized and normalised.")
     statistics = IMAGE_STATISTICS[config.vision_config.model_type]
     options = {name: raw.get(name, default) for name, default in statistics.items()}
     size, own = config.vision_config.image_size, raw.get("crop_size") or raw.get("size") or {}
     own = own.get("height") or own.get("shortest_edge") if isinstance(own, dict) else own
     if own in (None, size):
         return options, []
-    return options, [f"frames have {size} pixels a side, as the encoder; its own image processor gives {own}"]
+    return options, [f"frames are resized to the encoder's {size} pixels; its own image processor gives {own}"]
 
 
 def generation_config_of(folder: Path, config: PreTrainedConfig) -> GenerationConfig:
-    """How the language model generates, by its own file or else by its config."""
+    """The language model's generation config, from its own file or else from its config."""
     if (folder / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(folder)
     return GenerationConfig.from_model_config(config)

@@ -1,4 +1,4 @@
-"""A conversion: a new checkpoint that is planned as a whole, every tensor by name and shape, before any is written."""
+"""Conversion of checkpoints: every tensor is planned by name and shape before any is written."""
 
 import json
 import math
@@ -32,17 +32,17 @@ REPORT = "conversion_report.json"
 
 
 class ConversionError(ValueError):
-    """A checkpoint does not fit: the message lists every name and shape that is in the way."""
+    """A checkpoint does not fit. The message lists every name and shape that is wrong."""
 
 
 @dataclass
 class Conversion:
-    """A new checkpoint, complete on paper.
+    """The plan of a new checkpoint.
 
-    tensors: ours. initialised: those of them that no checkpoint gave a value.
-    left_out: the old checkpoint's tensors that CrossLMM has no place for, by their old names.
-    sources: where the parts come from, as the user named them.
-    image_options: how the vision encoder's own image processor treats pixels.
+    tensors: under our names. initialised: names of tensors with new values.
+    left_out: tensors of the source that CrossLMM has no place for, under their old names.
+    sources: the parts' sources, as the user named them.
+    image_options: resampling and normalisation of the vision encoder's own image processor.
     """
 
     config: CrossLMMConfig
@@ -61,12 +61,12 @@ class Conversion:
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
     def peak_bytes(self, shard_bytes: int = SHARD_BYTES) -> int:
-        """The largest shard: what writing holds in memory, besides what importing the libraries takes."""
+        """Peak memory of writing: the largest shard. The libraries' own memory is not counted."""
         shards = split_into_shards(self.tensors, shard_bytes)
         return max(sum(self.tensors[name].num_bytes for name in shard) for shard in shards)
 
     def report(self) -> dict[str, Any]:
-        """What was done, for people and for the model card."""
+        """The content of conversion_report.json, also used by the model card."""
         return {
             "sources": self.sources,
             "versions": {"transformers_crosslmm": __version__, "transformers": transformers.__version__},
@@ -84,10 +84,10 @@ class Conversion:
 def renamed_tensors(
     theirs: Mapping[str, StoredTensor], table: NameTable, config: CrossLMMConfig
 ) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
-    """Their tensors under our names, and those without a place, under theirs.
+    """Renames tensors; returns those under our names, and those without a place under their own.
 
-    Raises ConversionError with all names that no row knows, for two tensors of one name, and for an `lm_head` that
-    differs from the embeddings it is said to be tied to.
+    Raises ConversionError for names without a row, with all of them, for two tensors with one name, and for an
+    `lm_head` that differs from the embeddings that the config ties it to.
     """
     model, expected = network_of(config), expected_shapes(config)
     in_class = names_in_class(model)
@@ -107,26 +107,26 @@ def renamed_tensors(
         elif target is None or (target not in expected and unbuilt.search(in_class(target) or target)):
             left_out[name] = tensor
         elif target in ours:
-            raise ConversionError(f"Two tensors lead to {target}; the second one is {name}. Correct the name table.")
+            raise ConversionError(f"Two tensors become {target}; the second one is {name}. Correct the name table.")
         else:
             ours[target] = tensor
     if unknown:
         raise ConversionError(
-            _listed("No row of the name table knows these tensors of the checkpoint:", unknown)
-            + "\nName what they are with --name-table, or null for what CrossLMM has no place for."
+            _listed("The name table has no row for these tensors of the checkpoint:", unknown)
+            + "\nAdd rows with --name-table: our name, or null for a tensor that CrossLMM has no place for."
         )
     embeddings = ours.get("model.language_model.embed_tokens.weight")
     for name in tied:
         if embeddings is not None and not torch.equal(theirs[name].read(), embeddings.read()):
             raise ConversionError(
-                f"The config ties {name} to the embeddings, and they differ. Set `tie_word_embeddings` to false there."
+                f"The config ties {name} to the embeddings, but they differ. Set `tie_word_embeddings` to false in it."
             )
         left_out[name] = theirs[name]
     return ours, left_out
 
 
 def check_complete(tensors: Mapping[str, StoredTensor], config: CrossLMMConfig) -> None:
-    """Raises ConversionError with every name that is missing or too many and every shape that is wrong."""
+    """Raises ConversionError with every missing or surplus name and every wrong shape."""
     expected = expected_shapes(config)
     problems = []
     if missing := [name for name in expected if name not in tensors]:
@@ -158,8 +158,8 @@ def write_checkpoint(
 ) -> dict[str, Any]:
     """Writes model, processor and report, one shard in memory at a time; returns the report.
 
-    `out` appears when everything is written, and not at all otherwise. keep_left_out: in a file beside the weights, so
-    that the way back is exact. try_out: report what `first_run` measures.
+    `out` appears only when everything is written. keep_left_out: keep left-out tensors in a file of their own, so that
+    `--reverse` is exact. try_out: report the measurements of `first_run`.
     """
     config = conversion.config
     config.architectures = ["CrossLMMForConditionalGeneration"]
@@ -171,7 +171,7 @@ def write_checkpoint(
             )
             processor.save_pretrained(folder)
         else:
-            report["notes"].append("no tokenizer was found, so there is no processor: name one with --tokenizer")
+            report["notes"].append("no processor, because no tokenizer was found: name one with --tokenizer")
         conversion.generation_config.suppress_tokens = [config.image_token_id, config.video_token_id]
         conversion.generation_config.save_pretrained(folder)
         config.save_pretrained(folder)
@@ -181,7 +181,7 @@ def write_checkpoint(
             )
         write_weights(folder, conversion.tensors, shard_bytes)
         if try_out:
-            # Behind the weights, because the allocator keeps for itself what the network's run has used.
+            # After the weights, because the allocator does not return the memory of the network's run.
             report |= first_run(config, conversion.tensors, conversion.tokenizer)
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     return report

@@ -1,6 +1,6 @@
-"""`python -m transformers_crosslmm.export FOLDER OUT`: a checkpoint that brings its own code.
+"""`python -m transformers_crosslmm.export FOLDER OUT`: copies a checkpoint together with its code.
 
-OUT loads with `trust_remote_code=True` where this package is not installed, and as ever where it is.
+OUT loads with `trust_remote_code=True` without this package, and without it where the package is installed.
 """
 
 import argparse
@@ -20,11 +20,10 @@ PIPELINE = "pipeline_crosslmm.VideoTextToTextPipeline"
 
 
 def export_with_code(folder: str | os.PathLike, out: str | os.PathLike) -> Path:
-    """Copies the files of a saved CrossLMM `folder` (`CHECKPOINT_FILES`; all else stays behind) to `out`, with the
-    modules that define it, and names them in the configs.
+    """Copies the `checkpoint_files` of a saved CrossLMM `folder`, and the modules that define it, to `out`.
 
-    Returns `out`. Raises FileNotFoundError when `folder` has no config, ValueError when it is another model's or has
-    a link out of itself, and FileExistsError when `out` already holds something.
+    The configs in `out` name these modules. Returns `out`. Raises FileNotFoundError if `folder` has no config,
+    ValueError if it is another model's or has a link out of itself, and FileExistsError if `out` is not empty.
     """
     folder, out = Path(folder), Path(out)
     if not (folder / "config.json").is_file():
@@ -32,7 +31,7 @@ def export_with_code(folder: str | os.PathLike, out: str | os.PathLike) -> Path:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") != CrossLMMConfig.model_type:
         raise ValueError(
-            f"`{folder}` must hold a {CrossLMMConfig.model_type!r} model; its config.json says "
+            f"`{folder}` must have a {CrossLMMConfig.model_type!r} model; its config.json says "
             f"{config.get('model_type')!r}."
         )
     if out.exists() and any(out.iterdir()):
@@ -58,7 +57,7 @@ def export_with_code(folder: str | os.PathLike, out: str | os.PathLike) -> Path:
 
 
 def code_files() -> list[Path]:
-    """The modules that the configs name, and all that they import from this package."""
+    """The modules that the configs name, and all modules of this package that they import."""
     package = Path(__file__).parents[1]
     named = [*CrossLMMConfig.auto_map.values(), PROCESSOR, VIDEO_PROCESSOR, PIPELINE]
     modules = {package / f"{name.partition('.')[0]}.py" for name in named}

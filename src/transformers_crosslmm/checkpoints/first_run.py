@@ -1,5 +1,5 @@
-"""What a network does with one synthetic frame and a few words before anybody trains it, for the report and for the
-sizes of new weights. It runs in float32 with one module's weights in memory at a time.
+"""Runs an untrained network on one synthetic frame and a few words, for the report and for the scale of new weights.
+It runs in float32 with one module's weights in memory at a time.
 """
 
 import math
@@ -28,13 +28,13 @@ def first_run(
 ) -> dict[str, Any]:
     """Measures, for one frame and the tokens of a sentence:
 
-    attention_entropy: how evenly each branch looks at the frame, by layer and branch: the mean over queries and heads
-        of the entropy of its attention, over that of a uniform one (1.0).
-    rms: root mean squares of what the projector gets ("pooled"), what it gives ("projected") and of all word
-        embeddings ("words").
-    largest_activation: the largest absolute value after any layer of the language model; float16 ends at 65,504.
+    attention_entropy: by layer and branch, the entropy of the attention over the frame's patches, mean over queries
+        and heads, divided by that of uniform attention (1.0).
+    rms: root mean squares of the projector's input ("pooled") and output ("projected"), and of all word embeddings
+        ("words").
+    largest_activation: the largest absolute value after any layer of the language model; float16's limit is 65,504.
 
-    Nothing where loading the checkpoint joins or splits tensors.
+    Returns {} if loading the checkpoint merges or splits tensors.
     """
     model = _network_to_run(config, tensors)
     if model is None:
@@ -62,7 +62,7 @@ def first_run(
         decoder_layer.register_forward_hook(keep_largest)
     if tokenizer is not None:
         words = torch.tensor(tokenizer(WORDS, add_special_tokens=False)["input_ids"])
-    else:  # the middle of a vocabulary is words, whatever the language model
+    else:  # the middle of any vocabulary is words
         words = config.text_config.vocab_size // 2 + torch.arange(8)
     ids = torch.cat([torch.full((config.tokens_per_frame,), config.video_token_id), words])[None]
     model(input_ids=ids, pixel_values_videos=synthetic_frame(config), use_cache=False)
@@ -72,7 +72,7 @@ def first_run(
 
 @torch.no_grad()
 def pooled_rms(config: CrossLMMConfig, tensors: Mapping[str, StoredTensor]) -> float | None:
-    """Root mean square of the pooled tokens of the frame, from the vision encoder's tensors alone."""
+    """Root mean square of the frame's pooled tokens, or None. Reads the tensors of the vision encoder only."""
     model = _network_to_run(config, tensors, part="vision_tower.")
     if model is None:
         return None
@@ -80,7 +80,7 @@ def pooled_rms(config: CrossLMMConfig, tensors: Mapping[str, StoredTensor]) -> f
 
 
 def synthetic_frame(config: CrossLMMConfig) -> Tensor:
-    """Smooth shades, (1, 3, S, S)."""
+    """A frame of smooth random shades, (1, 3, S, S)."""
     size = config.vision_config.image_size
     shades = torch.rand(1, config.vision_config.num_channels, 6, 6, generator=torch.Generator().manual_seed(0))
     return nn.functional.interpolate(shades * 2 - 1, (size, size), mode="bicubic").clamp(-1, 1)
@@ -94,15 +94,15 @@ def root_mean_square(tensor: Tensor) -> float:
 def _network_to_run(
     config: CrossLMMConfig, tensors: Mapping[str, StoredTensor], *, part: str = ""
 ) -> CrossLMMModel | None:
-    """The network, which fetches the weights of a module when it runs; None where a tensor of this part of it is not
-    one tensor on disk."""
+    """A network that loads each module's weights when the module runs; None if a tensor of `part` is not one tensor on
+    disk."""
     config = deepcopy(config)
     for each in (config, config.vision_config, config.text_config):
         each.dtype = torch.float32
     whole = network_of(config).eval()
     in_class = names_in_class(whole)
     stored = {in_class(name): tensor for name, tensor in tensors.items()}
-    # Buffers are made of the config, not of weights, so there is nothing on the disk to fill them from.
+    # Buffers are not on disk; `initialize_weights` computes them from the config.
     for module in whole.modules():
         for key, buffer in module.named_buffers(recurse=False):
             setattr(module, key, torch.empty_like(buffer, device="cpu"))
@@ -121,7 +121,7 @@ def _network_to_run(
 
 def _fetch_weights(stored: dict[str, StoredTensor], module: nn.Module, args: Any) -> None:
     for key, tensor in stored.items():
-        # An embedding is read in a few rows only; turning all of it to float32 would take as much again, twice.
+        # Few rows of an embedding are read; converting all of it to float32 would triple its memory.
         value = tensor.read() if isinstance(module, nn.Embedding) else tensor.read().float()
         setattr(module, key, nn.Parameter(value, requires_grad=False))
 

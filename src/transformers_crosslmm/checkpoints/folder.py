@@ -1,4 +1,4 @@
-"""Checkpoint folders: others' are read tensor by tensor, ours are written shard by shard, whole or not at all."""
+"""Checkpoint folders: read tensor by tensor, written shard by shard and atomically."""
 
 import errno
 import hashlib
@@ -24,7 +24,7 @@ from torch import Tensor
 
 SHARD_BYTES = 2_000_000_000
 UNUSED_WEIGHTS = "unused_weights.safetensors"
-"""Beside a converted checkpoint: what CrossLMM has no place for, under the names it came with."""
+"""File of a converted checkpoint with the tensors that CrossLMM has no place for, under their old names."""
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 
@@ -46,25 +46,25 @@ PARTS = {
     "tokenizer.model",
 }
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-"""What a checkpoint is made of, by whole names. Nothing else leaves the house with it: not what a training run, an
-editor or a stranger left beside it (optimiser, `.env`, keys, code)."""
+"""Names of a checkpoint's files. Only these are copied or published, and no other files of the folder, such as
+optimiser state, `.env`, keys or code."""
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The files of a folder that are a checkpoint's. Raises ValueError for a link out of the folder."""
+    """The files of a folder that belong to its checkpoint. Raises ValueError for a link out of the folder."""
     names = DOCUMENTS | PARTS
     files = [path for path in sorted(folder.iterdir()) if path.name in names or WEIGHTS.fullmatch(path.name)]
     for path in files:
         if path.resolve().parent != folder.resolve():
             raise ValueError(
-                f"{path} is a link out of its folder, to {path.resolve()}, and is not passed on. Put the file itself "
-                "there."
+                f"Files of a checkpoint must be in its folder; {path} is a link to {path.resolve()}. Replace the link "
+                "by the file."
             )
     return [path for path in files if path.is_file()]
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """SHA-256 over the files that decide what a checkpoint answers."""
+    """SHA-256 over the files that determine a checkpoint's answers."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.name in PARTS or path.suffix in (".safetensors", ".bin"):
@@ -74,7 +74,7 @@ def checkpoint_digest(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that is not in memory: its shape and type, and `read`, which fetches it."""
+    """A tensor on disk: its shape, its type, and `read`, which loads it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -86,9 +86,9 @@ class StoredTensor:
 
 
 def find_folder(name_or_path: str | os.PathLike, *, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: itself, or the local copy of a model on the Hub, downloaded if need be.
+    """The folder of a checkpoint: a local one, or the cached copy of a model on the Hub, downloaded if needed.
 
-    Weights are taken as `.safetensors`; as `.bin` only where there is nothing else. Raises FileNotFoundError.
+    Downloads `.safetensors`, or `.bin` if there are none. Raises FileNotFoundError.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -107,13 +107,13 @@ def find_folder(name_or_path: str | os.PathLike, *, revision: str | None = None)
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises FileNotFoundError or ValueError, both with the path."""
+    """Reads a JSON file. Raises FileNotFoundError or ValueError, both with the path."""
     if not path.is_file():
-        raise FileNotFoundError(f"A checkpoint folder must hold {path.name}; {path.parent} does not.")
+        raise FileNotFoundError(f"A checkpoint folder must have {path.name}; {path.parent} does not.")
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} must hold JSON; {error}.") from error
+        raise ValueError(f"{path} must be JSON; {error}.") from error
 
 
 def checksum(path: Path) -> str:
@@ -123,10 +123,10 @@ def checksum(path: Path) -> str:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint folder, by its name there, without reading any.
+    """All tensors of a checkpoint folder by name, not yet read.
 
-    Sharded or single, `.safetensors` or `.bin`; the latter are unpickled with `weights_only=True`. Raises
-    FileNotFoundError for a folder without weights, or with shards missing.
+    Single files or shards, `.safetensors` or `.bin`; the latter are unpickled with `weights_only=True`. Raises
+    FileNotFoundError for a folder without weights or with missing shards.
     """
     for single, reader in (("model.safetensors", safetensors_of), ("pytorch_model.bin", _pickled)):
         index = folder / f"{single}.index.json"
@@ -141,13 +141,13 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         if (folder / single).is_file():
             return reader(folder / single)
     raise FileNotFoundError(
-        f"A checkpoint folder must hold model.safetensors or pytorch_model.bin, or an index of shards of either; "
-        f"{folder} holds neither."
+        f"A checkpoint folder must have model.safetensors or pytorch_model.bin, or an index of shards of either; "
+        f"{folder} has neither."
     )
 
 
 def safetensors_of(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of one `.safetensors` file. Raises ValueError for a file that is cut off or none."""
+    """All tensors of a `.safetensors` file. Raises ValueError for a truncated file or another format."""
 
     def read(name: str) -> Tensor:
         with safe_open(path, framework="pt") as file:
@@ -156,12 +156,12 @@ def safetensors_of(path: Path) -> dict[str, StoredTensor]:
     tensors = {}
     try:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118, a file is no dict
+            for name in file.keys():  # noqa: SIM118, not a dict
                 view = file.get_slice(name)
                 dtype = SAFETENSORS_DTYPES[view.get_dtype()]
                 tensors[name] = StoredTensor(tuple(view.get_shape()), dtype, partial(read, name))
     except SafetensorError as error:
-        raise ValueError(f"{path} must be a whole safetensors file; {error}. Download it again.") from error
+        raise ValueError(f"{path} must be a complete safetensors file; {error}. Download it again.") from error
     return tensors
 
 
@@ -181,7 +181,7 @@ SAFETENSORS_DTYPES = {
 
 
 def _pickled(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of one `.bin` file. Raises ValueError for a file that is cut off or holds more than tensors."""
+    """All tensors of a `.bin` file. Raises ValueError for a truncated file, or one with other objects than tensors."""
 
     def load() -> Mapping[str, Tensor]:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
@@ -191,9 +191,9 @@ def _pickled(path: Path) -> dict[str, StoredTensor]:
         tensors = load()
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"{path} must hold tensors and nothing else, and be whole: it is read with `weights_only=True`. {error}"
+            f"{path} must be complete and have tensors only: it is read with `weights_only=True`. {error}"
         ) from error
-    # What torch < 1.6 wrote can only be read as a whole; it then stays in memory.
+    # Files of torch < 1.6 are loaded completely and stay in memory.
     fetch = (lambda name: load()[name]) if can_map else tensors.__getitem__
     return {
         name: StoredTensor(tuple(tensor.shape), tensor.dtype, partial(fetch, name)) for name, tensor in tensors.items()
@@ -201,22 +201,22 @@ def _pickled(path: Path) -> dict[str, StoredTensor]:
 
 
 def check_free(out: str | os.PathLike, *, force: bool) -> None:
-    """Raises FileExistsError where something is in the way; with `force` a checkpoint folder is not."""
+    """Raises FileExistsError if `out` exists and is not empty. `force` permits a checkpoint folder."""
     out = Path(out).expanduser()
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not force:
         raise FileExistsError(f"{out} exists and is not overwritten. Choose another folder, or add --force.")
     if not (out / "config.json").is_file():
-        raise FileExistsError(f"--force replaces a checkpoint folder; {out} holds no config.json and stays.")
+        raise FileExistsError(f"--force replaces only a checkpoint folder; {out} has no config.json. Choose another.")
 
 
 @contextmanager
 def new_folder(out: str | os.PathLike, *, force: bool, num_bytes: int) -> Iterator[Path]:
-    """A folder to fill; it gets its name `out` when the block ends well, and disappears when it does not.
+    """A temporary folder that is renamed to `out` when the block succeeds, and deleted when it raises.
 
-    force: whether a checkpoint folder that is there may be replaced, once the new one is complete.
-    num_bytes: how much will be written. Raises FileExistsError, and OSError if the disk has no room for it.
+    force: replace an existing checkpoint folder, once the new one is complete. num_bytes: how much will be written.
+    Raises FileExistsError, and OSError if the disk has too little room.
     """
     check_free(out, force=force)
     out = Path(out).expanduser().resolve()
@@ -228,14 +228,14 @@ def new_folder(out: str | os.PathLike, *, force: bool, num_bytes: int) -> Iterat
             f"{num_bytes / 1e9:.1f} GB will be written, {free / 1e9:.1f} GB are free. Make room or write elsewhere",
             str(out.parent),
         )
-    # Beside `out`, so that renaming it stays within one file system. What a killed process leaves behind is no
-    # checkpoint as long as a shard or their index is missing: weights are to be written last.
+    # In the same parent as `out`, because renaming works within a file system only. Weights are written last, so that
+    # the folder of a killed process does not load.
     partial_folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
         yield partial_folder
         umask = os.umask(0)
         os.umask(umask)
-        partial_folder.chmod(0o777 & ~umask)  # temporary folders are private
+        partial_folder.chmod(0o777 & ~umask)  # mkdtemp makes it private
         if out.exists():
             replaced = partial_folder.with_suffix(".replaced")
             out.rename(replaced)
@@ -249,7 +249,7 @@ def new_folder(out: str | os.PathLike, *, force: bool, num_bytes: int) -> Iterat
 
 
 def split_into_shards(tensors: Mapping[str, StoredTensor], shard_bytes: int = SHARD_BYTES) -> list[list[str]]:
-    """Names in order, in groups of at most `shard_bytes`; a larger tensor is a group of its own."""
+    """Groups names, in order, into shards of at most `shard_bytes`; a larger tensor gets a shard of its own."""
     shards: list[list[str]] = []
     room = 0
     for name, tensor in tensors.items():
@@ -283,7 +283,7 @@ def write_weights(folder: Path, tensors: Mapping[str, StoredTensor], shard_bytes
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """One safetensors file. Raises OSError where it cannot be written, such as on a full disk."""
+    """Writes a safetensors file. Raises OSError if that fails, such as on a full disk."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:

@@ -1,4 +1,4 @@
-"""What a checkpoint is made of and what a video costs it, counted from its config; no weight is loaded.
+"""Counts a checkpoint's parameters and its memory per frame from its config; no weights are loaded.
 
 Shapes: T frames, N patches per frame, D vision width, G key/value heads, E head width.
 """
@@ -12,25 +12,25 @@ from transformers import AutoConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..configuration_crosslmm import CROSS_ATTENTION_CACHES, CrossLMMConfig
-from ..modeling_crosslmm import CrossLMMForConditionalGeneration
 from ..quantization_crosslmm import NOT_QUANTIZED
+from .network import network_of
 
 QUANTIZATIONS = {"nf4": (0.5 + 4 / 64, 0), "int8": (1.0, 4), "fp8": (1.0, 4)}
-"""Bytes of a weight, and of each row of a matrix on top: a scale in float32, of each row, or in nf4 of 64 weights."""
+"""Bytes per weight, and additional bytes per matrix row. Scales are float32: one per row, or in nf4 per 64 weights."""
 
 
 @dataclass(frozen=True)
 class CheckpointCosts:
-    """Counts of a checkpoint. Bytes are of tensors in `dtype`; activations come on top.
+    """Counts of a checkpoint. Bytes are of tensors in `dtype`, without activations.
 
-    parts: parameters of each part, by name; what is tied counts once.
-    weight_bytes: of all parts, gates in float32, quantised ones as they then are.
+    parts: parameters by part; tied weights are counted once.
+    weight_bytes: of all parts; gates are float32, quantised weights have their quantised size.
     tokens_per_frame: pooled tokens, and so positions of the context.
-    max_positions: the context, rope scaling included.
-    cache_bytes_per_frame: what generation keeps for T2V, by form ("kv", "features").
-    language_bytes_per_frame: what the language model's own cache keeps for a frame's pooled tokens.
-    prefill_bytes_per_frame: what is there besides until the prefill ends, by form: with "kv" the original tokens, and,
-        where the config normalises them, the normalised ones that keys and values are made of.
+    max_positions: the context length, with rope scaling.
+    cache_bytes_per_frame: T2V's cache during generation, by form ("kv", "features").
+    language_bytes_per_frame: the language model's own cache of a frame's pooled tokens.
+    prefill_bytes_per_frame: additional memory until the end of the prefill, by form: for "kv" the original tokens and,
+        if the config normalises them, the normalised tokens.
     """
 
     dtype: torch.dtype
@@ -43,14 +43,14 @@ class CheckpointCosts:
     prefill_bytes_per_frame: dict[str, int]
 
     def frames_in_memory(self, form: str, memory_bytes: float) -> int:
-        """Most frames whose prefill fits beside the weights."""
+        """Most frames whose prefill fits into memory together with the weights."""
         per_frame = (
             self.cache_bytes_per_frame[form] + self.prefill_bytes_per_frame[form] + self.language_bytes_per_frame
         )
         return max(0, int((memory_bytes - self.weight_bytes) // per_frame))
 
     def frames_in_context(self, num_positions: int) -> int:
-        """Most frames whose pooled tokens fit into a context beside `text_tokens`."""
+        """Most frames whose pooled tokens fit into a context together with `text_tokens`."""
         return (num_positions - self.text_tokens(num_positions)) // self.tokens_per_frame
 
     def text_tokens(self, num_positions: int) -> int:
@@ -59,9 +59,9 @@ class CheckpointCosts:
 
 
 def load_config(name: str | os.PathLike) -> CrossLMMConfig:
-    """The config of a folder or of a repository on the Hub. One small file: whether there is a checkpoint at all.
+    """The config of a folder or of a model on the Hub.
 
-    Raises OSError where there is none, ValueError for another model's.
+    Raises OSError if there is no such checkpoint, ValueError if it is another model's.
     """
     try:
         config = AutoConfig.from_pretrained(name)
@@ -71,7 +71,7 @@ def load_config(name: str | os.PathLike) -> CrossLMMConfig:
                 f"{os.fspath(name)!r} must be a CrossLMM checkpoint; this folder's config.json is missing or broken."
             ) from error
         raise OSError(
-            f"A model must be a checkpoint folder or a name on the Hub; {os.fspath(name)!r} is no folder here, and "
+            f"A model must be a checkpoint folder or a name on the Hub; {os.fspath(name)!r} is not a folder, and "
             "the Hub has no such model or cannot be reached. Check the name, the connection and, for a private model, "
             "your token."
         ) from error
@@ -81,14 +81,13 @@ def load_config(name: str | os.PathLike) -> CrossLMMConfig:
 
 
 def count_costs(config: CrossLMMConfig, *, quantization: str | None = None) -> CheckpointCosts:
-    """Builds the network without memory and counts.
+    """Builds the network on the meta device and counts.
 
-    quantization: one of `QUANTIZATIONS`, of all linear layers that a quantisation does not leave as they are.
+    quantization: one of `QUANTIZATIONS`, for all linear layers except `NOT_QUANTIZED`.
     """
     text = config.text_config
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    with torch.device("meta"):
-        model = CrossLMMForConditionalGeneration(config)
+    model = network_of(config)
     parts = dict.fromkeys(
         ("vision tower", "projector", "language model", "V2V cross-attention", "T2V cross-attention", "head"), 0
     )
@@ -120,7 +119,7 @@ def count_costs(config: CrossLMMConfig, *, quantization: str | None = None) -> C
 
 
 def _part_of(name: str) -> str:
-    """The part that a parameter belongs to; norms in front of the branches count with the language model."""
+    """The part that a parameter belongs to; norms before the branches are counted with the language model."""
     for mark, part in (
         ("vision_tower.", "vision tower"),
         ("multi_modal_projector.", "projector"),

@@ -1,4 +1,4 @@
-"""LLaVA checkpoints to CrossLMM and back: warm-started from a LLaVA, or trained in the code base of LLaVA-NeXT."""
+"""Converts LLaVA checkpoints, and CrossLMM checkpoints trained in LLaVA-NeXT's code base, to our format and back."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import AutoConfig, Qwen2Config, SiglipVisionConfig
 
-from ..configuration_crosslmm import CrossLMMConfig
+from ..configuration_crosslmm import POOLING_MODES, CrossLMMConfig
 from ..processing_crosslmm import CHAT_TEMPLATE
 from .chat import find_tokenizer
 from .compose import (
@@ -37,7 +37,6 @@ from .folder import (
 )
 from .name_tables import (
     LLAVA_NEXT,
-    LLAVA_NEXT_POOLING_MODES,
     LLAVA_ONEVISION,
     NEW_IN_LAYER,
     VISION_TOWERS,
@@ -49,11 +48,11 @@ from .network import expected_shapes
 from .new_weights import EMBEDDINGS, with_new_weights
 
 LLAVA_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("<|vision_start|>", "").replace("<|vision_end|>", "\\n")
-"""Ours without the marks around media, which LLaVA never saw: a medium is followed by a line break instead."""
+"""Our template with a line break after each medium, instead of marks around it that LLaVA was not trained with."""
 
 
 def llava_onevision_config(folder: Path, overrides: Mapping[str, Any]) -> CrossLMMConfig:
-    """The CrossLMM that has the parts of a LLaVA-OneVision in Transformers' format."""
+    """The config of a CrossLMM with the parts of a LLaVA-OneVision in Transformers' format."""
     theirs: Any = AutoConfig.from_pretrained(folder)
     for name, has_to_be in (
         ("projector_hidden_act", "gelu"),
@@ -66,7 +65,7 @@ def llava_onevision_config(folder: Path, overrides: Mapping[str, Any]) -> CrossL
         raise ConversionError(f"`vision_feature_layer` must be one layer; {folder} has {theirs.vision_feature_layer}.")
     if not isinstance(theirs.text_config, Qwen2Config) or not isinstance(theirs.vision_config, SiglipVisionConfig):
         raise ConversionError(
-            f"Its parts must be a SigLIP and a Qwen2; {folder} holds {theirs.vision_config.model_type!r} and "
+            f"Its parts must be a SigLIP and a Qwen2; {folder} has {theirs.vision_config.model_type!r} and "
             f"{theirs.text_config.model_type!r}."
         )
     vision = network_fields(theirs.vision_config)
@@ -74,7 +73,7 @@ def llava_onevision_config(folder: Path, overrides: Mapping[str, Any]) -> CrossL
     top_overrides, text_overrides = config_overrides(overrides)
     top = {
         "vision_feature_layer": theirs.vision_feature_layer,
-        "pooling_mode": "bilinear",  # the only one its class knows
+        "pooling_mode": "bilinear",  # the only mode of its class
         "pooled_grid_size": math.ceil(vision["image_size"] // vision["patch_size"] / 2),
     }
     return CrossLMMConfig(vision_config=vision, text_config=text | text_overrides, **top | top_overrides)
@@ -83,11 +82,11 @@ def llava_onevision_config(folder: Path, overrides: Mapping[str, Any]) -> CrossL
 def llava_next_config(
     folder: Path, overrides: Mapping[str, Any], *, vision: str | os.PathLike | None, in_weights: Mapping[str, Any]
 ) -> CrossLMMConfig:
-    """The CrossLMM that has the parts of a checkpoint in LLaVA-NeXT's layout.
+    """The config of a CrossLMM with the parts of a checkpoint in LLaVA-NeXT's layout.
 
-    vision: where to read the sizes of the encoder, which that layout only names; None to go by the name. in_weights:
-    fields read from the weights. What config.json says under our names, as one written by `crosslmm_to_llava_next`
-    does, goes before them, and `overrides` before both.
+    vision: folder or name of the encoder, for its sizes; None for the known sizes of the encoder that config.json
+    names. in_weights: fields read from the weights. Fields in config.json under our names, as `crosslmm_to_llava_next`
+    writes them, override these, and `overrides` override both.
     """
     raw = read_json(folder / "config.json")
     if vision is not None:
@@ -96,17 +95,17 @@ def llava_next_config(
         encoder = raw.get("vision_config") or _named_vision_tower(raw["mm_vision_tower"])
     if raw["mm_projector_type"] != "mlp2x_gelu":
         raise ConversionError(f"`mm_projector_type` must be 'mlp2x_gelu'; {folder} has {raw['mm_projector_type']!r}.")
-    # LLaVA-NeXT's own defaults where an older config.json is silent.
+    # LLaVA-NeXT's own defaults, for an older config.json without these fields.
     mode, stride = raw.get("mm_spatial_pool_mode") or "bilinear", raw.get("mm_spatial_pool_stride") or 2
-    if mode not in LLAVA_NEXT_POOLING_MODES and "pooling_mode" not in overrides:
+    if mode not in POOLING_MODES and "pooling_mode" not in overrides:
         raise ConversionError(
-            f"`mm_spatial_pool_mode` must be one of {', '.join(map(repr, LLAVA_NEXT_POOLING_MODES))}; {folder} has "
-            f"{mode!r}. Choose one with --pooling-mode, and expect to train."
+            f"`mm_spatial_pool_mode` must be one of {', '.join(map(repr, POOLING_MODES))}; {folder} has "
+            f"{mode!r}. Choose one with --pooling-mode, and train the model with it."
         )
     grid = encoder["image_size"] // encoder["patch_size"]
     top = {
         "vision_feature_layer": raw["mm_vision_select_layer"],
-        "pooling_mode": LLAVA_NEXT_POOLING_MODES.get(mode),
+        "pooling_mode": mode,
         "pooled_grid_size": grid // stride if mode == "average" else math.ceil(grid / stride),
     }
     known = {f.name for f in fields(Qwen2Config)} | {"rope_theta", "rope_scaling"}
@@ -125,8 +124,8 @@ def _named_vision_tower(name: str) -> dict[str, Any]:
     short_name = name.rstrip("/").split("/")[-1]
     if short_name not in VISION_TOWERS:
         raise ConversionError(
-            f"The sizes of `mm_vision_tower` {name!r} are not known here ({', '.join(VISION_TOWERS)} are). Give the "
-            "encoder's folder or Hub name with --vision."
+            f"`mm_vision_tower` must be one of {', '.join(VISION_TOWERS)}, whose sizes are known; got {name!r}. Give "
+            "the encoder's folder or Hub name with --vision."
         )
     return dict(VISION_TOWERS[short_name])
 
@@ -139,11 +138,11 @@ def convert_llava(
     seed: int = 0,
     **overrides: Any,
 ) -> Conversion:
-    """Plans a CrossLMM that begins as a LLaVA-OneVision or LLaVA-Video: same encoder, projector and language model.
+    """Plans a CrossLMM with the encoder, projector and language model of a LLaVA-OneVision or LLaVA-Video.
 
-    source: a folder or Hub name, in Transformers' format or in LLaVA-NeXT's layout. vision: where to read the sizes of
-    the encoder if the layout only names it. Unless overridden, frames are pooled to LLaVA's own grid: with gates at 0
-    it answers as LLaVA does, up to the order of pooling and projection.
+    source: a folder or Hub name, in Transformers' format or in LLaVA-NeXT's layout. vision: see `llava_next_config`.
+    Unless overridden, frames are pooled to LLaVA's own grid: with gates at 0 the answers are LLaVA's, except for the
+    order of pooling and projection.
     """
     folder = find_folder(source)
     raw = read_json(folder / "config.json")
@@ -156,7 +155,7 @@ def convert_llava(
     else:
         raise ConversionError(
             "It must be a LLaVA-OneVision in Transformers' format or a LLaVA-NeXT checkpoint of Qwen2 and SigLIP; "
-            f"{folder} holds a {raw.get('model_type')!r}."
+            f"{folder} has a {raw.get('model_type')!r}."
         )
     taken_over, left_out = renamed_tensors(stored_tensors(folder), table, config)
     tokenizer = find_tokenizer(folder)
@@ -185,11 +184,10 @@ def convert_crosslmm_weights(
     vision: str | os.PathLike | None = None,
     **overrides: Any,
 ) -> Conversion:
-    """Plans our form of a CrossLMM that was trained in LLaVA-NeXT's layout. Every tensor keeps its bits and type.
+    """Plans the conversion of a CrossLMM trained in LLaVA-NeXT's layout. Every tensor keeps its bits and type.
 
-    name_table: rows that go before `name_tables.LLAVA_NEXT`. Which layers have a cross-attention, with which
-    branches, and the projector's width are read from the weights; what is not in them, from config.json and
-    `overrides`.
+    name_table: rows put before those of `name_tables.LLAVA_NEXT`. The layers with a cross-attention, its branches and
+    the projector's width are read from the weights, everything else from config.json and `overrides`.
     """
     folder = find_folder(source)
     table = {**(name_table or {}), **LLAVA_NEXT}
@@ -213,14 +211,14 @@ def convert_crosslmm_weights(
 
 
 def fields_in_weights(theirs: Mapping[str, StoredTensor], table: NameTable) -> dict[str, Any]:
-    """Config fields that names and shapes alone decide."""
+    """Config fields that follow from the tensors' names and shapes."""
     layers: set[int] = set()
     branches: set[str] = set()
     found: dict[str, Any] = {}
     for name, tensor in theirs.items():
         try:
             ours = rename(name, table) or ""
-        except KeyError:  # `renamed_tensors` names them all
+        except KeyError:  # `renamed_tensors` raises for these
             continue
         if block := NEW_IN_LAYER.fullmatch(ours):
             layers.add(int(block[1].rsplit(".", 1)[1]))
@@ -240,9 +238,9 @@ def crosslmm_to_llava_next(
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
-    """Writes our checkpoint in LLaVA-NeXT's layout, bit for bit, with what its conversion had left out.
+    """Writes our checkpoint in LLaVA-NeXT's layout, bit for bit, with the tensors that its conversion left out.
 
-    The fields that LLaVA-NeXT has no name for go into its config.json under ours.
+    Fields without a name in LLaVA-NeXT are written to config.json under our names.
     """
     folder = find_folder(source)
     config = CrossLMMConfig.from_pretrained(folder)

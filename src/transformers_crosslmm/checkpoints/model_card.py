@@ -1,4 +1,4 @@
-"""Model cards, made of a config and of results, so that no number in them can drift.
+"""Writes model cards from a config and kept results, so that their numbers cannot become outdated.
 
     python -m transformers_crosslmm.checkpoints.model_card model_cards
 
@@ -12,25 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from ..configuration_crosslmm import PRESETS, CrossLMMConfig
 from .name_tables import BACKBONES
 from .network import expected_shapes
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
-PAPER_URL = "https://arxiv.org/abs/2505.17020"
-NOT_REPRODUCED = "the paper, Table 1; not reproduced, and not of these weights"
 
-BENCHMARKS = {
-    # As in the heading of the paper's Table 1: data set on the Hub, its configuration and split
-    "MVBench": ("OpenGVLab/MVBench", None, "test"),
-    "PerceptionTest": ("lmms-lab/PerceptionTest_Val", None, "validation"),
-    "LongVideoBench": ("longvideobench/LongVideoBench", None, "validation"),
-    "MLVU": ("MLVU/MVLU", None, "dev"),
-    "VideoMME, without subtitles": ("lmms-lab/Video-MME", "without subtitles", "test"),
-    "VideoMME, with subtitles": ("lmms-lab/Video-MME", "with subtitles", "test"),
-}
+BENCHMARKS = (  # columns of the paper's Table 1
+    "MVBench",
+    "PerceptionTest",
+    "LongVideoBench",
+    "MLVU",
+    "VideoMME, without subtitles",
+    "VideoMME, with subtitles",
+)
 PAPER_SCORES = {
     # Table 1 of the paper: accuracy in per cent, by size and tokens per frame
     ("2B", 1): (58.6, 58.1, 47.3, 57.6, 55.5, 58.9),
@@ -45,7 +42,7 @@ PAPER_COSTS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "7B": ((32, 1753, 335), (64, 1864, 578), (128, 2087, 1063), (256, 2530, 1975)),
 }
 PAPER_DATA = {
-    # Appendix A.1 of the paper, by the name there: data set on the Hub, as far as we can tell
+    # name in the paper's Appendix A.1: data set on the Hub that we take it to be
     "CapsFusion": "BAAI/CapsFusion-120M",
     "InternVid": "OpenGVLab/InternVid",
     "LLaVA-NeXT": "lmms-lab/LLaVA-NeXT-Data",
@@ -65,8 +62,8 @@ The paper trains in two stages: first projector and cross-attention on 15 M imag
 short videos with captions (InternVid), then everything on about 3 M instructions: images (LLaVA-NeXT, ALLaVA,
 ShareGPT-4o, LLaVA-Interleave), short videos (VideoChat2, InternVideo2, ShareGPT-4o, VideoChatGPT-Plus,
 LLaVA-Video-178K, LLaVA-Hound) and long ones (MovieChat, Vript, LongVid). The names on the Hub in this card's metadata
-are what we take these to be; InternVideo2's instruction data we could not place. Each data set has terms of its own.
-One epoch each, in batches of 512 and 128: about 39,000 and 23,000 steps. What that cost, the paper does not say."""
+are what we take these to be; we did not find InternVideo2's instruction data. Each data set has its own terms. Each
+stage is one epoch, in batches of 512 and 128: about 39,000 and 23,000 steps. The paper does not give the cost."""
 LICENCES = {
     "google/siglip2-so400m-patch14-384": "Apache-2.0",
     "google/siglip2-giant-opt-patch16-384": "Apache-2.0",
@@ -74,13 +71,13 @@ LICENCES = {
     "Qwen/Qwen2.5-7B-Instruct": "Apache-2.0",
 }
 UNTRAINED = """\
-**Untrained.** These weights were put together from other checkpoints and never trained as a CrossLMM: the gates of its
-cross-attention are as initialised. Take it as a starting point for training, not as a model of video."""
+**Untrained.** These weights were composed from other checkpoints and never trained as a CrossLMM: the gates of the
+cross-attention have their initial value. Use them as a starting point for training, not to answer questions."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Parameters by part, bytes kept per frame at 16 bits, and multiply-accumulates that each frame adds."""
+    """Parameters by part, cached bytes per frame at 16 bits, and multiply-accumulates per frame."""
 
     parameters: int
     vision: int
@@ -94,10 +91,10 @@ class Costs:
 
 
 def counted_costs(config: CrossLMMConfig) -> Costs:
-    """What follows from the config alone.
+    """Counts parameters, bytes and multiply-accumulates from a config.
 
-    Multiply-accumulates: every weight matrix times the tokens of one frame that pass it, and the encoder's own scores.
-    Those of the cross-attention and of the language model depend on how much there is to look at, and are left out.
+    Multiply-accumulates: each weight matrix times the tokens of a frame that pass it, and the encoder's attention.
+    Attention of the cross-attention and the language model is left out, because it depends on the video's length.
     """
     text: Any = config.text_config
     patches, tokens = config.patch_grid_size**2, config.tokens_per_frame
@@ -141,12 +138,11 @@ def model_card(
     first_line: str | None = None,
     with_code: bool = False,
 ) -> ModelCard:
-    """The card of a checkpoint.
+    """Builds the card of a checkpoint.
 
-    sources: where its parts come from, {part: name}; those that are names on the Hub become base models. preset: the
-    size of the paper whose figures it quotes, as the paper's. results: {"rows": [{"name": ..., "value": ...}],
-    "command": ..., "commit": ..., "machine": ...}. first_line: what a reader must know first; that the weights are
-    untrained, where the config says so.
+    sources: {part: name} of its sources; names on the Hub become base models. preset: the size of the paper whose
+    figures the card quotes. results: {"rows": [{"name": ..., "value": ...}], "command": ..., "commit": ...,
+    "machine": ...}. first_line: the most important thing to know; for untrained weights it is `UNTRAINED`.
     """
     text: Any = config.text_config
     tokens = config.tokens_per_frame
@@ -163,7 +159,6 @@ def model_card(
         base_model=[source for source in sources.values() if is_hub_name(source)] or None,
         datasets=datasets,
         model_name=title,
-        eval_results=[_eval_result(name, score) for name, score in scores.items()] or None,
     )
     options = {
         name: getattr(config, name)
@@ -192,41 +187,25 @@ def model_card(
         paper=scores,
         paper_tokens=tokens,
         paper_costs=PAPER_COSTS.get(preset or "", ()),
-        training_data=training_data or "Unknown: whoever publishes this card has not said.",
+        training_data=training_data or "Unknown: the publisher of this card has not described it.",
         parts=[
             *(
-                {"name": name, "source": source, "licence": LICENCES.get(source, "that of its source")}
+                {"name": name, "source": source, "licence": LICENCES.get(source, "its source's")}
                 for name, source in sources.items()
             ),
-            {"name": "code, and the weights that are new", "source": "transformers_crosslmm", "licence": "Apache-2.0"},
+            {"name": "code and new weights", "source": "transformers_crosslmm", "licence": "Apache-2.0"},
         ],
         with_code=with_code,
     )
 
 
 def is_hub_name(source: str) -> bool:
-    """Whether this can be the name of a model on the Hub rather than a path."""
+    """Whether a source can be a model's name on the Hub, and is not a path."""
     return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
 
 
-def _eval_result(benchmark: str, score: float) -> EvalResult:
-    dataset, configuration, split = BENCHMARKS[benchmark]
-    return EvalResult(
-        task_type="video-text-to-text",
-        dataset_type=dataset,
-        dataset_name=benchmark,
-        dataset_config=configuration,
-        dataset_split=split,
-        metric_type="accuracy",
-        metric_name=f"accuracy ({NOT_REPRODUCED})",
-        metric_value=score,
-        source_name=NOT_REPRODUCED,
-        source_url=PAPER_URL,
-    )
-
-
 def preset_card(preset: str) -> ModelCard:
-    """The card of a size of the paper, to go with weights that somebody trains."""
+    """Builds the card of a size of the paper, a start for the card of trained weights."""
     vision, text = BACKBONES[preset]
     return model_card(
         CrossLMMConfig.from_preset(preset),
@@ -237,14 +216,14 @@ def preset_card(preset: str) -> ModelCard:
         training_data=PAPER_TRAINING,
         datasets=list(PAPER_DATA.values()),
         first_line=(
-            "**No weights of this size are public, the authors' or ours.** This card describes the size, and is where "
-            f"the card of trained weights begins: `crosslmm compose --preset {preset}`, then training."
+            "**No weights of this size are public, neither the authors' nor ours.** This card describes the size. To "
+            f"make weights, run `crosslmm compose --preset {preset}` and train them."
         ),
     )
 
 
 def results_of(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """What a card says of an evaluation by `measuring.quality`, kept with its command and commit."""
+    """Converts a kept evaluation of `measuring.quality` to the `results` of `model_card`."""
     scores = evaluation["scores"]["as_trained"]
     rows = [
         {"name": f"{kind.replace('_', ' ')} ({score['asked']} questions)", "value": f"{score['accuracy']:.1%}"}
@@ -254,7 +233,7 @@ def results_of(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def tiny_card(folder: Path, results: dict[str, Any] | None) -> ModelCard:
-    """The card of the checkpoint that the package ships."""
+    """Builds the card of the bundled checkpoint."""
     return model_card(
         CrossLMMConfig.from_pretrained(folder),
         title="CrossLMM, tiny",
@@ -262,10 +241,10 @@ def tiny_card(folder: Path, results: dict[str, Any] | None) -> ModelCard:
         results=results,
         training_data=(
             "Videos of moving shapes and questions about them, drawn by "
-            "`transformers_crosslmm.tiny.procedural_videos`. It has never seen a photograph, and knows no other words "
+            "`transformers_crosslmm.tiny.procedural_videos`. There are no photographs among them, and no words other "
             "than those of these questions."
         ),
-        first_line="A tiny model, trained from scratch on synthetic videos to show that the method works. A toy.",
+        first_line="A toy: a tiny model, trained from scratch on synthetic videos to show that the method works.",
     )
 
 

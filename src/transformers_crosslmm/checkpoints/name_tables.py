@@ -1,9 +1,8 @@
-"""Names of tensors in other checkpoints, and ours.
+"""Tables that map tensor names of other checkpoints to ours.
 
-A table is read from top to bottom and the first row that fits a name wins. `*` stands for any part of a name and is
-carried over. A row that leads to None names what CrossLMM has no place for; it is reported, never lost in silence.
-Parts of a known vision encoder that are not built need no row (`conversion.renamed_tensors` knows them from the
-class). Read from right to left, the rows of a layout that can be written lead back.
+The first row that matches a name applies. `*` matches any part of a name and is copied to our name. None marks tensors
+that CrossLMM has no place for; these are reported. Parts of a vision encoder that our class does not build need no row
+(see `conversion.renamed_tensors`). `reversed_table` inverts a table, for writing.
 """
 
 import os
@@ -18,10 +17,10 @@ from .folder import read_json, stored_tensors
 NameTable = Mapping[str, str | None]
 
 NEW_IN_LAYER = re.compile(r"(model\.language_model\.layers\.\d+)\.cross_attention\.(.+)")
-"""Our names of what a layer of the language model gains."""
+"""Our names of the tensors that are new in a layer of the language model."""
 
 VISION: NameTable = {
-    # a vision encoder, alone or within a CLIP or SigLIP, as the Hub has it
+    # a vision encoder on the Hub, alone or as a part of a CLIP or SigLIP
     "text_model.*": None,
     "text_projection.*": None,
     "visual_projection.*": None,
@@ -33,7 +32,7 @@ VISION: NameTable = {
 }
 
 TEXT: NameTable = {
-    # a language model, with its head or without
+    # a language model with or without its head
     "lm_head.*": "lm_head.*",
     "*.rotary_emb.inv_freq": None,
     "model.*": "model.language_model.*",
@@ -41,7 +40,7 @@ TEXT: NameTable = {
 }
 
 LLAVA_ONEVISION: NameTable = {
-    # `LlavaOnevisionForConditionalGeneration` as on the Hub, and as today's Transformers writes it
+    # `LlavaOnevisionForConditionalGeneration` on the Hub, and as current Transformers writes it
     "vision_tower.vision_model.*": "model.vision_tower.*",
     "vision_tower.*": "model.vision_tower.*",
     "multi_modal_projector.*": "model.multi_modal_projector.*",
@@ -58,7 +57,7 @@ LLAVA_ONEVISION: NameTable = {
 
 LLAVA_NEXT: NameTable = {
     # LLaVA-NeXT's own files (lmms-lab's LLaVA-OneVision and LLaVA-Video): SigLIP without its last block and head.
-    # The names of the dual cross-attention are the authors' secret; until they are known, `model.*` gives them ours.
+    # The authors' names of the dual cross-attention are not published; `model.*` expects ours.
     "model.vision_tower.vision_tower.vision_model.*": "model.vision_tower.*",
     "model.mm_projector.0.*": "model.multi_modal_projector.linear_1.*",
     "model.mm_projector.2.*": "model.multi_modal_projector.linear_2.*",
@@ -70,17 +69,14 @@ LLAVA_NEXT: NameTable = {
 }
 
 VISION_TOWERS: dict[str, dict[str, Any]] = {
-    # The config.json of LLaVA-NeXT names the encoder (`mm_vision_tower`) without its sizes
+    # LLaVA-NeXT's config.json names the encoder (`mm_vision_tower`) without its sizes
     "siglip-so400m-patch14-384": SO400M_384,
     "siglip2-so400m-patch14-384": SO400M_384,
     "siglip2-giant-opt-patch16-384": GIANT_384,
 }
 
-LLAVA_NEXT_POOLING_MODES = {"bilinear": "bilinear", "average": "average"}
-"""`mm_spatial_pool_mode` as our `pooling_mode`; there is no counterpart of "max"."""
-
 BACKBONES = {
-    # The paper's, by preset: vision encoder and language model
+    # the paper's vision encoder and language model, by preset
     "2B": ("google/siglip2-so400m-patch14-384", "Qwen/Qwen2.5-1.5B-Instruct"),
     "7B": ("google/siglip2-so400m-patch14-384", "Qwen/Qwen2.5-7B-Instruct"),
     "7B-16": ("google/siglip2-giant-opt-patch16-384", "Qwen/Qwen2.5-7B-Instruct"),
@@ -88,7 +84,7 @@ BACKBONES = {
 
 
 def rename(name: str, table: NameTable) -> str | None:
-    """Our name of a tensor, None for one that CrossLMM has no place for. Raises KeyError for a name in no row."""
+    """Our name of a tensor, or None if CrossLMM has no place for it. Raises KeyError if no row matches."""
     for pattern, target in table.items():
         match = re.fullmatch(re.escape(pattern).replace(r"\*", "(.*)"), name)
         if match:
@@ -97,7 +93,7 @@ def rename(name: str, table: NameTable) -> str | None:
 
 
 def reversed_table(table: NameTable) -> NameTable:
-    """The table that leads from our names back."""
+    """Inverts a table: from our names to theirs."""
     reverse: dict[str, str | None] = {}
     for pattern, target in table.items():
         if target is not None:
@@ -106,25 +102,25 @@ def reversed_table(table: NameTable) -> NameTable:
 
 
 def read_name_table(path: str | os.PathLike) -> NameTable:
-    """Rows that go before those of `LLAVA_NEXT`, from a JSON object {their name: our name or null}.
+    """Reads rows to be put before those of `LLAVA_NEXT`, from a JSON object {their name: our name or null}.
 
-    Raises ValueError unless every row has as many `*` on the right as on the left.
+    Raises ValueError unless both names of a row have equally many `*`.
     """
     table = read_json(Path(path))
     for pattern, target in table.items():
         if not (target is None or (isinstance(target, str) and target.count("*") == pattern.count("*"))):
             raise ValueError(
-                f"A row of a name table leads to null or to a name with as many `*` as its own; "
+                f"A row of a name table must map to null, or to a name with equally many `*`; "
                 f"{path} has {pattern!r}: {target!r}."
             )
     return table
 
 
 def transformers_key_mapping(folder: str | os.PathLike, table: NameTable) -> dict[str, str]:
-    """A table as `from_pretrained(folder, config=..., key_mapping=...)` takes it, for the names in this folder.
+    """Converts a table to the `key_mapping` of `from_pretrained(folder, config=..., key_mapping=...)`.
 
-    Such a model starts with Transformers' initialisation where the folder has no weights, not with the one of a
-    conversion, and `save_pretrained` writes the folder's own names again.
+    Missing weights then get Transformers' initialisation, not that of a conversion, and `save_pretrained` writes the
+    folder's names again.
     """
     mapping = {}
     for name in stored_tensors(Path(folder)):

@@ -1,7 +1,6 @@
-"""The network of a config without memory, and its tensors under the names that Transformers writes to disk.
+"""Builds a config's network on the meta device, and maps tensor names on disk to names in the class.
 
-For some encoders these are not the names inside their class: `from_pretrained` renames as it loads, `save_pretrained`
-renames back.
+For some encoders these differ: `from_pretrained` renames as it loads, `save_pretrained` renames back.
 """
 
 from collections.abc import Callable
@@ -21,13 +20,13 @@ from ..modeling_crosslmm import CrossLMMForConditionalGeneration
 
 
 def network_of(config: CrossLMMConfig) -> CrossLMMForConditionalGeneration:
-    """Built on the meta device. Raises ValueError for a language model that the cross-attention does not fit into."""
+    """The network on the meta device. Raises ValueError if the cross-attention does not fit the language model."""
     with torch.device("meta"):
         return CrossLMMForConditionalGeneration(deepcopy(config))
 
 
 def expected_shapes(config: CrossLMMConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint with this config, as on disk. Nothing is allocated."""
+    """Names on disk and shapes of all tensors of a checkpoint with this config. Allocates nothing."""
     model = network_of(config)
     on_disk = revert_weight_conversion(model, model.state_dict())
     return {
@@ -38,7 +37,7 @@ def expected_shapes(config: CrossLMMConfig) -> dict[str, tuple[int, ...]]:
 
 
 def names_in_class(model: CrossLMMForConditionalGeneration) -> Callable[[str], str | None]:
-    """From the name of a tensor on disk to the one inside the class; None where loading joins or splits tensors."""
+    """A function from names on disk to names in the class, or None if loading merges or splits the tensor."""
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]

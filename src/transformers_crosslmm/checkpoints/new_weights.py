@@ -1,4 +1,4 @@
-"""Values for the tensors that no checkpoint has: cross-attention, projector, and embeddings of new tokens
+"""Initial values of tensors that no backbone has: cross-attention, projector, and embeddings of new tokens
 (docs/decisions.md, C1)."""
 
 import math
@@ -18,10 +18,10 @@ from .network import expected_shapes
 
 INIT_STD = 0.02
 GELU_RMS = 0.6521
-"""Root mean square of GELU of a standard normal number."""
+"""Root mean square of GELU of a standard normal variable."""
 
 NEW_ROW_SPREAD = 0.1
-"""Deviation of a new token's embedding around the mean embedding, in deviations of the whole table."""
+"""Standard deviation of a new token's embedding around the mean embedding, relative to that of the whole table."""
 
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 
@@ -29,9 +29,9 @@ EMBEDDINGS = "model.language_model.embed_tokens.weight"
 def with_new_weights(
     config: CrossLMMConfig, taken_over: Mapping[str, StoredTensor], *, dtype: str | None, seed: int
 ) -> tuple[dict[str, StoredTensor], list[str]]:
-    """The whole checkpoint in one type (gates apart), and the names that are new.
+    """Adds the missing tensors; returns all tensors in one type (except the gates), and the names of the new ones.
 
-    dtype: None for that of the word embeddings. Raises ConversionError where tensors and config do not fit.
+    dtype: None for that of the word embeddings. Raises ConversionError if tensors and config do not fit.
     """
     stored_dtype = getattr(torch, dtype) if dtype else taken_over[EMBEDDINGS].dtype
     taken_over = {name: _in_dtype(tensor, stored_dtype) for name, tensor in taken_over.items()}
@@ -46,12 +46,11 @@ def with_new_weights(
 def initial_tensors(
     config: CrossLMMConfig, taken_over: Mapping[str, StoredTensor], *, dtype: torch.dtype, seed: int
 ) -> dict[str, StoredTensor]:
-    """Values for whatever the backbones do not have.
+    """Initial values of the tensors that the backbones do not have.
 
-    Norm, queries and output projection of the cross-attention are those of the same layer's self-attention, without
-    its biases, and with its norm of queries folded in; keys and values are drawn from a normal distribution with
-    deviation 0.02; gates are `gate_init`, in float32. The projector is drawn so that pooled tokens come out of it as
-    large as words.
+    Norm, queries and output projection of the cross-attention are copies of the same layer's self-attention, without
+    biases, with its query norm folded in. Keys and values are drawn from normal(0, 0.02); gates are `gate_init`, in
+    float32. The projector is drawn so that its output has the root mean square of the word embeddings.
     """
     initial: dict[str, StoredTensor] = {}
     deviations = _projector_deviations(config, taken_over)
@@ -84,10 +83,10 @@ def initial_tensors(
 def _of_self_attention(
     taken_over: Mapping[str, StoredTensor], layer: str, projection: str, shape: tuple[int, ...]
 ) -> StoredTensor | None:
-    """The layer's own projection, None where it has none of this shape (some join q, k and v).
+    """A copy of the layer's own projection; None if it has none of this shape (some merge q, k and v).
 
-    Where queries are normalised before they meet keys, the size of what their projection gives means nothing; the
-    cross-attention has no such norm, so its queries get the size and the weights of the norm.
+    If the layer normalises its queries, the scale of `q_proj` is arbitrary. The cross-attention has no query norm, so
+    its copy is scaled to unit output and multiplied by the norm's weights.
     """
     own = taken_over.get(f"{layer}.self_attn.{projection}.weight")
     if own is None or own.shape != shape:
@@ -99,8 +98,8 @@ def _of_self_attention(
 
     def read() -> Tensor:
         weight, scale = query_norm.read().float(), input_norm.read().float()
-        groups = own.read().float().view(-1, len(weight), shape[1])  # one norm per head, or one for all
-        size = (groups * scale).square().sum(-1).mean(-1).sqrt()  # of a group's output, for input in no direction
+        groups = own.read().float().view(-1, len(weight), shape[1])  # one norm per head, or one for all heads
+        size = (groups * scale).square().sum(-1).mean(-1).sqrt()  # RMS of a group's output for white noise
         return (groups * weight[:, None] / size[:, None, None]).view(shape).to(own.dtype)
 
     return StoredTensor(shape, own.dtype, read)
@@ -109,7 +108,7 @@ def _of_self_attention(
 def _projector_deviations(
     config: CrossLMMConfig, taken_over: Mapping[str, StoredTensor]
 ) -> dict[str, Callable[[], float]]:
-    """Deviation of the weights of each linear layer, found when it is asked for: it takes a run of the encoder."""
+    """The deviation of each linear layer's weights, as functions, because the first of them runs the encoder."""
 
     @cache
     def first() -> float:
@@ -124,7 +123,7 @@ def _projector_deviations(
 
 
 def _drawn(shape: tuple[int, ...], dtype: torch.dtype, key: str, deviation: Callable[[], float]) -> Tensor:
-    """Normal numbers that depend on the seed and the tensor's name alone, not on what else is drawn."""
+    """Draws a normal tensor that depends on `key`, the seed and the tensor's name, and on no other draw."""
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
     return torch.empty(shape).normal_(0.0, deviation(), generator=generator).to(dtype)
 
@@ -134,9 +133,9 @@ def _in_dtype(tensor: StoredTensor, dtype: torch.dtype) -> StoredTensor:
 
 
 def with_new_rows(table: StoredTensor, num_rows: int, new_rows: Collection[int], *, key: str) -> StoredTensor:
-    """An embedding table or head of `num_rows` rows, of which these, and those that it does not have yet, are new.
+    """Resizes an embedding table or head to `num_rows` rows, and initialises `new_rows` and the rows added.
 
-    A new row is the mean one, so that no logit stands out, and a little of its own, so that no two are alike.
+    A new row is the mean row, so that no logit stands out, plus a little noise, so that no two rows are equal.
     """
 
     def read() -> Tensor:

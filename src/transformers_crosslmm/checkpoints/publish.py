@@ -1,4 +1,4 @@
-"""Publishing a checkpoint on the Hub: one commit with everything, or nothing."""
+"""Publishes a checkpoint on the Hub, in one commit or not at all."""
 
 import json
 import os
@@ -23,12 +23,12 @@ TRIES = 4
 
 
 class PublishingError(RuntimeError):
-    """The Hub did not take the checkpoint; the message says what is there now and what to do."""
+    """The Hub did not accept the checkpoint. The message says what the repository has now, and what to do."""
 
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """A file of the repository to be, and where its bytes are: in a file or here."""
+    """A file to publish: its path in the repository, and its content, in a local file or in memory."""
 
     path: str
     content: Path | bytes
@@ -41,28 +41,29 @@ class PublishedFile:
 def files_to_publish(
     folder: str | os.PathLike, repo: str, *, with_code: bool = False, untrained: bool = False
 ) -> list[PublishedFile]:
-    """What `push` puts into the repository. Nothing is written or sent.
+    """The files that `push` would publish. Nothing is written or sent.
 
-    The folder's own README.md is taken as it is, or else a card is made; of weights that were never trained, both say
-    so first. Raises FileNotFoundError for a folder that lacks a part, ValueError for weights that do not fit the
-    config, a link out of the folder, and for untrained ones unless `untrained`.
+    The card is the folder's own README.md, or else a new one; for untrained weights either begins with that fact.
+    Raises FileNotFoundError for a folder that lacks a part, ValueError for weights that do not fit the config, for a
+    link out of the folder, and for untrained weights without `untrained`.
     """
     folder = Path(folder).expanduser()
     config_json = read_json(folder / "config.json")
     config = CrossLMMConfig.from_pretrained(folder)
     for name in ("processor_config.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"A published checkpoint must hold its processor; {folder} has no {name}.")
+            raise FileNotFoundError(f"A published checkpoint must have its processor; {folder} has no {name}.")
     check_complete(stored_tensors(folder), config)
     config.untrained = is_untrained(folder, config)
     if config.untrained and not untrained:
         raise ValueError(
-            f"{folder} was composed and never trained: all gates are as they began. Train it before you publish it, "
-            "or say --untrained; its card and config then say so too."
+            f"{folder} was never trained: all gates have their initial value. Train it first, or add --untrained; its "
+            "card and config then say that it is untrained."
         )
     config_json["untrained"] = config.untrained
     files = {path.name: PublishedFile(path.name, path) for path in checkpoint_files(folder)}
-    files["config.json"] = PublishedFile("config.json", _as_json(config_json))
+    written = json.dumps(config_json, indent=2, sort_keys=True) + "\n"
+    files["config.json"] = PublishedFile("config.json", written.encode())
     if with_code:
         files |= {file.path: file for file in _code(files)}
     card = _card(folder, config, repo, with_code=with_code)
@@ -71,9 +72,9 @@ def files_to_publish(
 
 
 def is_untrained(folder: Path, config: CrossLMMConfig) -> bool:
-    """Whether a conversion made these weights and no training has moved a gate since.
+    """Whether a conversion made these weights and all gates still have their initial value.
 
-    The gates decide, because a trainer saves the config as it found it.
+    `config.untrained` is not enough, because trainers save the config unchanged.
     """
     if not config.untrained:
         return False
@@ -83,7 +84,7 @@ def is_untrained(folder: Path, config: CrossLMMConfig) -> bool:
 
 
 def _code(files: dict[str, PublishedFile]) -> list[PublishedFile]:
-    """The modules that define the model, and the configs that name them; the weights are not copied for it."""
+    """The modules that define the model, and the configs that name them; made without copying weights."""
     with tempfile.TemporaryDirectory() as temporary:
         bare, coded = Path(temporary) / "bare", Path(temporary) / "coded"
         bare.mkdir()
@@ -106,10 +107,6 @@ def _card(folder: Path, config: CrossLMMConfig, repo: str, *, with_code: bool) -
     return str(model_card(config, title=repo.split("/")[-1], repo=repo, sources=sources, with_code=with_code))
 
 
-def _as_json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
-
-
 def push(
     folder: str | os.PathLike,
     repo: str,
@@ -123,11 +120,11 @@ def push(
 ) -> str:
     """Publishes a checkpoint folder as `repo` and returns the URL of the commit.
 
-    A new repository is created; with `revision`, a branch, that and the branch may be there already. with_code: with
-    the code for `trust_remote_code=True`. token: None for the one you are logged in with. on_files: called with what
-    will be sent, before it is.
-    Raises what `files_to_publish` raises, before anything is sent, and PublishingError. All files arrive in one
-    commit, so that a failure publishes none of them, and what was created for it is removed again.
+    revision: a branch; with it the repository, and the branch, may exist already; without it `repo` must be new.
+    with_code: add the code for `trust_remote_code=True`. token: None for the one you are logged in with. on_files:
+    called with the files before they are sent.
+    Raises what `files_to_publish` raises, before anything is sent, and PublishingError. All files are sent in one
+    commit. After a failure none is published, and a repository or branch that was created for it is removed.
     """
     try:
         files = files_to_publish(folder, repo, with_code=with_code, untrained=untrained)
@@ -143,8 +140,8 @@ def push(
         commit = _with_retries(
             lambda: api.create_commit(
                 repo,
-                # An operation serves one commit only, so every try has its own.
-                [CommitOperationAdd(file.path, _content(file)) for file in files],
+                # An operation object can be used for one commit only, so each attempt makes new ones.
+                [CommitOperationAdd(file.path, file.content) for file in files],
                 commit_message="A CrossLMM checkpoint",
                 revision=revision,
             )
@@ -154,19 +151,15 @@ def push(
         try:
             undo()
         except (HTTPError, OSError):
-            remains = f"What was created for it, empty, remains at {api.endpoint}/{repo}: remove it."
+            remains = f"an empty repository or branch remains at {api.endpoint}/{repo}: remove it."
         if isinstance(error, HTTPError | RuntimeError | ValueError | OSError):
             raise PublishingError(f"{_reason(error)} Nothing was published; {remains}") from error
         raise
     return commit.commit_url
 
 
-def _content(file: PublishedFile) -> str | bytes:
-    return file.content if isinstance(file.content, bytes) else str(file.content)
-
-
 def _create(api: HfApi, repo: str, *, private: bool, revision: str | None) -> Callable[[], None]:
-    """Makes the repository and the branch where they are missing; returns what takes back what was made."""
+    """Creates the repository and the branch if they are missing; returns a function that removes them again."""
     try:
         try:
             _with_retries(lambda: api.create_repo(repo, private=private))
@@ -176,8 +169,8 @@ def _create(api: HfApi, repo: str, *, private: bool, revision: str | None) -> Ca
                 raise
             if revision is None:
                 raise PublishingError(
-                    f"{repo} exists and is not touched. Choose another name, or name the branch to commit to with "
-                    "--revision (main is one)."
+                    f"{repo} exists and is not changed. Choose another name, or name the branch to commit to with "
+                    "--revision (such as main)."
                 ) from error
             branches = {branch.name for branch in api.list_repo_refs(repo).branches}
             if revision in branches:
@@ -191,7 +184,7 @@ def _create(api: HfApi, repo: str, *, private: bool, revision: str | None) -> Ca
 
 
 def _with_retries(call: Callable[[], Any]) -> Any:
-    """Again after a pause while the connection or the server fails; what has arrived is not sent again."""
+    """Calls again, after a pause, if the connection or the server fails. Uploaded files are not sent again."""
     for attempt in range(1, TRIES + 1):
         try:
             return call()
@@ -209,15 +202,15 @@ def _is_passing(error: Exception) -> bool:
 
 
 def _http_error(error: BaseException | None) -> HTTPError | None:
-    """The error of the connection behind another one."""
+    """The HTTP error that caused another error, or None."""
     while error is not None and not isinstance(error, HTTPError):
         error = error.__cause__
     return error
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong and what to do about it, in a sentence or two."""
-    if isinstance(error, ValueError):  # what the Hub has to say of the card, in words
+    """The cause and the remedy of an error, in one or two sentences."""
+    if isinstance(error, ValueError):  # the Hub's message about the card
         return f"{error}."
     cause = _http_error(error)
     if not isinstance(cause, HfHubHTTPError):
@@ -228,7 +221,7 @@ def _reason(error: BaseException) -> str:
     if status == 401:
         return "The Hub does not accept the token (401). Log in with `hf auth login`, or set HF_TOKEN."
     if status == 403:
-        return "The token may not write there (403). Make one with write access, or choose a repository of yours."
+        return "The token has no write access there (403). Create one with write access, or use your own repository."
     if status in (413, 507):
-        return f"The Hub has no room for it ({status}: {cause.server_message}). Free storage there."
+        return f"The Hub has no storage left for it ({status}: {cause.server_message}). Free storage there."
     return f"The Hub answered {status}: {cause.server_message or cause}."

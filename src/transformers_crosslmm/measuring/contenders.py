@@ -1,7 +1,7 @@
-"""The models that `crosslmm bench` compares: how each is built and what it makes of a video.
+"""The models that `crosslmm bench` compares: their configs, prompts and inputs.
 
-At "full" size they have the dimensions of the published checkpoints, at "toy" size those of a CPU's patience. All get
-frames of 384 x 384 pixels.
+At "full" size they have the dimensions of the published checkpoints, at "toy" size dimensions that a CPU can run. All
+get frames of 384 x 384 pixels.
 """
 
 from typing import Any
@@ -33,9 +33,9 @@ TOY_IMAGE_TOKEN, TOY_VIDEO_TOKEN = 4094, 4095
 
 
 class Contender:
-    """A model to compare. model_name: what its weights are called; name: the same with its settings.
+    """A model to compare. model_name: name of the weights; name: the same with settings.
 
-    frames_at_once: frames that the encoder takes together. parts: the names of the modules that each part is.
+    frames_at_once: frames that the encoder processes together. parts: patterns of the module names of each part.
     """
 
     model_class: Any
@@ -49,29 +49,29 @@ class Contender:
     }
 
     def config(self, size: str) -> Any:
-        """Its config, at "full" or "toy" size."""
+        """The model's config at "full" or "toy" size."""
         raise NotImplementedError
 
     def prompt(self, config: Any, frames: int) -> list[int]:
-        """The tokens of a video."""
+        """Token ids of a video."""
         raise NotImplementedError
 
     def video(self, config: Any, frames: int, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Random pixels, as the model takes them."""
+        """Random pixels in the model's input format."""
         size = config.vision_config.image_size
         return {"pixel_values_videos": torch.rand(frames, 3, size, size, device=device, dtype=dtype)}
 
     def prepare(self, model: Any) -> None:
-        """Makes a model of these weights the one with these settings; called before it runs."""
+        """Applies the settings to a model, before each run: contenders may share its weights."""
 
 
 class CrossLMM(Contender):
-    """A preset. scope: `v2v_scope`. form: `cross_attention_cache`."""
+    """A preset of CrossLMM. scope: `v2v_scope`. form: `cross_attention_cache`."""
 
     model_class = CrossLMMForConditionalGeneration
     parts = {
         "V2V": r".*\.cross_attention\.v2v",
-        "T2V": r".*\.cross_attention",  # what V2V leaves of it: T2V, its K and V, and the norm before both
+        "T2V": r".*\.cross_attention",  # without V2V: T2V with its K and V, and the norm that both share
         **Contender.parts,
     }
 
@@ -101,7 +101,7 @@ class CrossLMM(Contender):
 
 
 class LlavaOneVision(Contender):
-    """26 blocks of the same SigLIP, pooled to 14 x 14 tokens per frame, and one token behind the video."""
+    """LLaVA-OneVision: 26 SigLIP blocks, 14 x 14 pooled tokens per frame, and one token after the video."""
 
     model_class = LlavaOnevisionForConditionalGeneration
 
@@ -131,10 +131,10 @@ class LlavaOneVision(Contender):
 
 
 class QwenVL(Contender):
-    """Two frames are one grid of patches, of which each 2 x 2 are a token.
+    """Qwen-VL: two frames form one grid of patches, and each 2 x 2 patches one token.
 
-    grid: patches along a side of a frame of 384 x 384 pixels, which Qwen2.5-VL makes 392 x 392 to divide it.
-    time_tokens: what Qwen3-VL's processor writes before each two frames to say when they were, about.
+    grid: patches along a side of a 384 x 384 frame, which Qwen2.5-VL resizes to 392 x 392.
+    time_tokens: approximate length of the time stamp that Qwen3-VL's processor writes before each two frames.
     """
 
     frames_at_once = 2
@@ -166,7 +166,7 @@ class QwenVL(Contender):
         grids = torch.tensor([[pairs, self.grid, self.grid]])
         if device.type != "meta":
             return inputs | {"video_grid_thw": grids.to(device)}
-        # The model reads the grid's numbers, and what it would make of them has to be on the device of the pixels.
+        # The model reads the grid's values, so it stays on the CPU; tensors derived from it must be given on `device`.
         inputs["position_ids"] = torch.empty(num_patches, 2, dtype=torch.long, device=device)
         if self.time_tokens:  # Qwen3-VL interpolates its table of positions
             inputs["interp_indices"] = torch.empty(num_patches, 4, dtype=torch.long, device=device)
@@ -175,8 +175,8 @@ class QwenVL(Contender):
 
 
 def contenders() -> list[Contender]:
-    """CrossLMM in its variants, each of which changes one thing, and the models that it is compared with."""
-    qwen2_7b = PRESETS["7B"]["text_config"] | {"num_hidden_layers": 28}
+    """All models to compare: variants of CrossLMM, each with one change, and other video models."""
+    qwen2_7b = PRESETS["7B"]["text_config"]
     qwen2_half = {
         "vocab_size": 152_000,
         "hidden_size": 896,

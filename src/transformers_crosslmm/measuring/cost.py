@@ -1,11 +1,11 @@
-"""What a video costs: CrossLMM beside video models of Transformers, counted at their real sizes and timed on a device.
+"""Counts and times the cost of a video, for CrossLMM and video models of Transformers.
 
-    crosslmm bench --output cost.json                 # counted everywhere; timed too where there is a GPU
-    crosslmm bench --size toy --output cost.json      # timed on a CPU, small models
+    crosslmm bench --output cost.json                 # counts, and on a GPU times
+    crosslmm bench --size toy --output cost.json      # counts, and times of small models on a CPU
 
-*Counted* are multiply-accumulates, by running the models on PyTorch's meta device, and bytes: they hold anywhere.
-*Timed* figures are of one run on one device, the models in turn: only their ratios mean something elsewhere. Weights
-are random: no time here depends on their values.
+Multiply-accumulates are counted by running the models on PyTorch's meta device, and bytes from their shapes: both hold
+on any machine. Times are of one run on one device, the models in turns: only their ratios carry over to other devices.
+Weights are random, because no time depends on their values.
 
 Shapes: T frames, N patches per frame, D vision width, s x s pooled tokens per frame, L language tokens, C language
         width, H query heads, G key/value heads, E head width.
@@ -51,19 +51,19 @@ from ..video_processing_crosslmm import CrossLMMVideoProcessor
 from .contenders import Contender, CrossLMM, QwenVL, contenders
 
 FRAMES = (32, 64, 128, 256)
-"""What the paper's Figure 4 has."""
+"""Numbers of frames in the paper's Figure 4."""
 LONG = (512, 1024, 3600)
-"""Counted for CrossLMM alone; the last is an hour at one frame per second."""
+"""Counted for CrossLMM only; the last is an hour at one frame per second."""
 TEXT_TOKENS = 64
-"""Of the first question. They stand behind the video."""
+"""Tokens of the first question, which follow the video."""
 QUESTION_TOKENS = 32
-"""Of the second."""
+"""Tokens of the second question."""
 NEW_TOKENS = 16
-"""Over which decoding is timed."""
+"""Tokens over which decoding is timed."""
 
 PAPER: dict[str, dict[str, Sequence[float]]] = {
-    # Figure 4 and Table 6, at `FRAMES`: multiply-accumulates in T (there "TFLOPs"), memory in MB and prefill in ms on
-    # an H800.
+    # Figure 4 and Table 6, at `FRAMES`, on an H800: multiply-accumulates in T (there "TFLOPs"), memory in MB, prefill
+    # in ms.
     "LLaVA-OneVision-7B": {
         "macs": (57, 113.56, 226.67, 316.88),
         "memory": (4858, 8640, 16206, 20208),
@@ -74,17 +74,17 @@ for _preset, _macs in {"2B": (10.93, 21.77, 43.46, 86.82), "7B": (13.17, 25.92, 
     _, _memory, _prefill = zip(*PAPER_COSTS[_preset], strict=True)
     PAPER[f"CrossLMM-{_preset}"] = {"macs": _macs, "memory": _memory, "prefill": _prefill}
 NOT_COUNTED_BY_THE_PAPER = ("self-attention scores", "V2V scores")
-"""Its figures grow linearly with the number of frames, and leave no room for what does not."""
+"""Parts that grow faster than linearly with the number of frames, which the paper's figures do not."""
 
 
 # --- the closed form ------------------------------------------------------------------------------------------------
 
 
 def multiply_accumulates(config: CrossLMMConfig, frames: int, *, text_tokens: int = TEXT_TOKENS) -> dict[str, int]:
-    """Multiply-accumulates of the matrix products of one prefill, part by part, as docs/cost.md derives them: a video
-    and then text, logits of the last position only.
+    """Multiply-accumulates of one prefill by part, in closed form (docs/cost.md): a video, then text, and the logits
+    of the last position.
 
-    Causal self-attention is counted in full, as kernels without a mask for it compute it.
+    Causal self-attention is counted in full, as a kernel without causal skipping computes it.
     """
     vision, text = config.vision_config, config.text_config
     num_patches, patch_values = config.patch_grid_size**2, vision.num_channels * vision.patch_size**2
@@ -122,7 +122,7 @@ def multiply_accumulates(config: CrossLMMConfig, frames: int, *, text_tokens: in
 
 
 def paper_macs(config: CrossLMMConfig, frames: int) -> int:
-    """The same, counted as the paper's own figures are."""
+    """Multiply-accumulates without the parts that the paper's figures leave out."""
     parts = multiply_accumulates(config, frames)
     return sum(macs for part, macs in parts.items() if part not in NOT_COUNTED_BY_THE_PAPER)
 
@@ -138,7 +138,7 @@ def _meta_model(contender: Contender, size: str) -> Any:
     if key not in _META_MODELS:
         with torch.device("meta"):
             model = contender.model_class(contender.config(size)).eval()
-        model.set_attn_implementation("eager")  # the counter knows matrix products; not every fused kernel
+        model.set_attn_implementation("eager")  # the counter does not know every fused kernel
         _META_MODELS[key] = model
     return _META_MODELS[key]
 
@@ -149,18 +149,18 @@ def _costs(preset: str, size: str) -> CheckpointCosts:
 
 
 def _counted(function: Callable[[], Any]) -> tuple[int, Any]:
-    # With gradients on, attention is one product and not many pieces merged: the same counts, in fewer steps.
+    # With gradients on, attention is one product instead of many chunks: the same counts in less time.
     with FlopCounterMode(display=False) as counter, torch.enable_grad():
         result = function()
     return counter.get_total_flops() // 2, result
 
 
 def count(contender: Contender, frames: int, *, size: str = "full") -> dict[str, Any]:
-    """Counts a prefill and what it leaves in memory, in bfloat16, without computing anything.
+    """Counts a prefill on the meta device, and the bytes of weights and cache in bfloat16.
 
-    CrossLMM's forward runs as it is. The others look at values on the way, which a tensor without values does not
-    have: their encoder, language model and head run one after the other; the encoder on as many frames as it takes at
-    once, since no frame sees another there.
+    CrossLMM's forward runs whole. The other models read tensor values, which meta tensors lack, so their encoder,
+    language model and head run separately. Their encoder runs on `frames_at_once` frames, which do not attend to
+    others.
     """
     model = _meta_model(contender, size)
     config, meta = model.config, torch.device("meta")
@@ -199,7 +199,7 @@ def count(contender: Contender, frames: int, *, size: str = "full") -> dict[str,
 
 
 class Clock:
-    """Seconds of a device; on a CPU those of the process, which other work on the machine disturbs least."""
+    """Measures seconds: a GPU's time, or on a CPU the process's CPU time, which other load disturbs least."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -208,7 +208,7 @@ class Clock:
         if self.device.type != "cuda":
             return time.process_time()
         event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))  # of this GPU, which need not be the current one
+        event.record(torch.cuda.current_stream(self.device))  # `self.device` need not be the current device
         return event
 
     def between(self, start: Any, end: Any) -> float:
@@ -224,9 +224,9 @@ class Clock:
 
 
 class PartTimer:
-    """Charges every moment of what runs inside `with` to the innermost part that is running, or to "rest".
+    """Divides the time inside `with` among parts: it counts for the innermost running part, or for "rest".
 
-    patterns: per part, the names of the modules that are it.
+    patterns: per part, the pattern of its modules' names.
     """
 
     def __init__(self, model: torch.nn.Module, patterns: dict[str, str], clock: Clock) -> None:
@@ -268,14 +268,14 @@ class PartTimer:
 
 
 def build(contender: Contender, size: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model with random weights."""
+    """Builds a model with random weights."""
     torch.manual_seed(0)
     with torch.device(device):
         return contender.model_class._from_config(contender.config(size), dtype=dtype).eval()
 
 
 class Runner:
-    """A model, and one video at a time that it is asked about."""
+    """Runs a model on one video at a time."""
 
     def __init__(self, contender: Contender, model: Any) -> None:
         self.contender, self.model, self.clock = contender, model, Clock(model.device)
@@ -283,6 +283,7 @@ class Runner:
         self.cache: Any = None
 
     def show(self, frames: int) -> None:
+        """Makes the inputs of a random video and the first question."""
         config, device = self.model.config, self.model.device
         ids = torch.tensor([self.contender.prompt(config, frames) + [1] * TEXT_TOKENS], device=device)
         video = self.contender.video(config, frames, device, self.model.dtype)
@@ -295,12 +296,12 @@ class Runner:
         self.cache = self.model(**self.inputs, use_cache=True, logits_to_keep=1).past_key_values
 
     def answer(self, new_tokens: int) -> None:
-        """The first question, from pixels."""
+        """Answers the first question from pixels."""
         self.contender.prepare(self.model)
         self._generate(self.inputs, new_tokens)
 
     def answer_another(self, new_tokens: int) -> None:
-        """A second question, in a fork of what the prefill left."""
+        """Answers a second question in a copy of the prefill's cache."""
         self.contender.prepare(self.model)
         ids = torch.nn.functional.pad(self.inputs["input_ids"], (0, QUESTION_TOKENS), value=1)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -312,8 +313,8 @@ class Runner:
 
     @torch.no_grad()
     def times(self) -> dict[str, float]:
-        """Seconds: of a prefill; to the first token of a first and of a second question, by `generate`; per token of
-        an answer; and of the prefill's parts."""
+        """Seconds of a prefill, of `generate` to the first token of a first and a second question, per decoded token,
+        and of the prefill's parts."""
         seconds = {"prefill": self.clock.seconds(self.prefill)}
         seconds["first_token"] = self.clock.seconds(partial(self.answer, 1))
         seconds["second_question"] = self.clock.seconds(partial(self.answer_another, 1))
@@ -326,15 +327,15 @@ class Runner:
 
     @torch.no_grad()
     def peak_bytes(self) -> int:
-        """Most memory that an answer of `NEW_TOKENS` takes beyond weights and pixels: of a GPU's allocator, or what
-        the process has resident (Linux)."""
+        """Peak memory of an answer of `NEW_TOKENS`, without weights and pixels: of the GPU's allocator, or the
+        process's resident memory (Linux)."""
         device = self.model.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
             self.answer(NEW_TOKENS)
             return torch.cuda.max_memory_allocated(device) - before
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _resident_bytes("VmRSS")
         self.answer(NEW_TOKENS)
         return _resident_bytes("VmHWM") - before
@@ -345,7 +346,7 @@ def _resident_bytes(field: str) -> int:
 
 
 def _peaks(name: str, frames: Sequence[int], size: str, device: str) -> list[int]:
-    """`peak_bytes` for each number of frames."""
+    """`Runner.peak_bytes` for each number of frames."""
     [contender] = [contender for contender in contenders() if contender.name == name]
     runner = Runner(contender, build(contender, size, torch.device(device), _dtype(torch.device(device))))
     runner.show(2)
@@ -370,8 +371,8 @@ def time_models(
     repeats: int,
     on_step: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """A row per model and number of frames: medians of `repeats` rounds, in each of which all models run in turn. The
-    row of one for which memory is too small says so."""
+    """Times all models in turns; returns a row per model and number of frames, with medians of `repeats` rounds. Rows
+    of models that ran out of memory have the error."""
     models = {}
     for contender in chosen:
         if contender.model_name not in models:
@@ -404,8 +405,7 @@ def time_models(
 
 
 def unless_too_large(measure: Callable[..., dict[str, Any]], contender: Any, *args: Any, **kwargs: Any) -> dict:
-    """What `measure` finds of a contender or, when memory is too small for that, these words: what a run has found
-    before would be lost with the error."""
+    """The result of `measure`, or a row with the error if memory is too small, so that earlier results are kept."""
     _free_memory()
     try:
         return measure(contender, *args, **kwargs)
@@ -421,7 +421,7 @@ def measure_memory(
     device: torch.device,
     on_step: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Peaks of each model, alone in a process of its own, and what a frame adds to them."""
+    """Peak memory of each model, in a process of its own, and the bytes that each frame adds."""
 
     def measured(contender: Contender) -> dict[str, Any]:
         on_step(f"{contender.name}, memory")
@@ -435,14 +435,14 @@ def measure_memory(
 
 
 def _free_memory() -> None:
-    """What models of before held on a GPU, for another process or a larger one."""
+    """Releases the GPU memory of deleted models, for other processes and larger models."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
 def matrix_rate(device: torch.device) -> float:
-    """Floating-point operations per second of a large matrix product, the most that a model can hope for."""
-    # On a GPU a quarter of a second of them, of which the later half counts: its clock takes time to rise.
+    """Floating-point operations per second of a large matrix product, an upper bound for a model."""
+    # On a GPU about a quarter of a second; only the second half counts, because the clock rises slowly.
     side, times = (8192, 200) if device.type == "cuda" else (1024, 8)
     one, other = torch.randn(2, side, side, device=device, dtype=_dtype(device))
     clock = Clock(device)
@@ -451,7 +451,7 @@ def matrix_rate(device: torch.device) -> float:
 
 
 def time_file(frames: int, folder: Path) -> dict[str, float]:
-    """CPU seconds of what stands before a prefill: frames out of a file, and pixels out of frames."""
+    """CPU seconds to decode frames from a file, and to process them to pixels."""
     path = write_clip(folder / "clip.mp4", frames)
     clock, processor = Clock(torch.device("cpu")), CrossLMMVideoProcessor()
     start = clock.now()
@@ -462,7 +462,7 @@ def time_file(frames: int, folder: Path) -> dict[str, float]:
 
 
 def write_clip(path: Path, seconds: int) -> Path:
-    """A moving picture of 640 x 360 at 4 frames per second."""
+    """Writes a video of a moving picture, 640 x 360 at 4 frames per second."""
     picture = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8).repeat(32, 0).repeat(32, 1)
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", rate=4, options={"preset": "veryfast"})
@@ -476,7 +476,7 @@ def write_clip(path: Path, seconds: int) -> Path:
 
 @torch.no_grad()
 def time_long_video(contender: Contender, frames: int, *, size: str, device: torch.device) -> dict[str, Any]:
-    """From pixels to the end of an answer of 64 tokens, once, after a short one has warmed up."""
+    """Seconds from pixels to the end of an answer of 64 tokens; one run after a short warm-up."""
     runner = Runner(contender, build(contender, size, device, _dtype(device)))
     runner.show(2)
     runner.answer(2)
@@ -487,7 +487,8 @@ def time_long_video(contender: Contender, frames: int, *, size: str, device: tor
 def time_training_step(
     contender: CrossLMM, frames: int, *, size: str, device: torch.device, rate: float
 ) -> dict[str, Any]:
-    """A step of stage 2 with one sample: everything learns, bfloat16 on float32 weights, activations made twice."""
+    """Times a training step of stage 2 with one sample: all parameters learn, bfloat16 on float32 weights, activations
+    recomputed."""
     model = build(contender, size, device, torch.float32).train()
     getattr(model, f"{CHECKPOINTING}_enable")()
     groups = parameter_groups(model, learning_rate=1e-5, gate_learning_rate=1e-3, vision_learning_rate=2e-6)
@@ -506,7 +507,7 @@ def time_training_step(
 
     seconds = statistics.median([runner.clock.seconds(step) for _ in range(4)][1:])
     parts = multiply_accumulates(model.config, frames) | {"folding": 0}
-    macs = 3 * (sum(parts.values()) + (labels.shape[1] - 1) * parts["head"])  # forward, and twice that backward
+    macs = 3 * (sum(parts.values()) + (labels.shape[1] - 1) * parts["head"])  # backward takes twice the forward
     return {
         "model": contender.name,
         "frames": frames,
@@ -536,7 +537,7 @@ print(json.dumps({"import": imported - start, "load": loaded - imported, "first_
 
 
 def time_cold_start(contender: CrossLMM, folder: Path, *, size: str, device: torch.device) -> dict[str, Any]:
-    """Saves the model in shards, with a processor; then, each in a process of its own, wall seconds of
+    """Saves the model in shards with a processor, then measures wall seconds, each in a new process, of
     `AutoModel.from_pretrained(…, device_map=…)` and of `pipeline("video-text-to-text")` up to a first answer."""
     tokenizer = load_processor(TINY_CHECKPOINT).tokenizer
     config = contender.config(size)
@@ -567,7 +568,7 @@ def time_cold_start(contender: CrossLMM, folder: Path, *, size: str, device: tor
 
 
 def choose(names: Sequence[str]) -> list[Contender]:
-    """The contenders of these names, or of these models with all settings. Raises ValueError for an unknown one."""
+    """The contenders with these names or model names; all for none. Raises ValueError for an unknown name."""
     every = contenders()
     known = list(dict.fromkeys(name for each in every for name in (each.model_name, each.name)))
     if unknown := [name for name in names if name not in known]:
@@ -578,7 +579,7 @@ def choose(names: Sequence[str]) -> list[Contender]:
 
 
 def about(device: torch.device) -> dict[str, Any]:
-    """Where and with what a run was made."""
+    """The command, commit, device and versions of a run."""
     here = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
@@ -603,10 +604,10 @@ def run(
     on_step: Callable[[str], None] = lambda step: None,
     on_results: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
-    """Everything: counts, and times at toy size or on a GPU.
+    """Runs the whole benchmark: counts, and at toy size or on a GPU times and memory.
 
-    names: of models, all when there are none. frames: `FRAMES`, and for CrossLMM `LONG`, when there are none.
-    on_results: called with all that has been found so far, part after part: a run on a GPU takes a while.
+    names: of models; all by default. frames: by default `FRAMES`, for CrossLMM also `LONG`.
+    on_results: called with all results so far after each part, because a run on a GPU takes long.
     """
     chosen, place = choose(names), torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     ours = [contender for contender in chosen if isinstance(contender, CrossLMM)]
@@ -652,7 +653,7 @@ def run(
 
 
 def table(results: dict[str, Any]) -> list[list[str]]:
-    """Rows of what was found, a heading first: counted for each model and number of frames, and timed if it was."""
+    """The results as rows of a table with a heading: counts, and times if there are any."""
     timed = {(row["model"], row["frames"]): row.get("seconds") for row in results.get("timed", ())}
     whats = ("prefill", "second_question", "decode_step") if timed else ()
     rows = [["", "frames", "video tokens", "T multiply-accumulates", "MB kept", *(f"{what}, s" for what in whats)]]

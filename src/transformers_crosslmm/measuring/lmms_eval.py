@@ -1,12 +1,11 @@
-"""CrossLMM for lmms-eval, which finds it by the entry point `lmms_eval.models` once both are installed.
+"""CrossLMM as a model of lmms-eval, registered by the entry point `lmms_eval.models`.
 
 lmms_eval --model crosslmm --model_args pretrained=YOU/NAME,num_frames=128 --tasks videomme --batch_size 1
 """
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from itertools import islice
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -27,24 +26,24 @@ try:
 except ImportError as error:
     raise ImportError(
         f"`lmms_eval --model crosslmm` needs packages that are missing ({error}): "
-        '`pip install "transformers_crosslmm[eval]"`, in an environment of its own because lmms-eval needs av < 16.'
+        '`pip install -e ".[eval]"` in your clone, in an environment of its own because lmms-eval needs av < 16.'
     ) from error
 
 logger = logging.get_logger(__name__)
 
 DEFAULT_NEW_TOKENS = 256
-"""Longest answer where a task does not say."""
+"""Longest answer, if a task sets none."""
 
 GENERATION_NAMES = frozenset(GenerationConfig().to_dict()) - {"transformers_version"}
 
 
 def manifest() -> ModelManifest:
-    """What the entry point gives lmms-eval."""
+    """The model's manifest, which the entry point returns to lmms-eval."""
     return ModelManifest(model_id="crosslmm", chat_class_path=f"{__name__}.CrossLMM")
 
 
 class EncodedVideo(NamedTuple):
-    """A video as the model keeps it, and where its frames come from."""
+    """An encoded video with its frames' metadata."""
 
     media: CrossLMMEncodedMedia
     num_frames: int
@@ -55,14 +54,14 @@ class CrossLMM(lmms):
     """`--model crosslmm`, with `--model_args`:
 
     pretrained: folder or name of a checkpoint.
-    num_frames, or fps and max_frames: which frames of a video are looked at; the checkpoint's own rule otherwise.
+    num_frames, or fps and max_frames: the frame sampling; by default the checkpoint's own.
     attn_implementation: as in `from_pretrained`.
-    system_prompt: words, or a file of them, that begin every chat.
+    system_prompt: text, or a file with it, that begins every chat.
 
-    Tasks come as chats with videos (whole, or from one second to another), images and text in any order and number.
-    A video that several questions in a row are about is encoded once. Generation options of a task that `generate`
-    knows are passed on; temperature 0 is greedy, and an answer ends before the first of `until`.
-    A file that cannot be read ends the evaluation: an empty answer would count as a wrong one.
+    Tasks are chats with videos (whole or a time range), images and text in any order and number. A video of several
+    consecutive questions is encoded once. A task's generation options that `generate` knows are passed on;
+    temperature 0 is greedy, and an answer ends before the first of `until`.
+    A file that cannot be read ends the evaluation, because an empty answer would count as wrong.
     """
 
     is_simple = False
@@ -89,7 +88,7 @@ class CrossLMM(lmms):
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self._world_size > 1 and torch.cuda.is_available():
             device = f"cuda:{os.environ['LOCAL_RANK']}"
-        elif device == "cuda" and not torch.cuda.is_available():  # what lmms-eval says when nobody chose
+        elif device == "cuda" and not torch.cuda.is_available():  # lmms-eval's default
             device = None
         self.processor = load_processor(pretrained)
         self.model = load_model(pretrained, device=device)
@@ -108,14 +107,15 @@ class CrossLMM(lmms):
         return self.model.device
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """The answers, in the order of the requests, of which those with the same generation options are batched."""
+        """Answers all requests, in order; those with equal generation options are batched."""
         by_options: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             by_options.setdefault(json.dumps(request.args[2], sort_keys=True, default=str), []).append(index)
         answers: dict[int, GenerationResult] = {}
         with tqdm(total=len(requests), desc="CrossLMM answers", disable=self.rank != 0) as progress:
             for indices in by_options.values():
-                for batch in _batches(indices, self.batch_size):
+                for start in range(0, len(indices), self.batch_size):
+                    batch = indices[start : start + self.batch_size]
                     asked = [requests[index] for index in batch]
                     for index, request, answer in zip(batch, asked, self._answer(asked), strict=True):
                         answers[index] = answer
@@ -126,13 +126,13 @@ class CrossLMM(lmms):
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise NotImplementedError(
-            "lmms-eval asks chat models, of which CrossLMM is one, to generate only. Take the task's generating "
+            "CrossLMM is a chat model, which lmms-eval does not score by likelihood. Use the task's generating "
             "variant: perceptiontest_val_mc, not perceptiontest_val_mcppl."
         )
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise NotImplementedError(
-            "Tasks of several rounds are not supported: none of the video benchmarks of the paper is one."
+            "Tasks of several rounds are not supported; none of the paper's video benchmarks needs them."
         )
 
     @torch.no_grad()
@@ -158,7 +158,7 @@ class CrossLMM(lmms):
         return results
 
     def _chat(self, request: Instance) -> list[dict[str, Any]]:
-        """The request's messages, checked by lmms-eval, as the processor takes them; videos with their bounds."""
+        """A request's messages, validated by lmms-eval, in the processor's format; videos with their time range."""
         _, doc_to_messages, _, doc_id, task, split = request.args
         messages = doc_to_messages(self.task_dict[task][split][doc_id])
         if self.system_prompt:
@@ -172,7 +172,7 @@ class CrossLMM(lmms):
         ]
 
     def _inputs(self, chats: list[list[dict[str, Any]]]) -> dict[str, Any]:
-        """What `generate` takes for a batch of chats: texts padded on the left, videos encoded, images as pixels."""
+        """Inputs of `generate` for a batch of chats: left-padded texts, encoded videos, images as pixels."""
         parts = [part for chat in chats for message in chat for part in message["content"]]
         videos = [self._encoded(part) for part in parts if part["type"] == "video"]
         images = [load_image(part["image"]) for part in parts if part["type"] == "image"]
@@ -197,7 +197,7 @@ class CrossLMM(lmms):
         return inputs
 
     def _encoded(self, part: Mapping[str, Any]) -> EncodedVideo:
-        """The video of a part of a message, the one of the last batch again where it is the same."""
+        """The encoded video of a message part, reused from the last batch if it is the same."""
         key = _key(part)
         if key in self._videos:
             return self._videos[key]
@@ -206,7 +206,7 @@ class CrossLMM(lmms):
             stream = read_video(self.processor, part["video"], **self.sampling, **bounds)
             media = encode_video(self.model, stream)
         except (ValueError, OSError) as error:
-            raise ValueError(f"The video {key} cannot be answered about. {error}") from error
+            raise ValueError(f"The video {key} cannot be read. {error}") from error
         video = EncodedVideo(media, stream.num_frames, stream.metadata)
         if isinstance(part["video"], str):
             self._videos[key] = video
@@ -214,7 +214,7 @@ class CrossLMM(lmms):
 
 
 def _part(part: Any, *, where: str) -> dict[str, Any]:
-    """A part of a message of lmms-eval as the processor takes it, a video with its bounds."""
+    """Converts a message part of lmms-eval to the processor's format; videos with their time range."""
     if part.type == "text":
         return {"type": "text", "text": part.text}
     if part.type == "image":
@@ -225,7 +225,7 @@ def _part(part: Any, *, where: str) -> dict[str, Any]:
             start, end = source.get("video_start", start), source.get("video_end", end)
             source = next(source[name] for name in ("path", "url", "video") if source.get(name) is not None)
         return {"type": "video", "video": source, "start_seconds": start, "end_seconds": end}
-    raise ValueError(f"CrossLMM sees and reads; {where} has a part of type {part.type!r}. Leave the task out.")
+    raise ValueError(f"CrossLMM accepts text, images and video; {where} has {part.type!r}. Leave the task out.")
 
 
 def _key(part: Mapping[str, Any]) -> str:
@@ -235,7 +235,7 @@ def _key(part: Mapping[str, Any]) -> str:
 
 
 def _shared(videos: list[EncodedVideo]) -> CrossLMMEncodedMedia:
-    """The videos of a batch in the order of their placeholders; one that stands in several rows is there once."""
+    """The videos of a batch in the order of their placeholders; a video in several rows is stored once."""
     distinct = {id(video.media): video.media for video in videos}
     numbers = {key: number for number, key in enumerate(distinct)}
     return CrossLMMEncodedMedia(
@@ -246,22 +246,16 @@ def _shared(videos: list[EncodedVideo]) -> CrossLMMEncodedMedia:
 
 
 def _generation_options(task_options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """What a task says about generation as `generate` takes it, and the strings before which an answer ends."""
+    """Converts a task's options to options of `generate`, and the strings before which an answer ends."""
     given = {name: value for name, value in task_options.items() if value is not None}
     until = given.pop("until", [])
     until = [end for end in ([until] if isinstance(until, str) else until) if end]
     new_tokens = given.pop("max_gen_toks", DEFAULT_NEW_TOKENS)
     unknown = sorted(set(given) - GENERATION_NAMES)
     if unknown:
-        logger.warning_once(f"`generate` knows nothing of {', '.join(unknown)}, which a task asks for; left out.")
+        logger.warning_once(f"`generate` does not know a task's options {', '.join(unknown)}; they are left out.")
     options = {"max_new_tokens": new_tokens} | {name: given[name] for name in given if name in GENERATION_NAMES}
     options["do_sample"] = options.get("temperature") != 0 and options.get("do_sample", "temperature" in options)
     if not options["do_sample"]:
         options |= {"temperature": None, "top_p": None, "top_k": None}
     return options, until
-
-
-def _batches(items: list[int], size: int) -> Iterator[list[int]]:
-    rest = iter(items)
-    while batch := list(islice(rest, size)):
-        yield batch

@@ -1,13 +1,12 @@
-r"""How many questions about video files a checkpoint answers rightly, by kind, with and without its cross-attention.
+r"""Accuracy of a checkpoint on questions about video files, by kind, with and without its cross-attention.
 
     python -m transformers_crosslmm.tiny.procedural_videos --split heldout --seed 1000 --num_videos 300 \
         --output_dir runs/heldout
     python -m transformers_crosslmm.measuring.quality --videos runs/heldout \
         --output_file benchmarks/tiny_checkpoint.json
 
-Every question is a chat of its own: the file is decoded by the package, `num_frames` frames are sampled, or those at
-the record's `times`, and `generate` writes the answer greedily. An answer is right when it is the true one to the
-letter.
+Every question is a separate chat: `num_frames` frames of the file are sampled, or those at the record's `times`, and
+`generate` answers greedily. An answer is right if it equals the true one exactly.
 """
 
 import argparse
@@ -50,14 +49,14 @@ class VideoQuestion:
 
 
 def read_questions(folder: Path) -> list[VideoQuestion]:
-    """`questions.jsonl` of a folder that `procedural_videos` wrote."""
+    """Reads `questions.jsonl` of a folder written by `procedural_videos`."""
     lines = (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
     return [VideoQuestion(**record | {"video": folder / record["video"]}) for record in map(json.loads, lines)]
 
 
 @contextmanager
 def closed_gates(model: CrossLMMForConditionalGeneration) -> Iterator[None]:
-    """The model with T2V and V2V off: every gate is 0 inside the block."""
+    """Sets all gates of T2V and V2V to 0 within the block."""
     gates = [parameter for name, parameter in model.named_parameters() if name.endswith("2v.gate.weight")]
     values = [gate.detach().clone() for gate in gates]
     with torch.no_grad():
@@ -91,16 +90,36 @@ def move_timestamps(inputs: Mapping[str, Any], processor: CrossLMMProcessor) -> 
     return {**inputs, "input_ids": input_ids}
 
 
+def batches_of(
+    processor: CrossLMMProcessor, questions: Sequence[VideoQuestion], *, num_frames: int
+) -> Iterator[tuple[list[VideoQuestion], Any]]:
+    """Yields the consecutive questions about each video, with inputs of `generate` for them."""
+    for video, group in groupby(questions, key=lambda question: question.video):
+        asked = list(group)
+        media = {"type": "video", "path": str(video)}
+        chats = [
+            [{"role": "user", "content": [media, {"type": "text", "text": question.question}]}] for question in asked
+        ]
+        sampling = {"num_frames": num_frames} if asked[0].times is None else {"times": asked[0].times}
+        options = {**sampling, "padding": True, "padding_side": "left", "return_tensors": "pt"}
+        yield (
+            asked,
+            processor.apply_chat_template(
+                chats, add_generation_prompt=True, tokenize=True, return_dict=True, processor_kwargs=options
+            ),
+        )
+
+
 @torch.no_grad()
 def answer_questions(model: Any, inputs: Mapping[str, torch.Tensor], processor: CrossLMMProcessor) -> list[str]:
-    """What `generate` writes for each row of `inputs`, greedily, stripped."""
+    """The greedy answer to each row of `inputs`, stripped."""
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
 
 
 def interval(right: int, asked: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of the share right / asked."""
+    """Wilson's 95 % confidence interval of right / asked."""
     if not asked:
         return 0.0, 1.0
     z, share = 1.959964, right / asked
@@ -126,40 +145,18 @@ def evaluate(
     *,
     num_frames: int = 8,
 ) -> dict[str, Any]:
-    """Scores by kind of the model as it is ("as_trained"), if it has gates, with them at 0 ("gates_0"), and if the
-    processor writes the frames' times, with these moved by half of the frames ("timestamps_moved").
+    """Scores a model by kind of question, as it is ("as_trained"), if it has gates, with gates of 0 ("gates_0"), and
+    if the processor writes the times of frames, with these moved by half of the frames ("timestamps_moved").
 
-    "chance" is a guess among a kind's evenly drawn answers, "always_the_same" the most frequent answer each time. The
-    questions about one video are a batch; they stand next to each other.
+    "chance" is the accuracy of a uniform guess among a kind's answers, "always_the_same" that of the most frequent
+    answer. Questions about one video must be consecutive; they are a batch.
     """
     has_gates = any(name.endswith("2v.gate.weight") for name, _ in model.named_parameters())
     marks: dict[str, dict[str, list[bool]]] = {}
     truths: dict[str, Counter[str]] = {}
     for question in questions:
         truths.setdefault(question.kind, Counter())[question.answer] += 1
-    for video, group in groupby(questions, key=lambda question: question.video):
-        asked = list(group)
-        chats = [
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "video", "path": str(video)}, {"type": "text", "text": question.question}],
-                }
-            ]
-            for question in asked
-        ]
-        inputs = processor.apply_chat_template(
-            chats,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            processor_kwargs={
-                **({"num_frames": num_frames} if asked[0].times is None else {"times": asked[0].times}),
-                "padding": True,
-                "padding_side": "left",
-                "return_tensors": "pt",
-            },
-        )
+    for asked, inputs in batches_of(processor, questions, num_frames=num_frames):
         answers = {"as_trained": answer_questions(model, inputs, processor)}
         if has_gates:
             with closed_gates(model):

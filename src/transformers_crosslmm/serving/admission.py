@@ -1,4 +1,4 @@
-"""Which requests `crosslmm serve` lets in, how much they may take, and when their work ends."""
+"""Admission control of `crosslmm serve`: which requests are accepted, their limits, and when their work ends."""
 
 import asyncio
 import ipaddress
@@ -25,27 +25,28 @@ logger = logging.get_logger(__name__)
 T = TypeVar("T")
 
 MAX_ARRIVING = 256
-"""Requests whose bodies may be on their way at once; together they may be as large as `ARRIVING_BODIES` whole ones."""
+"""Most requests whose bodies may be arriving at once."""
 ARRIVING_BODIES = 4
+"""Most memory of all arriving bodies, in bodies of the largest size."""
 STOP_SECONDS = 8.0
-"""What the requests at work may still take when the server is told to stop."""
+"""Time that running requests get to finish when the server stops."""
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What is served, and how much at once.
+    """Settings of a server: the checkpoint and the limits.
 
     checkpoint: a folder or a name on the Hub. device: as for `load_model`.
-    allowed_folders: where videos may be that requests name by path; none by default.
+    allowed_folders: folders whose videos requests may name by path; none by default.
     allow_private_urls: fetch from this machine and private networks as well.
-    max_running: requests whose videos may be in memory at once; they are decoded side by side and answered one after
-        the other. max_waiting: requests that may wait for that; the next one is told to come back.
-    max_frames: of all videos of a request; the checkpoint's own limit for one when not given.
+    max_running: requests whose videos may be in memory at once; their videos are decoded in parallel, their answers
+        generated one by one. max_waiting: requests that may wait for a place; further ones get a 429.
+    max_frames: of all videos of a request together; None for the checkpoint's limit of one video.
     max_new_tokens: of one answer.
-    max_body_bytes: of one request, with the videos it carries itself. max_video_bytes: of one video.
-    body_seconds, decode_seconds, request_seconds: for a request to arrive, a video to be decoded, all together.
+    max_body_bytes: of one request, with the videos in it. max_video_bytes: of one video.
+    body_seconds: for a request to arrive. decode_seconds: to decode a video. request_seconds: for the whole request.
     decoder_bytes: memory of the process that decodes one video.
-    cache_bytes, cache_entries: what is remembered of videos.
+    cache_bytes, cache_entries: limits of the cache of encoded and prefilled videos.
     """
 
     checkpoint: str
@@ -69,7 +70,7 @@ class ServerSettings:
 
     @property
     def model_name(self) -> str:
-        """What clients call the model: the folder's name, or the whole name on the Hub."""
+        """The model's name in requests: the folder's name, or the whole name on the Hub."""
         return Path(self.checkpoint).resolve().name if os.path.isdir(self.checkpoint) else self.checkpoint
 
     @property
@@ -82,10 +83,13 @@ class ServerSettings:
 
 
 class RefusedError(Exception):
-    """A request that gets an error for an answer, in OpenAI's form. code: OpenAI's word for it, or ours."""
+    """An error to answer a request with, in OpenAI's format. code: OpenAI's error code, or our own.
+
+    retry_after: seconds.
+    """
 
     def __init__(self, status: int, message: str, *, code: str | None = None, retry_after: int | None = None) -> None:
-        super().__init__(message.encode(errors="replace").decode())  # it may quote what is no Unicode
+        super().__init__(message.encode(errors="replace").decode())  # a quoted value may have lone surrogates
         self.status, self.code, self.retry_after = status, code, retry_after
 
     @property
@@ -101,11 +105,11 @@ class RefusedError(Exception):
 
 
 class GoneError(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has disconnected."""
 
 
 def explained(error: BaseException, settings: ServerSettings) -> RefusedError:
-    """Any error as one for the client; what is not the client's doing goes to the log and not out."""
+    """Converts any error to one for the client. Details of internal errors are logged and not sent."""
     if isinstance(error, RefusedError):
         return error
     if isinstance(error, TimeoutError):
@@ -129,7 +133,7 @@ def too_late(settings: ServerSettings) -> RefusedError:
 
 def busy(lacking: str) -> RefusedError:
     return RefusedError(
-        503, f"The server has no {lacking} left at the moment. Come back later.", code="overloaded", retry_after=5
+        503, f"The server has no {lacking} left at the moment. Retry later.", code="overloaded", retry_after=5
     )
 
 
@@ -138,7 +142,7 @@ def stopping() -> RefusedError:
 
 
 def check_host(request: Request, settings: ServerSettings) -> None:
-    """A page in a browser of this machine must not reach the server under a name of its own (DNS rebinding)."""
+    """Refuses a foreign `Host` on a loopback server, so that web pages cannot reach it by DNS rebinding."""
     if settings.is_loopback:
         host = request.headers.get("host", "")
         named = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:@/\[\]]+)(:\d*)?", host)
@@ -147,10 +151,10 @@ def check_host(request: Request, settings: ServerSettings) -> None:
 
 
 class Visit:
-    """One request, from the moment it has arrived until nothing works for it any more, which may be after its client
-    has gone.
+    """One request, from its arrival until all work for it has ended, which may be after its client has disconnected.
 
-    gone: set when nobody waits for the answer. task: what serves it; cancelled when the client or the server leaves.
+    gone: set when the client has its answer or has disconnected. task: serves the request; cancelled when the client
+    disconnects or the server stops.
     """
 
     def __init__(self, places: "Places", request: Request) -> None:
@@ -161,7 +165,7 @@ class Visit:
         self.is_running = False
         self.task: Any = asyncio.current_task()
         self._watcher = asyncio.ensure_future(self._watch(request))
-        self._holders, self._has_left = 1, False
+        self._holders: set[Any] = {self.task}
 
     async def _watch(self, request: Request) -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -170,20 +174,20 @@ class Visit:
         self.task.cancel()
 
     async def begin(self) -> None:
-        """Waits for its turn."""
+        """Waits until the request may run."""
         await self.places.turns.acquire()
         self.is_running = True
 
     def start(self, work: Callable[..., T], *arguments: Any, on: Any = None) -> "asyncio.Future[T]":
-        """`work` on a thread, of the executor `on`. It holds the place until it ends, even if the request does not
-        wait for it; whoever waits must shield it."""
+        """Starts `work` on a thread of the executor `on`. The work holds the request's place until it ends, even if
+        the request does not wait for it. To await the future, shield it."""
 
         def end(future: asyncio.Future) -> None:
-            future.exception()  # a request that left early does not ask for it
-            self._leave()
+            future.exception()  # marks it as retrieved, for requests that ended early
+            self._leave(future)
 
-        self._holders += 1
         future = asyncio.get_running_loop().run_in_executor(on, work, *arguments)
+        self._holders.add(future)
         future.add_done_callback(end)
         return future
 
@@ -191,26 +195,24 @@ class Visit:
         return await asyncio.shield(self.start(work, *arguments))
 
     def check(self) -> None:
-        """Raises when the answer is not wanted any more, or not in time. On any thread."""
+        """Raises GoneError if the client has disconnected, RefusedError after the deadline. On any thread."""
         if self.gone.is_set():
             raise GoneError
         if time.monotonic() > self.deadline:
             raise too_late(self.places.settings)
 
     def leave_place(self) -> None:
-        """The place is held by the work that goes on, and no more by the client."""
-        if not self._has_left:
-            self._has_left = True
-            self._leave()
+        """Frees the place as soon as the work on threads ends, while the client may still read."""
+        self._leave(self.task)
 
     def close(self) -> None:
-        """The client has its answer or has gone."""
+        """Ends the request: the client has its answer or has disconnected."""
         self.gone.set()
         self._watcher.cancel()
         self.leave_place()
 
-    def _leave(self) -> None:
-        self._holders -= 1
+    def _leave(self, holder: Any) -> None:
+        self._holders.discard(holder)
         if self._holders:
             return
         self.places.visits.discard(self)
@@ -221,8 +223,8 @@ class Visit:
 
 
 class Places:
-    """How many requests there may be at once: `max_running` with videos in memory, `max_waiting` in the queue, and
-    apart from those the ones whose bodies are on their way."""
+    """Limits the requests at once: `max_running` with videos in memory, `max_waiting` in the queue, and separately
+    those whose bodies are arriving."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
@@ -248,15 +250,15 @@ class Places:
         if len(self.visits) >= self.room:
             raise RefusedError(
                 429,
-                f"The server has {len(self.visits)} requests already, and room for {self.room}. Come back later.",
+                f"The server has {len(self.visits)} requests already, and room for {self.room}. Retry later.",
                 code="rate_limit_exceeded",
                 retry_after=min(60, max(1, ceil(self.mean_seconds))),
             )
 
     @asynccontextmanager
     async def visit(self, request: Request) -> AsyncIterator[Visit]:
-        """A place for a request that has arrived. Raises RefusedError when all are taken, and ends with GoneError when
-        the client leaves."""
+        """A place for a request that has arrived. Raises RefusedError when all places are taken, and GoneError when
+        the client disconnects."""
         self.check_room()
         visit = Visit(self, request)
         self.visits.add(visit)
@@ -269,8 +271,9 @@ class Places:
         finally:
             visit.close()
 
-    async def body(self, request: Request) -> bytes:
-        """A body of bounded size, in bounded time. Raises RefusedError, and GoneError when the client leaves."""
+    async def body(self, request: Request) -> bytearray:
+        """Reads a request's body. Raises RefusedError if it is too large or too slow, GoneError if the client
+        disconnects."""
         self.check_room()
         if self.arriving >= MAX_ARRIVING:
             raise busy("room for arriving requests")
@@ -293,11 +296,11 @@ class Places:
                 "videos by URL or path.",
                 code="request_too_large",
             )
-        return bytes(body)
+        return body
 
     async def _receive(self, request: Request, body: bytearray) -> int:
-        """Fills `body` and returns how large it would be. One that is a little too long is read to its end, because
-        most clients listen only then; what cannot be kept is not."""
+        """Fills `body` and returns its full size. A body of up to twice the limit is read to its end without being
+        kept, because most clients read the error only after they have sent everything."""
         limit = self.settings.max_body_bytes
         size = int(request.headers.get("content-length", 0))
         if size > 2 * limit:
@@ -319,7 +322,7 @@ class Places:
         return size
 
     def stop(self) -> None:
-        """Lets those at work go on for `STOP_SECONDS`, and nobody else."""
+        """Cancels waiting requests now, and running ones after `STOP_SECONDS`."""
         self.is_stopping = True
         for visit in self.visits:
             asyncio.get_running_loop().call_later(STOP_SECONDS if visit.is_running else 0, visit.task.cancel)

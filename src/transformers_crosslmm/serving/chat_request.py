@@ -1,7 +1,7 @@
-"""OpenAI's chat request, as far as `crosslmm serve` answers one: what it may say, and how its bytes become it.
+"""OpenAI's chat request as `crosslmm serve` accepts it: the schema and the parser.
 
-A request is of strangers, so its cost is bounded before it is parsed: videos that it carries are cut out of the JSON,
-what is left has a limit of its own, and checking ends at the first thing that is wrong.
+Requests are untrusted, so their cost is bounded before parsing: videos in `data:` URLs are cut out of the JSON, the
+rest has a size limit of its own, and validation stops at the first error.
 """
 
 import json
@@ -14,19 +14,19 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from .admission import RefusedError
 
 MAX_JSON_BYTES = 1024**2
-"""Of a request without the videos that it carries itself."""
+"""Largest request, not counting the videos in it."""
 MAX_VIDEOS = 64
-"""In one request."""
+"""Most videos of one request."""
 
 _CARRIED = re.compile(rb'("url"\s*+:\s*+)("(?i:data):(?:[^"\\]++|\\.)*+")', re.DOTALL)
-"""A `data:` URL where a video's URL may stand. Quotes inside of a JSON string are escaped, so it is no part of one."""
+"""A `data:` URL as the value of "url". Quotes within JSON strings are escaped, so this cannot match inside of one."""
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80
 
 
 def shortened(value: Any) -> str:
-    """The value as an error shows it, whatever its size."""
+    """A value as text of bounded length, for an error message."""
     return _REPR.repr(value)
 
 
@@ -56,7 +56,7 @@ _Part = Annotated[_TextPart | _VideoPart, Field(discriminator="type")]
 
 
 class _Message(BaseModel):
-    """Other keys than these are what clients keep of earlier answers."""
+    """A message. Other keys are ignored: clients send back all fields of earlier answers."""
 
     model_config = ConfigDict(strict=True)
     role: Literal["system", "developer", "user", "assistant"]
@@ -65,7 +65,7 @@ class _Message(BaseModel):
 
 
 class _Sampling(_Strict):
-    """Which frames of the videos; the words of `CrossLMMVideoProcessor`."""
+    """Options of `CrossLMMVideoProcessor` that choose frames."""
 
     num_frames: Annotated[int, Field(ge=1, le=10**6)] | None = None
     fps: Annotated[float, Field(ge=1e-4, le=1e4)] | None = None
@@ -80,9 +80,9 @@ class _TextFormat(_Strict):
 
 
 class ChatRequest(_Strict):
-    """What would change the answer and is not there is refused; what changes nothing is taken.
+    """OpenAI's chat request. A field that would change the answer and is not supported is refused.
 
-    chat_template_kwargs: how to sample the videos, as vLLM and `transformers serve` call it.
+    chat_template_kwargs: how to sample the videos, under the name that vLLM and `transformers serve` use.
     """
 
     messages: Annotated[list[_Message], Field(min_length=1, max_length=1024, fail_fast=True)]
@@ -97,12 +97,12 @@ class ChatRequest(_Strict):
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stop: _Stop | Annotated[list[_Stop], Field(min_length=1, max_length=4, fail_fast=True)] | None = None
     chat_template_kwargs: _Sampling = _Sampling()
-    # Only with the one value that this server gives anyway.
+    # Accepted with their defaults only.
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
     response_format: _TextFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
-    # Of no consequence here.
+    # Accepted and ignored.
     stream_options: Annotated[dict[str, bool], Field(max_length=4)] | None = None
     user: str | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
@@ -110,8 +110,8 @@ class ChatRequest(_Strict):
     service_tier: str | None = None
 
     @classmethod
-    def parse(cls, body: bytes) -> "tuple[ChatRequest, list[str]]":
-        """The request and, in order, where its videos are. Raises RefusedError with one thing that is wrong."""
+    def parse(cls, body: bytes | bytearray) -> "tuple[ChatRequest, list[str]]":
+        """Parses a body into the request and the URLs of its videos. Raises RefusedError with the first error."""
         json_bytes, carried = _without_videos(body)
         try:
             request = cls.model_validate_json(json_bytes)
@@ -127,7 +127,7 @@ class ChatRequest(_Strict):
         if len(urls) > MAX_VIDEOS:
             raise _too_many_videos()
         if not any(part for message in request.messages for part in message.content):
-            raise RefusedError(400, "`messages` must say something; got only empty ones.", code="invalid_value")
+            raise RefusedError(400, "`messages` must have content; got only empty ones.", code="invalid_value")
         return request, urls
 
     def chat(self) -> list[dict[str, Any]]:
@@ -152,9 +152,9 @@ class ChatRequest(_Strict):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
-def _without_videos(body: bytes) -> tuple[bytes, list[bytes]]:
-    """The JSON with `data:<number>` for each video in it, and those videos, JSON strings as they are."""
-    pieces: list[bytes] = []
+def _without_videos(body: bytes | bytearray) -> tuple[bytes, list[bytes]]:
+    """Replaces each `data:` URL of a video by `data:<number>`; returns the JSON, and the URLs as JSON strings."""
+    pieces: list[bytes | bytearray] = []
     carried: list[bytes] = []
     end = 0
     for match in _CARRIED.finditer(body):
@@ -166,7 +166,7 @@ def _without_videos(body: bytes) -> tuple[bytes, list[bytes]]:
     if sum(map(len, pieces)) + len(body) - end > MAX_JSON_BYTES:
         raise RefusedError(
             413,
-            f"A request must have at most {MAX_JSON_BYTES} bytes beside its videos; this one has more. Say less.",
+            f"A request must have at most {MAX_JSON_BYTES} bytes without its videos; this one has more. Shorten it.",
             code="request_too_large",
         )
     return b"".join([*pieces, body[end:]]), carried
@@ -176,7 +176,7 @@ def _string(json_bytes: bytes) -> str:
     try:
         return json.loads(json_bytes)
     except ValueError as error:
-        raise RefusedError(400, f"A data: URL is no JSON string: {error}.", code="invalid_json") from error
+        raise RefusedError(400, f"A data: URL must be a JSON string: {error}.", code="invalid_json") from error
 
 
 def _too_many_videos() -> RefusedError:
@@ -184,7 +184,7 @@ def _too_many_videos() -> RefusedError:
 
 
 def _refused(error: ValidationError) -> RefusedError:
-    # Of the forms that a value may have, the one that went furthest is the one that was meant.
+    # A value of a union gives one error per member; the deepest is of the member that fits best.
     wrong = max(error.errors(include_url=False), key=lambda wrong: len(wrong["loc"]))
     if wrong["type"] == "json_invalid" or not wrong["loc"]:
         return RefusedError(
@@ -194,10 +194,10 @@ def _refused(error: ValidationError) -> RefusedError:
     place = ".".join(step for step in steps if "[" not in step and step != "str")
     got = "" if wrong["type"] in ("missing", "extra_forbidden") else f"; got {shortened(wrong['input'])}"
     remedy = {
-        "extra_forbidden": "This server does not know the field; leave it out.",
+        "extra_forbidden": "This server does not support the field; leave it out.",
         "missing": "Add it.",
         "union_tag_invalid": "Send text, and videos as `video_url`.",
-    }.get(wrong["type"], "Correct it, or leave it out if it may be.")
+    }.get(wrong["type"], "Correct it, or leave it out if it is optional.")
     return RefusedError(400, f"`{place[:200]}`: {wrong['msg'][:400]}{got}. {remedy}", code="invalid_value")
 
 

@@ -1,12 +1,12 @@
-"""A corpus of questions about videos, answered in this process or by many: each video is decoded, encoded and
-prefilled once, answers are Parquet files, and a run that was killed goes on where it stopped.
+"""Answers a corpus of questions about videos, in this process or on a Ray cluster. Each video is decoded, encoded and
+prefilled once; answers are Parquet files; a run that was killed resumes where it stopped.
 
-    answer_corpus("questions.jsonl", "answers", model="YOU/NAME")  # Ray: an actor per GPU, or per so many CPUs
+    answer_corpus("questions.jsonl", "answers", model="YOU/NAME")  # Ray: one worker per GPU, or per `cpus_per_worker`
     answer_corpus("questions.jsonl", "answers", engine="local")  # here, without Ray
     pandas.read_parquet("answers")
 
-Who does what: workers (`VideoAnswerer`) answer the questions about one video at a time; the driver alone writes, so
-that an answer that a killed worker's successor gives again is kept once. POSIX only, as is isolated decoding.
+Each worker (`VideoAnswerer`) answers the questions about one video at a time. Only the driver writes, so that an
+answer that is given again after a worker was killed is kept once. POSIX only, like isolated decoding.
 """
 
 import hashlib
@@ -19,7 +19,8 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -33,25 +34,27 @@ from ..checkpoints.load import load_model, load_processor
 from ..video_decoding import VideoDecodeWarning
 
 Engine = Literal["ray", "local", "vllm"]
+Row = dict[str, str | None]
+Answers = Generator[Row, None, None]
 
 COLUMNS = ("id", "video", "question", "answer", "error", "warning")
-"""Of an answers file, all strings: `answer` is null where `error` says why there is none; `warning` names frames that
-could not be decoded."""
+"""Columns of an answers file, all strings. `answer` is null if there is an `error`; `warning` names frames that could
+not be decoded."""
 
 MAX_ATTEMPTS = 3
-"""A video whose workers die this often gets an error instead of another worker."""
+"""After this many deaths of workers on a video, its questions get an error."""
 
 ROWS_PER_PART = 10_000
 SECONDS_PER_PART = 20.0
-"""An answer that comes sooner after the last file was written waits for others: what a killed driver loses."""
+"""Time between two answers files, and so the most work that a killed driver loses."""
 
 MAX_TASKS = 10_000
-"""Of Ray; more videos than this share tasks."""
+"""Most Ray tasks; with more videos than this, several share a task."""
 
 
 @dataclass(frozen=True)
 class CorpusQuestion:
-    """id: the line's own, or made of video and question. video: as the line names it."""
+    """A question of a corpus. id: the line's own, or a hash of video and question. video: as written in the line."""
 
     id: str
     video: str
@@ -60,7 +63,7 @@ class CorpusQuestion:
 
 @dataclass(frozen=True)
 class VideoGroup:
-    """path: the file, links resolved. error: why it must not be opened, if so. questions: all about this video."""
+    """A video and its questions. path: the file, links resolved. error: why it must not be opened, or None."""
 
     path: str
     error: str | None = None
@@ -69,7 +72,7 @@ class VideoGroup:
 
 @dataclass(frozen=True)
 class Corpus:
-    """root: see `read_corpus`. duplicates: lines that repeat an earlier one, asked once."""
+    """A corpus, grouped by video. root: see `read_corpus`. duplicates: lines that repeat an earlier question."""
 
     root: str
     groups: list[VideoGroup]
@@ -81,33 +84,34 @@ class Corpus:
 
 @dataclass(frozen=True)
 class CorpusReport:
-    """questions, videos: distinct ones of the corpus. answered_before: by earlier runs. failed: questions whose row
-    holds an error, in all. duplicates: lines that repeat an earlier one."""
+    """Counts of a run. questions, videos: distinct ones. answered_before: by earlier runs. failed: all questions whose
+    row has an error. duplicates: lines that repeat an earlier question. first_error: of this run."""
 
     questions: int
     videos: int
     answered_before: int
     failed: int
     duplicates: int
+    first_error: str | None = None
 
 
 # --- the questions --------------------------------------------------------------------------------------------------
 
 
 def read_corpus(path: str | os.PathLike, *, root: str | os.PathLike | None = None) -> Corpus:
-    """Questions of a JSON Lines file, `{"video": …, "question": …, "id": …}` each, by video; other keys are ignored.
+    """Reads a JSON Lines file of questions, `{"video": …, "question": …, "id": …}`, and groups them by video.
 
-    root: the folder that `video` is relative to, and below which every video must lie, links resolved; the file's own
-        folder when not given. A video elsewhere is no mistake of the file: its questions get an error as answer.
+    root: the folder that `video` is relative to, and that every video must be in, links resolved; None for the file's
+        own folder. Questions about a video elsewhere get an error as answer.
 
-    An `id` is a string or an integer. Without one it is a hash of the video's place below `root` and the question.
-    The same id, video and question again are one question; the same question with another id is another.
-    Raises ValueError, with the number of the line, for what is no question, and for one id of two questions.
+    An `id` is a string or an integer; the default is a hash of the question and the video's path below `root`. A line
+    that repeats id, video and question is a duplicate; the same question with another id is another question. Other
+    keys are ignored. Raises ValueError, with the line number, for an invalid line and for an id of two questions.
     """
     path = Path(path)
     root_path = os.path.realpath(path.parent if root is None else root)
     if not os.path.isdir(root_path):
-        raise NotADirectoryError(f"Videos are looked for below a folder; {root_path!r} is none.")
+        raise NotADirectoryError(f"`root` must be a folder, the one of the videos; {root_path!r} is not.")
     groups: dict[str, VideoGroup] = {}
     located: dict[str, tuple[str, str | None]] = {}
     seen: dict[str, tuple[tuple[str, str], int]] = {}
@@ -127,8 +131,8 @@ def read_corpus(path: str | os.PathLike, *, root: str | os.PathLike | None = Non
                 earlier, earlier_number = seen[question_id]
                 if earlier != content:
                     raise ValueError(
-                        f"{where} has the id {question_id!r} of line {earlier_number}, which asks something else. An "
-                        "id belongs to one question; leave ids out to have them made."
+                        f"{where} has the id {question_id!r} of line {earlier_number}, which is another question. "
+                        "Give each question its own id, or leave ids out."
                     )
                 duplicates += 1
                 continue
@@ -136,7 +140,7 @@ def read_corpus(path: str | os.PathLike, *, root: str | os.PathLike | None = Non
             group = groups.setdefault(file, VideoGroup(file, error))
             group.questions.append(CorpusQuestion(question_id, video, question))
     if not groups:
-        raise ValueError(f"{path} holds no question; write one JSON object per line.")
+        raise ValueError(f"{path} has no questions; write one JSON object per line.")
     return Corpus(root_path, list(groups.values()), duplicates)
 
 
@@ -144,7 +148,7 @@ def _parsed(line: bytes, where: str) -> tuple[str | None, str, str]:
     """Id, video and question of a line."""
     try:
         record = json.loads(line.decode("utf-8-sig"))
-        json.dumps(record, ensure_ascii=False).encode()  # a lone surrogate could not be written to the answers
+        json.dumps(record, ensure_ascii=False).encode()  # raises for lone surrogates, which Parquet cannot store
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} must be a JSON object in UTF-8: {error}.") from error
     if not isinstance(record, dict):
@@ -152,7 +156,7 @@ def _parsed(line: bytes, where: str) -> tuple[str | None, str, str]:
     for name in ("video", "question"):
         value = record.get(name)
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f'{where}: "{name}" must be a string with something in it; got {value!r}.')
+            raise ValueError(f'{where}: "{name}" must be a non-empty string; got {value!r}.')
     given_id = record.get("id")
     if given_id is not None and (isinstance(given_id, bool) or not isinstance(given_id, str | int) or given_id == ""):
         raise ValueError(f'{where}: "id" must be a string or an integer; got {given_id!r}.')
@@ -160,13 +164,13 @@ def _parsed(line: bytes, where: str) -> tuple[str | None, str, str]:
 
 
 def _locate(video: str, root: str) -> tuple[str, str | None]:
-    """The video's file, and why it must not be opened. Links are resolved, so that one file has one name."""
+    """The video's path with links resolved, and why it must not be opened, or None."""
     try:
         file = os.path.realpath(os.path.join(root, video))
     except (ValueError, OSError) as error:  # a null character, a ring of links
         return video, f"{type(error).__name__}: {error}"
     if os.path.commonpath([file, root]) != root:
-        return video, f"ValueError: The video must lie below {root!r}; {video!r} leads elsewhere."
+        return video, f"ValueError: The video must be in {root!r}; {video!r} is not."
     return file, None
 
 
@@ -178,10 +182,10 @@ def _hash(content: tuple[str, str]) -> str:
 
 
 class VideoAnswerer:
-    """Answers all questions about one video at a time, greedily; rows (`COLUMNS`) come out, whatever the video is.
+    """Answers all questions about one video at a time, greedily. A video that fails gives rows with its error.
 
-    model: folder or name of a checkpoint. root: the folder below which videos must lie. attempts: a folder where begun
-    videos are noted, so that one which kills its worker is not begun for ever. num_threads: of torch, on a CPU.
+    model: folder or name of a checkpoint. root: the folder that all videos must be in. attempts: a folder that counts
+    how often each video was started, so that one which kills its workers is given up. num_threads: of torch, on a CPU.
     sampling: as for `read_video`.
     """
 
@@ -201,19 +205,22 @@ class VideoAnswerer:
         self.root, self.attempts = Path(root), Path(attempts)
         self.max_new_tokens, self.sampling = max_new_tokens, dict(sampling or {})
         self.processor = load_processor(model)
+        self._load(model, device)
+
+    def _load(self, model: str, device: str | None) -> None:
         self.model = load_model(model, device=device)
         options = self.model.generation_config
         options.do_sample, options.temperature, options.top_p, options.top_k = False, None, None, None
 
-    def __call__(self, group: Mapping[str, Any]) -> Iterator[dict[str, str | None]]:
-        """group: a `VideoGroup` as a dict. Rows come out one by one, as they are answered."""
+    def __call__(self, group: Mapping[str, Any]) -> Iterator[Row]:
+        """Yields a row (`COLUMNS`) for each question of a group, a `VideoGroup` as a dict."""
         questions = [CorpusQuestion(**question) for question in group["questions"]]
         if group["error"] is not None:
             yield from (_row(question, error=group["error"]) for question in questions)
             return
         note = self.attempts / hashlib.sha256(os.fsencode(group["path"])).hexdigest()
         if note.exists() and note.stat().st_size >= MAX_ATTEMPTS:
-            error = f"RuntimeError: {MAX_ATTEMPTS} workers died, or were killed, while they answered about this video."
+            error = f"RuntimeError: {MAX_ATTEMPTS} workers died or were killed while they worked on this video."
             yield from (_row(question, error=error) for question in questions)
         else:
             with open(note, "ab") as file:
@@ -221,7 +228,7 @@ class VideoAnswerer:
             yield from self._answers(group["path"], questions)
         note.unlink(missing_ok=True)
 
-    def _answers(self, path: str, questions: list[CorpusQuestion]) -> Iterator[dict[str, str | None]]:
+    def _answers(self, path: str, questions: list[CorpusQuestion]) -> Iterator[Row]:
         failure = None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -250,7 +257,7 @@ def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".encode("utf-8", "replace").decode()
 
 
-def _row(question: CorpusQuestion, **outcome: str | None) -> dict[str, str | None]:
+def _row(question: CorpusQuestion, **outcome: str | None) -> Row:
     return dict.fromkeys(COLUMNS) | asdict(question) | outcome
 
 
@@ -262,21 +269,21 @@ def _pyarrow() -> Any:
         import pyarrow.parquet
     except ImportError as error:
         raise ImportError(
-            'Answers are Parquet files, which pyarrow writes: pip install "transformers_crosslmm[ray]", or pyarrow '
-            "alone for the local engine."
+            'Writing answers needs pyarrow: `pip install -e ".[ray]"` in your clone, or pyarrow alone for the local '
+            "engine."
         ) from error
     return pyarrow
 
 
 class AnswerFiles:
-    """The folder of answers: `part-00000-….parquet`, each there as a whole or not at all, its SHA-256 in its name.
+    """The folder of answers: files `part-00000-….parquet`, written atomically, with their SHA-256 in the name.
 
-    `_run.json` says what the answers were made with and is locked as long as a run writes; readers of Parquet folders
-    pass by names that begin with "_" or ".".
+    `_run.json` records the settings of the answers and is locked while a run writes. Readers of Parquet folders ignore
+    names that begin with "_" or ".".
     """
 
     def __init__(self, folder: str | os.PathLike, settings: Mapping[str, Any]) -> None:
-        """Raises ValueError where another run is writing, or the answers were made with other settings."""
+        """Raises ValueError if another run is writing, or the answers were made with other settings."""
         import fcntl
 
         self.pyarrow = _pyarrow()
@@ -284,7 +291,7 @@ class AnswerFiles:
         self.folder = Path(folder)
         self.attempts = self.folder / "_attempts"
         self.attempts.mkdir(parents=True, exist_ok=True)
-        self._run: BinaryIO = open(self.folder / "_run.json", "a+b")  # noqa: SIM115, open as long as it is locked
+        self._run: BinaryIO = open(self.folder / "_run.json", "a+b")  # noqa: SIM115, stays open while locked
         try:
             fcntl.flock(self._run, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -295,7 +302,7 @@ class AnswerFiles:
         for leftover in self.folder.glob(".part-*"):
             leftover.unlink()
         self.parts = list(self.folder.glob("part-*.parquet"))
-        self._waiting: list[dict[str, str | None]] = []
+        self._waiting: list[Row] = []
         self._written = time.monotonic()
         try:
             self._check(json.loads(json.dumps(settings)))
@@ -306,7 +313,7 @@ class AnswerFiles:
     def _check(self, settings: dict[str, Any]) -> None:
         self._run.seek(0)
         text = self._run.read()
-        if not self.parts:  # nothing that could contradict
+        if not self.parts:  # without answers the settings may change
             self._run.truncate(0)
             self._run.write(json.dumps(settings, indent=1).encode() + b"\n")
             self._run.flush()
@@ -314,22 +321,22 @@ class AnswerFiles:
         earlier = json.loads(text) if text else None
         if earlier != settings:
             raise ValueError(
-                f"{self.folder} holds answers of a run with {earlier}; this one has {settings}. Answers of two "
-                "runs do not mix: name another folder."
+                f"{self.folder} has answers made with {earlier}; this run has {settings}. Answers of different "
+                "settings do not mix: name another folder."
             )
 
     def finished(self) -> dict[str, tuple[str, str, bool]]:
-        """By id: video, question, and whether the answer is an error. Raises ValueError for a file that is damaged."""
+        """Maps ids to video, question, and whether the row has an error. Raises ValueError for a damaged file."""
         found = {}
         for part in self.parts:
             try:
                 for digest in part.stem.split("-")[2:]:
                     if not checksum(part).startswith(digest):
-                        raise ValueError("its bytes are not those that were written")
+                        raise ValueError("its SHA-256 is not the one in its name")
                 rows = self._read(part)
             except (ValueError, OSError) as error:
                 raise ValueError(
-                    f"{part} must be a file of answers: {error}. Delete it, and what it answered is asked again."
+                    f"{part} must be a file of answers: {error}. Delete it, and its questions are asked again."
                 ) from error
             for row in rows:
                 found[row["id"]] = (row["video"], row["question"], row["error"] is not None)
@@ -339,7 +346,7 @@ class AnswerFiles:
         return self.pyarrow.parquet.read_table(part, columns=list(COLUMNS), partitioning=None).to_pylist()
 
     def forget_errors(self) -> None:
-        """Takes the rows with errors out, so that their questions are asked again. After `finished`."""
+        """Removes rows with errors, so that their questions are asked again. Call after `finished`."""
         for part in list(self.parts):
             rows = self._read(part)
             answered = [row for row in rows if row["error"] is None]
@@ -348,22 +355,22 @@ class AnswerFiles:
                 self._write(answered, instead_of=part)
 
     def forget_attempts(self) -> None:
-        """Of all videos: what ends a run that is still there to say so killed no worker."""
+        """Deletes the notes of all started videos: a run that ends by itself was not killed by a video."""
         for note in self.attempts.iterdir():
             note.unlink()
 
-    def add(self, row: dict[str, str | None]) -> None:
+    def add(self, row: Row) -> None:
         self._waiting.append(row)
         if len(self._waiting) >= ROWS_PER_PART or time.monotonic() - self._written >= SECONDS_PER_PART:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what waits."""
+        """Writes the waiting rows."""
         self._write(self._waiting)
         self._waiting, self._written = [], time.monotonic()
 
-    def _write(self, rows: list[dict[str, str | None]], *, instead_of: Path | None = None) -> None:
-        """Under another name first, so that no file is ever half there."""
+    def _write(self, rows: list[Row], *, instead_of: Path | None = None) -> None:
+        """Writes a file under a temporary name and renames it, so that no partial file is ever seen."""
         unfinished = self.folder / ".part-unfinished.parquet"
         if rows:
             with open(unfinished, "wb") as file:
@@ -371,7 +378,7 @@ class AnswerFiles:
                 file.flush()
                 os.fsync(file.fileno())
         if instead_of is not None:
-            instead_of.unlink()  # what is lost if the run is killed here is asked again, and never there twice
+            instead_of.unlink()  # first, so that a kill here loses rows, to be asked again, and duplicates none
         if rows:
             self.parts.append(self.folder / f"part-{len(self.parts):05d}-{checksum(unfinished)[:16]}.parquet")
             os.replace(unfinished, self.parts[-1])
@@ -398,29 +405,29 @@ def answer_corpus(
     on_progress: Callable[[int, int], None] | None = None,
     **sampling: Any,
 ) -> CorpusReport:
-    """Answers every question of a file that `out` has no answer to yet.
+    """Answers the questions of a file that have no answer in `out` yet.
 
     questions, root: see `read_corpus`. out: a folder of Parquet files with `COLUMNS`.
-    engine: "ray" runs on the cluster that RAY_ADDRESS names, or on this machine; every machine must see videos, `out`
-        and a local `model` under the same names. "vllm" is the same with vLLM in the workers. "local" is this process.
-    workers: with Ray, how many; one per GPU of the cluster if it has any, else one per `cpus_per_worker` CPUs.
-    cpus_per_worker: with Ray, also the threads of a worker.
-    device: with the local engine; Ray's workers take the GPU they are given, or the CPU.
-    retry_errors: ask again what has an error for an answer.
-    on_progress: called with the questions answered and all questions.
+    engine: "ray" runs on the cluster of RAY_ADDRESS, or on this machine; every machine must see videos, `out` and a
+        local `model` under the same paths. "vllm" is the same with vLLM in the workers. "local" is this process.
+    workers: number of Ray workers; by default one per GPU of the cluster, or else one per `cpus_per_worker` CPUs.
+    cpus_per_worker: CPUs and torch threads of a Ray worker.
+    device: for the local engine; Ray assigns each worker a GPU or the CPU.
+    retry_errors: ask questions again that have an error instead of an answer.
+    on_progress: called with the number of answered questions and of all questions.
     sampling: as for `read_video`. These, `max_new_tokens`, the root, the checkpoint's weights and the package must be
-        those that `out` began with.
+        those that `out` was begun with.
 
-    Decoding is isolated. A video that cannot be answered (missing, hostile, too long) becomes rows with its error.
-    Raises ValueError for a bad file of questions, options that no video could meet, or an `out` of another run,
-    before the model is loaded; OSError for a checkpoint or a folder that is not there or may not be written.
+    Decoding is isolated. A video that fails (missing, hostile, too long) gives rows with its error. Raises, before the
+    model is loaded, ValueError for an invalid questions file, invalid options or an `out` of other settings, and
+    OSError for a checkpoint or folder that does not exist or cannot be written.
     """
     if engine not in ("ray", "local", "vllm"):
         raise ValueError(f'`engine` must be "ray", "local" or "vllm"; got {engine!r}.')
     if engine == "local" and workers is not None:
-        raise ValueError(f"`workers` are Ray's; the local engine is this process alone. Leave out workers={workers}.")
+        raise ValueError(f"`workers` needs Ray; the local engine is one process. Leave out workers={workers}.")
     if engine != "local" and device is not None:
-        raise ValueError(f"`device` is the local engine's; Ray gives workers their GPUs. Leave out device={device!r}.")
+        raise ValueError(f"`device` is for the local engine; Ray assigns GPUs. Leave out device={device!r}.")
     counts = {"workers": workers, "cpus_per_worker": cpus_per_worker, "max_new_tokens": max_new_tokens}
     for option, number in counts.items():
         if number is not None and number < 1:
@@ -428,7 +435,7 @@ def answer_corpus(
     corpus = read_corpus(questions, root=root)
     name = os.fspath(model)
     name = os.path.abspath(name) if os.path.isdir(name) else name
-    IsolatedStream(load_processor(name), os.devnull, **sampling)  # checks both; nothing is opened
+    IsolatedStream(load_processor(name), os.devnull, **sampling)  # checks processor and sampling; opens nothing
     decides = {
         "root": corpus.root,
         "checkpoint": checkpoint_digest(find_folder(name)),
@@ -438,27 +445,24 @@ def answer_corpus(
     }
     files = AnswerFiles(out, decides)
     try:
-        if engine != "local":  # its workers died with the driver, whatever they were at
+        if engine != "local":  # Ray's workers die with the driver, so their notes do not count against a video
             files.forget_attempts()
+        answerer = {
+            "model": name,
+            "root": corpus.root,
+            "attempts": str(files.attempts.absolute()),
+            "device": device,
+            "max_new_tokens": max_new_tokens,
+            "sampling": sampling,
+        }
+        answers = (
+            partial(_local, answerer)
+            if engine == "local"
+            else partial(_ray, answerer, engine=engine, workers=workers, cpus_per_worker=cpus_per_worker)
+        )
         with _terminated_as_interrupted():
-            return _run(
-                corpus,
-                files,
-                engine=engine,
-                on_progress=on_progress,
-                retry_errors=retry_errors,
-                workers=workers,
-                cpus_per_worker=cpus_per_worker,
-                answerer={
-                    "model": name,
-                    "root": corpus.root,
-                    "attempts": str(files.attempts.absolute()),
-                    "device": device,
-                    "max_new_tokens": max_new_tokens,
-                    "sampling": sampling,
-                },
-            )
-    except BaseException:  # the videos at work are given up, and did nothing to their workers
+            return _run(corpus, files, answers, on_progress=on_progress, retry_errors=retry_errors)
+    except BaseException:  # the run ended by itself; the started videos killed no worker
         files.forget_attempts()
         raise
     finally:
@@ -471,7 +475,7 @@ def _interrupt(*_: Any) -> None:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM, which schedulers send, ends a run as Ctrl-C does: no video is to blame for it."""
+    """Turns SIGTERM, which schedulers send, into KeyboardInterrupt, so that it does not count against a video."""
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -486,19 +490,16 @@ def _terminated_as_interrupted() -> Iterator[None]:
 def _run(
     corpus: Corpus,
     files: AnswerFiles,
+    answer: Callable[[list[VideoGroup]], Answers],
     *,
-    engine: Engine,
     on_progress: Callable[[int, int], None] | None,
     retry_errors: bool,
-    answerer: dict[str, Any],
-    workers: int | None,
-    cpus_per_worker: int,
 ) -> CorpusReport:
     finished = files.finished()
     if retry_errors:
         files.forget_errors()
         finished = {name: row for name, row in finished.items() if not row[2]}
-    failed = 0
+    failed, first_error = 0, None
     asked: set[str] = set()
     for question in corpus:
         if question.id not in finished:
@@ -508,84 +509,69 @@ def _run(
         is_same_video = video == question.video or _locate(video, corpus.root) == _locate(question.video, corpus.root)
         if text != question.question or not is_same_video:
             raise ValueError(
-                f"{files.folder} answers another question under the id {question.id!r}: {text!r} about {video!r}; the "
-                f"file asks {question.question!r} about {question.video!r}. Name another folder, or give the question "
+                f"{files.folder} has another question under the id {question.id!r}: {text!r} about {video!r}; the "
+                f"file has {question.question!r} about {question.video!r}. Name another folder, or give the question "
                 "another id."
             )
         failed += is_failed
-    left = [
-        VideoGroup(group.path, group.error, [q for q in group.questions if q.id in asked]) for group in corpus.groups
-    ]
-    left = [group for group in left if group.questions]
     total = sum(1 for _ in corpus)
-    answered_before = done = total - len(asked)
+    answered_before = total - len(asked)
     if on_progress is not None:
-        on_progress(done, total)
-    if left:
-        answers = (
-            _local(left, answerer)
-            if engine == "local"
-            else _ray(left, answerer, engine=engine, workers=workers, cpus_per_worker=cpus_per_worker)
-        )
+        on_progress(answered_before, total)
+    if asked:
+        left = [replace(group, questions=[q for q in group.questions if q.id in asked]) for group in corpus.groups]
         try:
-            with closing(answers):
+            with closing(answer([group for group in left if group.questions])) as answers:
                 for row in answers:
-                    if row["id"] not in asked:  # a worker was killed between its answer and the news of it
+                    if row["id"] not in asked:  # answered again, because a worker was killed after its answer
                         continue
                     asked.remove(row["id"])
                     files.add(row)
                     failed += row["error"] is not None
-                    done += 1
+                    first_error = first_error or row["error"]
                     if on_progress is not None:
-                        on_progress(done, total)
+                        on_progress(total - len(asked), total)
         finally:
             files.flush()
     if asked:
-        raise RuntimeError(f"{len(asked)} questions were lost on the way, {min(asked)!r} among them. Start again.")
-    return CorpusReport(total, len(corpus.groups), answered_before, failed, corpus.duplicates)
+        raise RuntimeError(f"{len(asked)} questions got no row, {min(asked)!r} among them. Run the command again.")
+    return CorpusReport(total, len(corpus.groups), answered_before, failed, corpus.duplicates, first_error)
 
 
-def _local(groups: list[VideoGroup], answerer: dict[str, Any]) -> Generator[dict[str, str | None], None, None]:
+def _local(answerer: dict[str, Any], groups: list[VideoGroup]) -> Answers:
     answer = VideoAnswerer(**answerer)
     for group in groups:
         yield from answer(asdict(group))
 
 
 def _ray(
-    groups: list[VideoGroup], answerer: dict[str, Any], *, engine: Engine, workers: int | None, cpus_per_worker: int
-) -> Generator[dict[str, str | None], None, None]:
+    answerer: dict[str, Any], groups: list[VideoGroup], *, engine: Engine, workers: int | None, cpus_per_worker: int
+) -> Answers:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     is_cluster = os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
     if not is_cluster:
-        # Ray's way, read at its import, to have all its servers listen on 127.0.0.1 alone; `_node_ip_address` has not.
+        # Makes all of Ray's servers listen on 127.0.0.1 only; must be set before its import.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
         import ray.data
     except ImportError as error:
         raise ImportError(
-            'The engine "ray" needs Ray: pip install "transformers_crosslmm[ray]", or take the engine "local".'
+            'The engine "ray" needs Ray: `pip install -e ".[ray]"` in your clone, or take the engine "local".'
         ) from error
     is_ours = not ray.is_initialized()
     if is_ours:
-        if is_cluster:
-            ray.init(log_to_driver=False, logging_level="ERROR")
-        else:
-            ray.init(
-                "local",
-                include_dashboard=False,
-                object_store_memory=256 * 2**20,  # names, questions and answers; videos do not pass through
-                log_to_driver=False,
-                logging_level="ERROR",
+        # The object store holds names, questions and answers; no videos.
+        here: dict[str, Any] = {"address": "local", "include_dashboard": False, "object_store_memory": 256 * 2**20}
+        ray.init(**({} if is_cluster else here), log_to_driver=False, logging_level="ERROR")
+        if not is_cluster and ray.util.get_node_ip_address() != "127.0.0.1":
+            warnings.warn(
+                "Ray was imported before the run, so it listens on every network interface of this machine and runs "
+                "code that anybody sends. Import Ray later, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0.",
+                stacklevel=2,
             )
-            if ray.util.get_node_ip_address() != "127.0.0.1":
-                warnings.warn(
-                    "Ray listens on every network interface of this machine, and runs what anybody sends there: "
-                    "it was imported before the run. Import it later, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0.",
-                    stacklevel=2,
-                )
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own in its place
+        signal.signal(signal.SIGTERM, _interrupt)  # Ray replaced our handler
     try:
         size, resources = _pool(ray.cluster_resources(), workers=workers, cpus_per_worker=cpus_per_worker)
         ray.data.DataContext.get_current().enable_progress_bars = False
@@ -596,7 +582,7 @@ def _ray(
         answers = rows.flat_map(
             _worker_class(engine),
             fn_constructor_kwargs=answerer | {"num_threads": cpus_per_worker, "device": None},
-            # One task at a time: a killed worker takes nothing else with it, and no worker hoards the last videos.
+            # One task at a time, so that a killed worker loses no other video and no worker queues the last ones.
             compute=ray.data.ActorPoolStrategy(size=min(size, len(groups)), max_tasks_in_flight_per_actor=1),
             **resources,
         )
@@ -613,13 +599,13 @@ def _worker_class(engine: Engine) -> type[VideoAnswerer]:
         from .vllm.corpus import VllmVideoAnswerer
     except ImportError as error:
         raise ImportError(
-            'The engine "vllm" needs vLLM: pip install "transformers_crosslmm[vllm,ray]" in an environment of its own.'
+            'The engine "vllm" needs vLLM: `pip install -e ".[vllm,ray]"` in your clone, in an environment of its own.'
         ) from error
     return VllmVideoAnswerer
 
 
 def _pool(available: Mapping[str, float], *, workers: int | None, cpus_per_worker: int) -> tuple[int, dict[str, int]]:
-    """How many workers, and what each of them needs."""
+    """The number of workers, and the resources of each. Raises ValueError if they do not fit the cluster."""
     need = {"CPU": cpus_per_worker}
     if available.get("GPU", 0) >= 1:
         need["GPU"] = 1
@@ -627,8 +613,8 @@ def _pool(available: Mapping[str, float], *, workers: int | None, cpus_per_worke
     if room < (workers or 1):
         has = {name: int(available.get(name, 0)) for name in need}
         raise ValueError(
-            f"{workers or 1} workers of {need} each do not fit the cluster, which has {has}. Ask for fewer workers, "
-            "or for fewer CPUs for each."
+            f"{workers or 1} workers of {need} each do not fit the cluster, which has {has}. Ask for fewer workers "
+            "or fewer CPUs each."
         )
     return workers or room, {f"num_{name.lower()}s": count for name, count in need.items()}
 

@@ -1,4 +1,4 @@
-"""What `crosslmm serve` remembers of videos, and how several questions about one video share the work."""
+"""The cache of `crosslmm serve`: several questions about one video share its encoding and its prefill."""
 
 import copy
 import threading
@@ -23,9 +23,9 @@ from .admission import RefusedError, Visit
 
 @dataclass(frozen=True)
 class SampledVideo:
-    """A video as a request asks for it, whoever sent it.
+    """A video with the sampling that a request asks for.
 
-    key: its content and the sampling. pixels: (T, 3, S, S), None where `media` has what was made of them.
+    key: digest of its bytes, and the sampling. pixels: (T, 3, S, S), or None when they are encoded in `media`.
     """
 
     key: Hashable
@@ -39,9 +39,9 @@ class SampledVideo:
 
 
 class BoundedCache:
-    """Tensors by key; what was not used for longest goes first. Threads may share it.
+    """A thread-safe cache of tensors by key; the least recently used are dropped first.
 
-    A key must say everything that its value depends on, because no value belongs to a client.
+    A key must contain everything that its value depends on, because clients share the values.
     """
 
     def __init__(self, *, max_bytes: int, max_entries: int) -> None:
@@ -54,7 +54,7 @@ class BoundedCache:
         return len(self._entries)
 
     def get(self, key: Hashable) -> Any:
-        """The value, or None."""
+        """The value of a key, or None."""
         with self._lock:
             if key not in self._entries:
                 return None
@@ -62,7 +62,7 @@ class BoundedCache:
             return self._entries[key][0]
 
     def put(self, key: Hashable, value: Any, num_bytes: int) -> None:
-        """Keeps a value if it fits at all."""
+        """Keeps a value, unless it alone exceeds the limit."""
         with self._lock:
             self._drop(key)
             if num_bytes > self.max_bytes or self.max_entries < 1:
@@ -83,7 +83,7 @@ class BoundedCache:
 
 
 def tensor_bytes(value: Any) -> int:
-    """Memory behind all tensors in an object, each once; modules belong to the model and do not count."""
+    """Memory of all tensors in an object, each storage once. Modules are the model's and are not counted."""
     storages: dict[int, int] = {}
     seen: set[int] = set()
     left = [value]
@@ -105,9 +105,9 @@ def tensor_bytes(value: Any) -> int:
 
 @dataclass(frozen=True)
 class Question:
-    """What a request asks of the model: tokens, the videos in them, and on whose behalf.
+    """A question for the model: its request, its tokens and the videos in them.
 
-    seed: of the sampling. penalties: OpenAI's, of frequency and presence. options: for `generate`.
+    seed: for drawing tokens. penalties: OpenAI's, of frequency and presence. options: for `generate`.
     """
 
     visit: Visit
@@ -119,7 +119,7 @@ class Question:
 
 
 class _Wanted(StoppingCriteria):
-    """Stops an answer at its stop string, and one that nobody waits for."""
+    """Stops an answer at its stop string. Raises what `Visit.check` raises."""
 
     def __init__(self, visit: Visit, text: AnswerText) -> None:
         self.visit, self.text = visit, text
@@ -130,7 +130,7 @@ class _Wanted(StoppingCriteria):
 
 
 class _Penalties(LogitsProcessor):
-    """OpenAI's: a token that the answer has n times loses n · frequency + presence of its logit."""
+    """OpenAI's penalties: the logit of a token that occurs n > 0 times loses n · frequency + presence."""
 
     def __init__(self, prompt_length: int, frequency: float, presence: float) -> None:
         self.prompt_length, self.frequency, self.presence = prompt_length, frequency, presence
@@ -142,10 +142,10 @@ class _Penalties(LogitsProcessor):
 
 
 class RememberingModel:
-    """The model, which answers one question at a time.
+    """The model with the cache; it answers one question at a time.
 
-    A video is encoded once, and everything up to the end of the last video is prefilled once; each question goes on
-    in a fork of that, which shares the visual part.
+    A video is encoded once, and everything up to the end of the last video is prefilled once. Each question continues
+    in a copy of that cache, which shares the visual memory.
     """
 
     def __init__(
@@ -156,8 +156,8 @@ class RememberingModel:
 
     @torch.no_grad()
     def write(self, question: Question, text: AnswerText) -> str:
-        """Writes the answer into `text` and returns why it ends there, in OpenAI's words. Raises what `Visit.check`
-        raises, RefusedError for what the model refuses."""
+        """Writes the answer into `text` and returns OpenAI's `finish_reason`. Raises what `Visit.check` raises, and
+        RefusedError for what the model refuses."""
         question.visit.check()
         ids = torch.tensor([question.token_ids], device=self.model.device)
         try:
@@ -179,14 +179,13 @@ class RememberingModel:
             raise RefusedError(400, str(error)) from error
         except torch.OutOfMemoryError:
             self.cache.clear()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
             raise
         self.metrics.tokens.inc(text.num_tokens)
         return "stop" if text.is_stopped or int(written[0, -1]) in self.end_token_ids else "length"
 
     def _prefilled(self, question: Question) -> DynamicCache:
-        """A fork of the cache that has seen everything up to the last video's end."""
+        """A copy of the cache that is prefilled up to the end of the last video."""
         video_token_id = self.model.config.video_token_id
         prefix = question.token_ids[: len(question.token_ids) - question.token_ids[::-1].index(video_token_id)]
         key = "prefix", tuple(prefix), tuple(video.key for video in question.videos)

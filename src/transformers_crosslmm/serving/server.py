@@ -2,8 +2,8 @@
 
     app = build_app(ServerSettings("path/to/checkpoint", allowed_folders=(Path("/data/videos"),)))
 
-A request arrives within limits (`admission`), is parsed (`chat_request`), waits for its turn, has its videos decoded
-(`strangers_videos`) on threads, and is answered on the one thread of the model (`remembered_videos`).
+A request's body is received within limits (`admission`) and parsed (`chat_request`). When a place is free, its videos
+are decoded on threads (`strangers_videos`), and the model's single thread writes the answer (`remembered_videos`).
 """
 
 import asyncio
@@ -19,49 +19,52 @@ try:
     import uvicorn
     from fastapi import Depends, FastAPI, Request
     from fastapi.responses import JSONResponse, Response
-    from openai.types import Model
     from openai.types.chat import ChatCompletion, ChatCompletionChunk
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
     from prometheus_client.exposition import CONTENT_TYPE_LATEST
     from starlette.exceptions import HTTPException
+    from starlette.routing import WebSocketRoute
     from starlette.types import Message, Receive, Scope, Send
 except ImportError as error:
     raise ImportError(
-        f'Serving needs packages that are missing ({error}): `pip install "transformers_crosslmm[serve]"`.'
+        f'Serving needs packages that are missing ({error}): `pip install -e ".[serve]"` in your clone.'
     ) from error
 
 from ..asking.answer_text import AnswerText
 from ..checkpoints.load import load_model, load_processor
 from .admission import GoneError, Places, RefusedError, ServerSettings, check_host, explained
 from .chat_request import ChatRequest, shortened
+from .live_sessions import LiveRoute
 from .remembered_videos import BoundedCache, Question, RememberingModel, SampledVideo
 from .strangers_videos import VideoReader
 
-CHAT_PATH, MODELS_PATH = "/v1/chat/completions", "/v1/models"
+CHAT_PATH, MODELS_PATH, LIVE_PATH = "/v1/chat/completions", "/v1/models", "/v1/live"
 
 COLDEST = 0.01
-"""A lower temperature than this answers greedily, which is what it tends to; logits divided by it may overflow."""
+"""Below this temperature decoding is greedy, because logits divided by it could overflow."""
 
 
 class Metrics:
-    """What `/metrics` tells, in Prometheus' format."""
+    """The metrics of `/metrics`, in Prometheus' format."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self.requests = Counter("crosslmm_requests", "Chat requests by status", ["status"], registry=registry)
-        self.seconds = Histogram("crosslmm_request_seconds", "Time per chat request", registry=registry)
-        self.tokens = Counter("crosslmm_generated_tokens", "Tokens written", registry=registry)
-        self.frames = Counter("crosslmm_encoded_frames", "Frames through the vision tower", registry=registry)
-        self.lookups = Counter("crosslmm_cache_lookups", "What was remembered", ["kind", "result"], registry=registry)
+        self.seconds = Histogram("crosslmm_request_seconds", "Seconds per chat request", registry=registry)
+        self.tokens = Counter("crosslmm_generated_tokens", "Tokens generated", registry=registry)
+        self.frames = Counter("crosslmm_encoded_frames", "Frames encoded", registry=registry)
+        self.lookups = Counter(
+            "crosslmm_cache_lookups", "Cache hits and misses", ["kind", "result"], registry=registry
+        )
 
     def watch(self, name: str, help_text: str, value: Callable[[], float]) -> None:
-        """A number that is read when it is asked for."""
+        """Adds a gauge whose value is read at every scrape."""
         Gauge(name, help_text, registry=self.registry).set_function(value)
 
 
 class ChatService:
-    """The loaded model, what is remembered, and who is there."""
+    """The chat route as an ASGI app, with the loaded model, the cache and the requests."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
@@ -72,14 +75,14 @@ class ChatService:
         network = load_model(settings.checkpoint, device=settings.device)
         self.model = RememberingModel(network, self.processor, self.cache, self.metrics)
         self.model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
-        self.metrics.watch("crosslmm_running", "Requests that are worked on", lambda: self.places.running)
-        self.metrics.watch("crosslmm_waiting", "Requests that wait", lambda: self.places.waiting)
-        self.metrics.watch("crosslmm_arriving", "Requests on their way", lambda: self.places.arriving)
+        self.metrics.watch("crosslmm_running", "Running requests", lambda: self.places.running)
+        self.metrics.watch("crosslmm_waiting", "Waiting requests", lambda: self.places.waiting)
+        self.metrics.watch("crosslmm_arriving", "Arriving requests", lambda: self.places.arriving)
         self.metrics.watch("crosslmm_cache_bytes", "Memory of the cache", lambda: self.cache.num_bytes)
         self.metrics.watch("crosslmm_cache_entries", "Entries of the cache", lambda: len(self.cache))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The chat route: an answer, a stream of it, or an error in OpenAI's form."""
+        """Answers one chat request, whole or as a stream, or with an error in OpenAI's format."""
         began, status = time.monotonic(), "gone"
 
         async def note_and_send(message: Message) -> None:
@@ -106,7 +109,7 @@ class ChatService:
     async def _answer(self, request: Request, send: Send) -> None:
         body = await self.places.body(request)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":  # a page of another site may send any other kind without asking
+        if kind != "application/json":  # other types can be sent from any web site, without a CORS preflight
             raise RefusedError(
                 400,
                 "The request must be a JSON object, sent as application/json; this one is not.",
@@ -162,7 +165,7 @@ class ChatService:
         async def send_event(event: dict[str, Any]) -> None:
             await send({"type": "http.response.body", "body": _event(event), "more_body": True})
 
-        question.visit.leave_place()  # a client that is slow to read takes nobody's; the model's work still does
+        question.visit.leave_place()  # a slow reader must not hold the place; the model's work still does
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send_event(said("chat.completion.chunk", delta={"role": "assistant", "content": ""}))
@@ -172,11 +175,11 @@ class ChatService:
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
     def _token_ids(self, chat: ChatRequest, videos: list[SampledVideo]) -> list[int]:
-        """The chat's tokens, with as many placeholders as the videos have frames."""
+        """The chat's token ids, with placeholders for the videos' frames. Raises RefusedError if they do not fit."""
         text = self.processor.apply_chat_template(chat.chat(), tokenize=False, add_generation_prompt=True)
         num_frames, metadata = [video.num_frames for video in videos], [video.metadata for video in videos]
         (text,), _ = self.processor._expand([text], num_frames, metadata, say_times=self.processor.time_instruction)
-        # No text has so many characters per token; splitting it into tokens could take minutes.
+        # Tokenizing a very long text could take minutes; no text has more than 32 characters per token.
         ids, length = [], len(text) // 32
         longest = self.model.model.config.max_sequence_length
         if length <= longest:
@@ -192,7 +195,7 @@ class ChatService:
         return ids
 
     def _options(self, chat: ChatRequest, length: int) -> dict[str, Any]:
-        """What a request says of tokens and how they are chosen, for `generate`; the checkpoint decides the rest."""
+        """A request's length and sampling as options of `generate`, completed by the checkpoint's defaults."""
         defaults = self.model.model.generation_config
         room = self.model.model.config.max_sequence_length - length + 1
         asked = chat.max_completion_tokens or chat.max_tokens or self.settings.max_new_tokens
@@ -202,7 +205,7 @@ class ChatService:
         is_drawn = bool(defaults.do_sample) if chat.temperature is chat.top_p is None else temperature != 0
         if is_drawn and (temperature is None or temperature >= COLDEST):
             return options | {"do_sample": True, "temperature": temperature, "top_p": top_p}
-        # Nothing is drawn, and `generate` warns of what only drawing would use.
+        # `generate` warns of sampling options in greedy decoding.
         return options | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
@@ -211,7 +214,7 @@ def _event(content: dict[str, Any]) -> bytes:
 
 
 def build_app(settings: ServerSettings) -> FastAPI:
-    """Loads the model and builds the ASGI app. Raises OSError or ValueError for a checkpoint that is none of ours."""
+    """Loads the model and builds the ASGI app. Raises OSError or ValueError if it is not a CrossLMM checkpoint."""
     service = ChatService(settings)
 
     async def has_our_host(request: Request) -> None:
@@ -220,11 +223,12 @@ def build_app(settings: ServerSettings) -> FastAPI:
     app = FastAPI(dependencies=[Depends(has_our_host)], docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
     app.add_route(CHAT_PATH, service, methods=["POST"])  # type: ignore[arg-type]
+    app.router.routes.append(WebSocketRoute(LIVE_PATH, LiveRoute(service)))
 
     @app.get(MODELS_PATH, response_model=None)
     async def models() -> JSONResponse:
-        model = Model(id=settings.model_name, created=0, object="model", owned_by="crosslmm")
-        return JSONResponse({"object": "list", "data": [model.model_dump(exclude_unset=True)]})
+        model = {"id": settings.model_name, "created": 0, "object": "model", "owned_by": "crosslmm"}
+        return JSONResponse({"object": "list", "data": [model]})
 
     @app.get("/health", response_model=None)
     async def health() -> JSONResponse:
@@ -239,7 +243,7 @@ def build_app(settings: ServerSettings) -> FastAPI:
 
     async def refuse(_: Request, error: Any) -> Response:
         if isinstance(error, HTTPException):
-            served = f" Served are {CHAT_PATH}, {MODELS_PATH}, /health and /metrics."
+            served = f" This server has {CHAT_PATH}, {MODELS_PATH}, /health and /metrics."
             error = RefusedError(error.status_code, f"{error.detail}.{served}")
         return explained(error, settings).response()
 
@@ -249,7 +253,7 @@ def build_app(settings: ServerSettings) -> FastAPI:
 
 
 class Server(uvicorn.Server):
-    """Uvicorn that tells the service when it is to stop."""
+    """A uvicorn server that stops the service's requests before it shuts down."""
 
     async def shutdown(self, sockets: Any = None) -> None:
         self.config.app.state.service.places.stop()  # type: ignore[union-attr]
@@ -257,15 +261,15 @@ class Server(uvicorn.Server):
 
 
 def serve(settings: ServerSettings) -> None:
-    """Serves until interrupted, and says on stderr where."""
+    """Serves until interrupted, and prints the address on stderr."""
     app = build_app(settings)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     print(f"Serving {settings.model_name} at http://{host}:{settings.port}/v1", file=sys.stderr)
     if not settings.is_loopback:
         print(
-            f"WARNING: {settings.host} can be reached from other machines, by anybody: this server asks for no key, "
-            "and does not encrypt.\nWARNING: put a reverse proxy with TLS and authentication in front of it, or serve "
-            "on 127.0.0.1.",
+            f"WARNING: other machines can reach {settings.host}: this server has no authentication and no "
+            "encryption.\nWARNING: put a reverse proxy with TLS and authentication in front of it, or serve on "
+            "127.0.0.1.",
             file=sys.stderr,
         )
     config = uvicorn.Config(

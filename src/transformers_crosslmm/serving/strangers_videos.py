@@ -1,4 +1,4 @@
-"""Videos that requests name or carry, as pixels: by path, URL and data URI, decoded in processes of their own."""
+"""Untrusted videos of requests, by path, URL or data URI, decoded in isolated processes."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ from .remembered_videos import BoundedCache, SampledVideo
 
 
 class VideoReader:
-    """Decodes the videos of requests, those that are remembered not at all."""
+    """Decodes the videos of requests, unless they are in the cache."""
 
     def __init__(self, settings: ServerSettings, processor: CrossLMMProcessor, cache: BoundedCache) -> None:
         self.processor, self.cache = processor.video_processor, cache
@@ -37,18 +37,18 @@ class VideoReader:
         )
 
     def sampling(self, asked: dict[str, Any]) -> FrameSampling:
-        """What is asked for, completed by the checkpoint's defaults."""
+        """A request's options (`SAMPLING_KWARGS`) with the checkpoint's defaults. Raises RefusedError."""
         try:
-            sampling = self.processor._sampling(**{name: asked.get(name) for name in SAMPLING_KWARGS})
+            sampling = self.processor._sampling(**asked)
         except ValueError as error:
             raise RefusedError(400, f"`chat_template_kwargs`: {error}", code="invalid_value") from error
-        self.check_frames(max(sampling.num_frames or 0, asked.get("max_frames") or 0, len(sampling.times or ())))
+        self.check_frames(max(sampling.num_frames or 0, asked["max_frames"] or 0, len(sampling.times or ())))
         if sampling.max_frames is not None:
             sampling = replace(sampling, max_frames=min(sampling.max_frames, self.max_frames))
         return sampling
 
     def check_frames(self, count: int) -> None:
-        """Raises RefusedError for more frames than a request may have."""
+        """Raises RefusedError if a request has too many frames."""
         if count > self.max_frames:
             raise RefusedError(
                 400,
@@ -57,8 +57,8 @@ class VideoReader:
             )
 
     def read(self, url: str, sampling: FrameSampling, visit: Visit) -> SampledVideo:
-        """The video, from the cache where its bytes and the sampling are the same. Raises RefusedError, and what
-        `Visit.check` raises."""
+        """Decodes a video, or takes it from the cache if its bytes and the sampling are the same. Raises RefusedError,
+        and what `Visit.check` raises."""
         try:
             with self._opened(url, visit.check) as file:
                 version = _version(file)
@@ -79,7 +79,7 @@ class VideoReader:
 
     @contextmanager
     def _opened(self, url: str, on_wait: OnWait) -> Iterator[BinaryIO]:
-        """The bytes that a URL or the path of a file within the allowed folders leads to."""
+        """Opens a URL, or a file in the allowed folders. Raises RefusedError for other files."""
         scheme, shown = url.partition(":")[0].lower() if ":" in url else "", shortened(url)
         if scheme in ("http", "https", "data"):
             with open_source(url, self.limits, on_wait) as file:
@@ -93,7 +93,7 @@ class VideoReader:
         elif not url.startswith("/"):
             raise RefusedError(
                 400,
-                f"A video is an absolute path, or a URL of scheme http, https, file or data; got {shown}.",
+                f"A video must be an absolute path, or a URL of scheme http, https, file or data; got {shown}.",
                 code="invalid_value",
             )
         try:
@@ -101,8 +101,8 @@ class VideoReader:
         except NotAllowedError as error:
             raise RefusedError(
                 403,
-                f"Videos by path must lie in a folder that this server was started with; {shown} does not. "
-                "Send it as a data: URL, or have its folder allowed (`--allowed-folder`).",
+                f"Videos by path must be in a folder that this server allows; {shown} is not. Send it as a data: URL, "
+                "or start the server with its folder (`--allowed-folder`).",
                 code="path_not_allowed",
             ) from error
         with named, open_source(named, self.limits) as file:
@@ -111,7 +111,7 @@ class VideoReader:
     def _decoded(
         self, file: BinaryIO, sampling: FrameSampling, visit: Visit
     ) -> tuple[torch.Tensor, CrossLMMVideoMetadata]:
-        """(T, 3, S, S) and where they come from, as the processor would give them."""
+        """The sampled frames (T, 3, S, S), processed like the processor's, and their metadata."""
 
         def processed(frame: torch.Tensor) -> torch.Tensor:
             visit.check()
@@ -136,17 +136,17 @@ class VideoReader:
 
 
 def _refused(error: ValueError) -> RefusedError:
-    """What a client is told of a video that cannot be read, with a remedy that is a client's."""
+    """The error for a video that cannot be read, with a remedy for the client instead of the program's."""
     if isinstance(error.__cause__, OSError) and error.__cause__.errno in SHORTAGES:
         return busy("open files or processes")
     reason, _, is_limit = str(error).partition(" Pass `limits=")
     reason = reason.removesuffix(" Without `strict=True` it is marked in `valid` instead.")
-    remedy = " That is a limit of this server, which those who run it can change." if is_limit else ""
+    remedy = " That is a limit of this server." if is_limit else ""
     return RefusedError(400, f"The video cannot be read: {reason}{remedy}", code="invalid_video")
 
 
 def _version(file: Any) -> Hashable:
-    """Changes when somebody writes to a named file; nothing else can be written to while it is read."""
+    """A value that changes when a file on disk is written to. None for a source in memory."""
     try:
         about = os.fstat(file.fileno())
     except OSError:

@@ -120,8 +120,8 @@ CHANCE: dict[str, float] = {
     "frame_time": 1 / TIMED_SCENES[0],
     "when": 1 / TIMED_SCENES[0],
 }
-"""What answers without the video reach: every kind's answers are drawn evenly (8-second videos; the last two: the time of
-one of the frames, of which there are 8 at least)."""
+"""What answers without the video reach: every kind's answers are drawn evenly (8-second videos; the last two: the
+time of one of the frames, of which there are 8 at least)."""
 
 
 @dataclass(frozen=True)

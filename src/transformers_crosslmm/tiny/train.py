@@ -11,7 +11,7 @@ Three phases, all on `procedural_videos`, rendered as they are needed:
    several questions about one video, at the first level a still with two things. From level to level more kinds of
    question, more things in a still, and clips that show more of them.
 3. *Times*, only with `--times_steps`: the same parts go on, now with the time before every frame, `<1.2 seconds>`, and
-   with timed videos, of which is asked when a thing appears. It has not reached its goal yet (docs/tiny-checkpoint.md).
+   with timed videos: when does a thing appear? It has not reached its goal yet (docs/tiny-checkpoint.md).
 
 Everything is seeded; on the same machine and versions the run repeats itself.
 """
@@ -20,6 +20,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,7 +42,7 @@ from transformers import (
 from ..configuration_crosslmm import CrossLMMConfig
 from ..modeling_crosslmm import CrossLMMForConditionalGeneration
 from ..processing_crosslmm import CHAT_TEMPLATE, MARKS, CrossLMMProcessor
-from ..training.samples import IGNORED, VideoChatCollator, chat_sample
+from ..training.samples import IGNORED, CrossLMMDataCollator, chat_sample
 from .procedural_videos import (
     COLOURS,
     FILLED,
@@ -253,7 +254,7 @@ class PatchLabelFrames(IterableDataset):
             for _ in range(self.times):
                 for i in order.permutation(len(samples)):
                     frame, colours, names, places = samples[i]
-                    pixels = torch.from_numpy(frame).permute(2, 0, 1).float().div(127.5).sub(1.0)
+                    pixels = pixels_of(frame[None])[0]
                     yield {"pixel_values": pixels, "colours": colours, "names": names, "places": places}
 
     def _labels(self, plain, painted, k: int, share: float) -> tuple[np.ndarray, ...]:
@@ -284,6 +285,11 @@ def degrade(rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
     return ((frames - 128.0) * contrast + 128 + shift + noise * rng.uniform(0, 1)).clip(0, 255).astype(np.uint8)
 
 
+def pixels_of(frames: np.ndarray) -> torch.Tensor:
+    """(T, S, S, 3) uint8 as SigLIP's processor makes it pixels: (T, 3, S, S), -1 … 1."""
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
+
+
 # --- phases 2 and 3: language, times --------------------------------------------------------------------------------
 
 
@@ -299,7 +305,7 @@ MANY_QUESTIONS = 8
 
 
 class VideoChats(IterableDataset):
-    """Chats about procedural videos: `input_ids`, `labels`, `frames`.
+    """Chats about procedural videos, samples for `CrossLMMDataCollator`.
 
     What is shown and asked follows `level`, how often each kind is asked follows `mistakes`; `Curriculum` sets both.
     with_times: the third phase, with a level of its own, `time_level`.
@@ -428,7 +434,8 @@ class VideoChats(IterableDataset):
         return {
             "input_ids": [*ids[:place], *video, *ids[place + 1 :]],
             "labels": [*labels[:place], *[IGNORED] * len(video), *labels[place + 1 :]],
-            "frames": frames,
+            "pixel_values_videos": pixels_of(frames),
+            "video_num_frames": torch.tensor([len(frames)]),
         }
 
     def video_tokens(self, num_frames: int, moments: Sequence[float] | None) -> list[int]:
@@ -466,9 +473,8 @@ def soften_pooled_tokens(model: CrossLMMForConditionalGeneration, chats: VideoCh
     In the second phase, where nothing depends on them, they grow to two hundred times that. What attention adds to so
     long a token does not count: it could neither carry the time that stands before it nor say what its frame shows.
     """
-    videos = [sample["frames"] for sample, _ in zip(chats, range(8), strict=False)]
-    pixels = torch.from_numpy(np.concatenate(videos)).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
-    pooled = model.get_video_features(pixels, torch.tensor([len(frames) for frames in videos])).pooler_output
+    pixels = torch.cat([sample["pixel_values_videos"] for sample in islice(chats, 8)])
+    pooled = model.get_video_features(pixels).pooler_output
     words = model.get_input_embeddings().weight
     projector = model.model.multi_modal_projector
     for parameter in projector.linear_2.parameters():
@@ -480,7 +486,7 @@ def soften_pooled_tokens(model: CrossLMMForConditionalGeneration, chats: VideoCh
 def redraw_unused_words(model: CrossLMMForConditionalGeneration) -> None:
     """Draw the rows of words that the second phase never met anew.
 
-    What is never said is pushed away from all that is, so these rows have become one: "<", "0" and "9" were the same word.
+    What is never said is pushed away from all that is, so these rows have become one: "<", "0" and "9" were one word.
     """
     rows = model.get_input_embeddings().weight
     directions = F.normalize(rows, dim=-1)
@@ -497,7 +503,7 @@ class Curriculum(TrainerCallback):
     """
 
     def __init__(
-        self, chats: VideoChats, collator: VideoChatCollator, *, steps: int, every: int, num_videos: int = 40
+        self, chats: VideoChats, collator: CrossLMMDataCollator, *, steps: int, every: int, num_videos: int = 40
     ):
         self.chats, self.collator, self.steps = chats, collator, steps
         self.every, self.num_videos = every, num_videos
@@ -603,7 +609,7 @@ def train_vision(arguments: TinyArguments, model: CrossLMMForConditionalGenerati
 def train_language(
     arguments: TinyArguments,
     model: CrossLMMForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
+    processor: CrossLMMProcessor,
     *,
     with_times: bool,
 ) -> None:
@@ -626,11 +632,11 @@ def train_language(
         save_steps=arguments.save_steps,
         save_only_model=True,
     )
-    chats = VideoChats(arguments=arguments, tokenizer=tokenizer, config=model.config, with_times=with_times)
+    chats = VideoChats(arguments=arguments, tokenizer=processor.tokenizer, config=model.config, with_times=with_times)
     if with_times:
         redraw_unused_words(model)
         soften_pooled_tokens(model, chats)
-    collator = VideoChatCollator(pad_token_id=tokenizer.pad_token_id)
+    collator = CrossLMMDataCollator(processor)
     accuracy = Curriculum(chats, collator, steps=steps, every=arguments.evaluation_steps)
     Trainer(model=model, args=options, train_dataset=chats, data_collator=collator, callbacks=[accuracy]).train()
 
@@ -643,6 +649,7 @@ def main() -> None:
     config = tiny_config(tokenizer, cross_attention=arguments.cross_attention, pooling_mode=arguments.pooling_mode)
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    processor = CrossLMMProcessor.from_config(config, tokenizer, add_timestamps=arguments.times_steps > 0)
     # At these sizes plain matrix products train faster than fused attention.
     kernel = "eager"
     if arguments.frames_checkpoint is None:
@@ -652,17 +659,16 @@ def main() -> None:
         else:
             model.model.vision_tower.load_state_dict(torch.load(arguments.vision_tower))
         torch.save(model.model.vision_tower.state_dict(), folder / "vision_tower.pt")
-        train_language(arguments, model, tokenizer, with_times=False)
+        train_language(arguments, model, processor, with_times=False)
         model.save_pretrained(folder / "frames")
     else:
         model = CrossLMMForConditionalGeneration.from_pretrained(
             arguments.frames_checkpoint, attn_implementation=kernel, dtype=torch.float32
         )
     if arguments.times_steps:
-        train_language(arguments, model, tokenizer, with_times=True)
+        train_language(arguments, model, processor, with_times=True)
     model.config.use_cache = True  # the Trainer turns it off, and it would be saved so
     model.to(torch.bfloat16).save_pretrained(folder)
-    processor = CrossLMMProcessor.from_config(config, tokenizer, add_timestamps=arguments.times_steps > 0)
     processor.save_pretrained(folder)
 
 

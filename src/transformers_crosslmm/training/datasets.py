@@ -1,10 +1,12 @@
-"""Datasets: records that are read, decoded and encoded when they are asked for, and what becomes of unusable ones.
+"""Datasets that read, decode and encode records lazily, and skip or raise on unusable ones.
 
 dataset = CrossLMMDataset(load_records("mixture.yaml"), processor, media_root="videos", unusable="skip")
 Trainer(..., train_dataset=dataset, data_collator=CrossLMMDataCollator(processor))
 """
 
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -22,9 +24,9 @@ logger = logging.get_logger(__name__)
 
 
 class _Encoder:
-    """Records to samples, with the samples that cannot be used counted or refused.
+    """Encodes records as samples; counts or raises on unusable ones.
 
-    num_skipped: how many were, in all worker processes.
+    num_skipped: samples skipped so far, in all worker processes.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class _Encoder:
         return int(self._num_skipped)
 
     def encode(self, read: Callable[[], Any], where: Callable[[], str]) -> dict[str, torch.Tensor] | None:
-        """The sample of what `read` returns, or None if it was skipped."""
+        """The sample of the record that `read` returns, or None if it was skipped."""
         record = None
         try:
             record = read()
@@ -60,19 +62,19 @@ class _Encoder:
 
 
 TRIES = 100
-"""So many unusable samples in a row are taken for a mistake in the data, not in the samples."""
+"""After this many unusable samples in a row, the dataset itself is taken to be wrong."""
 
 
 class CrossLMMDataset(Dataset):
-    """Samples for `CrossLMMDataCollator` from records that are read, decoded and encoded when they are asked for.
+    """Samples for `CrossLMMDataCollator`. Records are read, decoded and encoded when they are indexed.
 
-    records: of `load_records`, or any sequence of records (see `chat_of`), a `datasets.Dataset` for one; its `Image`
-        and `Video` columns are decoded here, not there.
+    records: from `load_records`, or any sequence of records (see `chat_of`), such as a `datasets.Dataset`, whose
+        `Image` and `Video` columns are decoded by this package.
     media_root, max_length: see `encode_chat`.
-    unusable: "raise" for a sample that is broken, too long or does not decode, or "skip" it: the next usable one takes
-        its place, so that batches keep their size, and it is counted in `num_skipped` and named in the log.
+    unusable: for a sample that is broken, too long or does not decode: "raise", or "skip" to put the next usable one
+        in its place. Skipped samples are counted in `num_skipped` and logged.
 
-    Raises ValueError for no records, and where `TRIES` samples in a row are unusable.
+    Raises ValueError if there are no records, or if `TRIES` samples in a row are unusable.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class CrossLMMDataset(Dataset):
         unusable: Literal["raise", "skip"] = "raise",
     ) -> None:
         if len(records) == 0:
-            raise ValueError("There is nothing to train on: the dataset has no records.")
+            raise ValueError("The dataset has no records; training needs at least one.")
         self.records = undecoded(records)
         self._encoder = _Encoder(processor, media_root, max_length, unusable)
 
@@ -105,7 +107,7 @@ class CrossLMMDataset(Dataset):
                 return sample
         raise ValueError(
             f"None of {min(TRIES, len(self))} samples from {where(self.records, index)} on can be used; the log says "
-            "why. Look at the data with `crosslmm data check`."
+            "why. Check the data with `crosslmm data check`."
         )
 
 
@@ -114,19 +116,19 @@ def _row(records: Any, index: int) -> Any:
         return records[index]
     except UnusableSample:
         raise
-    except Exception as error:  # `datasets` decodes media inside of other columns when a row is read
+    except Exception as error:  # `datasets` decodes media in nested columns when a row is read
         raise UnusableSample(f"{type(error).__name__}: {error}") from error
 
 
 def where(records: Any, index: int) -> str:
-    """What to call a record in a message: its file and line where it has them."""
+    """A record's place for messages: its file and line if it has them, else its row."""
     return records.where(index) if hasattr(records, "where") else f"row {index}"
 
 
 def undecoded(rows: Any) -> Any:
-    """`datasets` rows whose `Image` and `Video` columns stay bytes and paths, for our own decoder; others as they are.
+    """Makes `datasets` leave `Image` and `Video` columns as bytes and paths, for this package's decoder.
 
-    Media inside of other columns of a map-style dataset are left to `datasets`: changing those would copy it all.
+    Media in nested columns of a map-style dataset are still decoded by `datasets`: a change would copy all data.
     """
     features = getattr(rows, "features", None)
     if not features:
@@ -147,9 +149,9 @@ def stream_samples(
     max_length: int | None = None,
     unusable: Literal["raise", "skip"] = "raise",
 ) -> Any:
-    """`CrossLMMDataset` for a `datasets.IterableDataset`: another one, of samples.
+    """Maps a `datasets.IterableDataset` of records to one of samples; the streaming form of `CrossLMMDataset`.
 
-    Its shards go to processes and workers as `datasets` does it. A skipped sample leaves no gap: the next one follows.
+    `datasets` distributes the shards over processes and workers. Skipped samples are left out.
     """
     encoder = _Encoder(processor, media_root, max_length, unusable)
     rows = undecoded(rows)
@@ -171,9 +173,9 @@ def stream_samples(
 def find_broken(
     records: Any, media_root: str | os.PathLike | None, *, decode_with: CrossLMMProcessor | None = None
 ) -> Iterator[str]:
-    """One line for each record that cannot become a sample, with where it is and why.
+    """Yields a line for each record that cannot be used, with its place and the reason.
 
-    decode_with: a processor, which decodes the media as training would. None: only whether the files are there.
+    decode_with: a processor, to decode the media as training would; None to check only that the files exist.
     """
     records = undecoded(records)
     for index in range(len(records)):
@@ -186,6 +188,25 @@ def find_broken(
                 encode_chat(decode_with, record, media_root=media_root)
         except UnusableSample as error:
             yield f"{_identified(where(records, index), record)}: {error}"
+
+
+def spelled_words(records: Any, tokenizer: Any, *, most: int = 1000) -> tuple[int, int]:
+    """Counts the words of the first `most` records' answers that the tokenizer spells byte by byte, and all words.
+
+    A small model does not learn such words in a short training. Unusable records are left out.
+    """
+    words: Counter[str] = Counter()
+    for index in range(min(most, len(records))):
+        try:
+            chat = chat_of(_row(records, index))
+        except UnusableSample:
+            continue
+        texts = [part.get("text", "") for turn in chat if turn["role"] == "assistant" for part in turn["content"]]
+        words.update(re.findall(r"\w{3,}", " ".join(texts)))
+    spelled = {
+        word for word in words if len(tokenizer(f" {word}", add_special_tokens=False)["input_ids"]) >= len(word)
+    }
+    return sum(words[word] for word in spelled), words.total()
 
 
 def _identified(place: str, record: Any) -> str:

@@ -1,4 +1,4 @@
-"""Records, where chats come from: files of several forms, mixtures of them, and the chat that a record is.
+"""Reads training records from files of several formats, and converts each record to a chat.
 
 records = load_records("mixture.yaml")
 chat = with_media_below(chat_of(records[0]), "videos")
@@ -28,14 +28,14 @@ from ..processing_crosslmm import _prepared_part
 
 
 class UnusableSample(ValueError):
-    """A sample that cannot be learned from, and why; `where` it came from is added by who knows."""
+    """A sample cannot be used for training. Callers that know the record's place add it to the message."""
 
 
 class RecordFile(Sequence):
-    """The records of a JSON array or a JSONL file, read one at a time: only where each begins is kept in memory.
+    """The records of a JSON array or a JSONL file, read lazily: only their positions are kept in memory.
 
-    path: the file. lines: the line each record begins on, from 1. Raises ValueError, with the line, for an array that
-    is not JSON; a broken line of JSONL is an error only when its record is read.
+    path: the file. lines: the line on which each record begins, from 1. Raises ValueError, with the line, if an array
+    is not JSON. A broken line of JSONL raises only when its record is read.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -47,8 +47,8 @@ class RecordFile(Sequence):
         self.spans, self.lines = table[:, :2], table[:, 2]
 
     def _array(self) -> Iterator[tuple[int, int, int]]:
-        """Begin, end and line of each record."""
-        # Latin-1: a character per byte, and whatever JSON is made of is the same bytes in UTF-8.
+        """Yields begin, end and line of each record."""
+        # Latin-1 has one character per byte, so positions are bytes; JSON's own characters are ASCII in UTF-8 too.
         text = self.path.read_bytes().decode("latin-1")
         read = json.JSONDecoder().raw_decode
         blank = re.compile(r"[ \t\r\n]*")
@@ -76,7 +76,7 @@ class RecordFile(Sequence):
         except json.JSONDecodeError as error:
             raise ValueError(f"{self.path}:{error.lineno}: not JSON: {error.msg}.") from error
         except RecursionError as error:
-            raise ValueError(f"{self.path}: brackets too deep to be read.") from error
+            raise ValueError(f"{self.path}: not readable: brackets are nested too deeply.") from error
 
     def _lines(self) -> Iterator[tuple[int, int, int]]:
         begin = 0
@@ -105,14 +105,14 @@ class RecordFile(Sequence):
 
 
 def _words(line: bytes) -> bytes:
-    """A line without the mark that a UTF-8 file may begin with, and without blanks around it."""
+    """Strips a byte order mark and blanks from a line."""
     return line.removeprefix(codecs.BOM_UTF8).strip()
 
 
 class RecordMixture(Sequence):
-    """Records of several files, or of parts of them, one after the other.
+    """The records of several files, or of parts of them, in sequence.
 
-    parts: each file with the numbers of its records that are taken.
+    parts: each file with the indices of the records taken from it.
     """
 
     def __init__(self, parts: Sequence[tuple[RecordFile, Sequence[int]]]) -> None:
@@ -140,14 +140,15 @@ class RecordMixture(Sequence):
 
 
 def load_records(path: str | os.PathLike, *, streaming: bool = False, seed: int = 0) -> Any:
-    """What chats are trained on, opened and not yet read.
+    """Opens training records without reading them.
 
     path: a LLaVA file (`.json`, `.jsonl`), a mixture (`.yaml`: `datasets`, a list of `json_path` and
-        `sampling_strategy`, "all", "first:1000", "end:10%", "random:10%"; paths from the YAML file's folder), or what
-        `datasets` knows: a folder written by `save_to_disk`, a folder or a repository of data files (split "train").
-    streaming: read a dataset from its beginning to its end without loading it. seed: of "random".
+        `sampling_strategy`, "all", "first:1000", "end:10%", "random:10%"; paths relative to the YAML file's folder),
+        or a dataset for `datasets`: a folder written by `save_to_disk`, or a folder or repository of data files, of
+        which the split "train" is read.
+    streaming: read a dataset in order without loading it. seed: for "random".
 
-    Raises ValueError where nothing is found or a mixture is not one.
+    Raises ValueError for an invalid file or mixture, and for `streaming` of a file.
     """
     suffix = Path(path).suffix
     if suffix in (".json", ".jsonl", ".yaml", ".yml"):
@@ -157,30 +158,25 @@ def load_records(path: str | os.PathLike, *, streaming: bool = False, seed: int 
             return _mixture(Path(path), seed)
         file = RecordFile(path)
         return RecordMixture([(file, range(len(file)))])
-    datasets = _require_datasets()
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            'Data other than JSON and YAML needs `datasets`: `pip install -e ".[train]"` in your clone.'
+        ) from error
     if (Path(path) / "state.json").is_file():  # written by `save_to_disk`
         rows = datasets.load_from_disk(os.fspath(path))
         return rows.to_iterable_dataset() if streaming else rows
     return datasets.load_dataset(os.fspath(path), split="train", streaming=streaming)
 
 
-def _require_datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            'Data other than JSON and YAML is read by `datasets`: pip install "transformers_crosslmm[train]".'
-        ) from error
-    return datasets
-
-
 DEEPEST = 20
-"""Levels that a YAML file of ours may have."""
+"""Most levels of a recipe or mixture."""
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds. Raises ValueError, with the line, for what is not YAML, for more than `DEEPEST` levels,
-    which take the parser hours, and for aliases, of which a few lines stand for billions of values."""
+    """Parses a YAML file. Raises ValueError, with the line, for invalid YAML, for more than `DEEPEST` levels, which
+    take the parser hours, and for aliases, with which a few lines expand to billions of values."""
     text, depth = path.read_bytes(), 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -199,27 +195,27 @@ def _mixture(path: Path, seed: int) -> RecordMixture:
     content = read_yaml(path)
     entries = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path}: a mixture has a list `datasets`, at least one entry long.")
+        raise ValueError(f"{path}: a mixture must have a list `datasets` of at least one entry.")
     parts = []
     for entry in entries:
         if not isinstance(entry, dict) or not {"json_path"} <= entry.keys() <= {"json_path", "sampling_strategy"}:
             raise ValueError(
-                f"{path}: an entry has `json_path` and perhaps `sampling_strategy`; got {repr(entry)[:200]}."
+                f"{path}: an entry must have `json_path` and may have `sampling_strategy`; got {repr(entry)[:200]}."
             )
         if not isinstance(entry["json_path"], str):
-            raise ValueError(f"{path}: `json_path` is a file's name; got {entry['json_path']!r}.")
+            raise ValueError(f"{path}: `json_path` must be a file's name; got {entry['json_path']!r}.")
         file = RecordFile(path.parent / entry["json_path"])
         parts.append((file, _drawn(len(file), entry.get("sampling_strategy", "all"), seed, where=str(path))))
     return RecordMixture(parts)
 
 
 def _drawn(count: int, strategy: str, seed: int, *, where: str) -> Sequence[int]:
-    """Numbers of the records that a sampling strategy takes of `count`; a percentage is rounded up."""
+    """The indices that a sampling strategy takes of `count` records; a percentage is rounded up."""
     match = re.fullmatch(r"all|(first|end|random):(?:(\d+)|(\d+(?:\.\d+)?)%)", str(strategy))
     if match is None:
         raise ValueError(
-            f"{where}: `sampling_strategy` is all, or first, end or random with a number or a percentage, such as "
-            f"first:1000 or random:10%; got {strategy!r}."
+            f"{where}: `sampling_strategy` must be all, or first, end or random with a number or a percentage, such "
+            f"as first:1000 or random:10%; got {strategy!r}."
         )
     kind, number, percentage = match.groups()
     if kind is None:
@@ -236,20 +232,22 @@ def _drawn(count: int, strategy: str, seed: int, *, where: str) -> Sequence[int]
 
 
 def chat_of(record: Any) -> list[dict[str, Any]]:
-    """The chat of a record: messages whose content is a list of parts, media with their sources.
+    """Converts a record to a chat: messages whose content is a list of parts, media with their sources.
 
     record: LLaVA's `conversations` (`from` human or gpt, `value`), a chat's `messages` (`role`, `content`), a `prompt`
-        and its `response`, or a `question` and its `answer`. Without any of these, `segments` of the one `video`:
-        [start, end, text] each, or an object of these, in seconds from its beginning. Each becomes a turn, 'When does
-        this happen: "A door opens."' and "3.4 to 7.0 seconds", numbers as `add_timestamps` writes them. Media stand in the parts themselves, with options of
-        their own (`VIDEO_OPTIONS`), or in `image`, `images`, `video` and `videos`, one or a list: these go in order to
-        parts without a source, or else to the marks `<image>` and `<video>` in the user's words, or before a prompt.
-        (LLaVA writes `<image>` for videos too. The line break beside a mark is dropped: our templates have none
-        there.) A video may be an object with `video_path` and `segments`, pairs of seconds, each of which is a video.
-    Raises UnusableSample for anything else, and where media and places for them do not match in number.
+        and its `response`, or a `question` and its `answer`. Media are in the parts, with options (`VIDEO_OPTIONS`),
+        or in `image`, `images`, `video` and `videos`, one or a list. The latter are put, in order, into parts without
+        a source, or else at the marks `<image>` and `<video>` of user messages, or before a prompt. (LLaVA writes
+        `<image>` for videos too. The line break next to a mark is dropped: our templates have none there.) A video may
+        be an object with `video_path` and `segments`, pairs of seconds, each of which becomes a video. A record with
+        no turns may have one `video` and `segments`, each [start, end, text] or an object of these, in seconds from
+        the beginning of the file. Each becomes a turn: 'When does this happen: "A door opens."', "3.4 to 7.0 seconds".
+    Raises UnusableSample for other records, and if the numbers of media and of their places differ.
     """
     if not isinstance(record, Mapping):
-        raise UnusableSample(f"a record is an object with `conversations` or `messages`; got {type(record).__name__}.")
+        raise UnusableSample(
+            f"a record must be an object with `conversations` or `messages`; got {type(record).__name__}."
+        )
     waiting = {kind: _listed(record, kind) for kind in ("image", "video")}
     given = {kind: len(media) for kind, media in waiting.items()}
     turns = record.get("conversations") or record.get("messages") or _prompt_and_response(record, given)
@@ -270,13 +268,13 @@ def chat_of(record: Any) -> list[dict[str, Any]]:
     if needed != given:
         raise UnusableSample(
             f"{given['image']} images and {given['video']} videos for {needed['image']} places of images and "
-            f"{needed['video']} of videos; each medium needs one mark, <image> or <video>, in the user's words."
+            f"{needed['video']} of videos; each medium needs one mark, <image> or <video>, in a user message."
         )
     sources = {kind: iter(media) for kind, media in waiting.items()}
     for part in places:
         part[part["type"]] = next(sources[part["type"]])
     if not any(message["role"] == "assistant" and _says_something(message) for message in chat):
-        raise UnusableSample("nothing to learn: no turn of the assistant has words.")
+        raise UnusableSample("nothing to learn: no turn of the assistant has text.")
     return chat
 
 
@@ -287,13 +285,13 @@ MARK = re.compile(r"\n?<(?:(image|video)|\|(image|video)\|)>\n?")  # LLaVA's, an
 def _listed(record: Mapping, kind: str) -> list[Any]:
     media = [record[name] for name in (kind, kind + "s") if record.get(name) is not None]
     if len(media) > 1:
-        raise UnusableSample(f"media stand in `{kind}` or in `{kind}s`; got both.")
+        raise UnusableSample(f"media must be in `{kind}` or in `{kind}s`; got both.")
     listed = media[0] if media and isinstance(media[0], list | tuple) else media
     return [clip for medium in listed if medium is not None for clip in _segments(medium)]
 
 
 def _segments(medium: Any) -> list[Any]:
-    """The segments of a video that is given by them, or the medium as it is."""
+    """Splits a video with `segments` into one video per segment; other media are returned as they are."""
     if not isinstance(medium, Mapping) or medium.get("video_path") is None:
         return [medium]
     segments = medium.get("segments")
@@ -305,7 +303,7 @@ def _segments(medium: Any) -> list[Any]:
         times = [(float(start), float(end)) for start, end in segments]
     except (TypeError, ValueError) as error:
         raise UnusableSample(
-            "a video with a `video_path` has beside it `segments`, a list of pairs of seconds, such as [[0, 10]], and "
+            "a video with a `video_path` may have `segments`, a list of pairs of seconds, such as [[0, 10]], and "
             f"nothing else; got {repr(dict(medium))[:200]}."
         ) from error
     return [{"path": medium["video_path"], "start_seconds": start, "end_seconds": end} for start, end in times]
@@ -352,21 +350,21 @@ def _about_segments(record: Mapping, num_media: Mapping[str, int]) -> list[dict[
 
 def _message(turn: Any) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
-        raise UnusableSample(f"a turn is an object; got {type(turn).__name__}.")
+        raise UnusableSample(f"a turn must be an object; got {type(turn).__name__}.")
     role, content = (
-        turn[ours] if turn.get(ours) is not None else turn.get(llavas)  # `datasets` fills in what a turn lacks
+        turn[ours] if turn.get(ours) is not None else turn.get(llavas)  # `datasets` fills missing fields with None
         for ours, llavas in (("role", "from"), ("content", "value"))
     )
     if not isinstance(role, str) or role not in ROLES:
-        raise UnusableSample(f"a turn is said by one of {', '.join(ROLES)}; got {role!r}.")
+        raise UnusableSample(f"a turn's role must be one of {', '.join(ROLES)}; got {role!r}.")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list | tuple):
-        raise UnusableSample(f"a turn's content is a string or a list of parts; got {type(content).__name__}.")
+        raise UnusableSample(f"a turn's content must be a string or a list of parts; got {type(content).__name__}.")
     try:
         parts = [_prepared_part(part) for part in content]
         for part in parts:
-            part.get("text", "").encode()  # raises for half a character, which no tokenizer takes
+            part.get("text", "").encode()  # raises for lone surrogates, which no tokenizer takes
     except ValueError as error:
         raise UnusableSample(str(error)) from error
     return {"role": ROLES[role], "content": parts}
@@ -388,7 +386,7 @@ def _split_at_marks(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if part["type"] != "text":
             split.append(part)
             continue
-        pieces = MARK.split(part["text"])  # words, LLaVA's kind or MOSS-VL's, words, …
+        pieces = MARK.split(part["text"])  # text, LLaVA's kind, MOSS-VL's kind, text, …
         for words, *kinds in zip_longest(pieces[::3], pieces[1::3], pieces[2::3]):
             split += [{"type": "text", "text": words}] if words else []
             split += [{"type": kind} for kind in kinds if kind]
@@ -396,11 +394,10 @@ def _split_at_marks(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def with_media_below(chat: list[dict[str, Any]], media_root: str | os.PathLike | None) -> list[dict[str, Any]]:
-    """The chat with every name of a media file made a path below `media_root`; media in memory stay what they are.
+    """Resolves every media file name in a chat to a path in `media_root`; media in memory are unchanged.
 
-    Data may come from anywhere, so a name is never a URL, and never leads out of the folder, links followed. Raises
-    UnusableSample for one that does or does not exist, ValueError for names without a `media_root`, NotADirectoryError
-    where that is no folder.
+    Data is untrusted: URLs and paths out of the folder, links followed, are refused. Raises UnusableSample for these
+    and for missing files, ValueError for a file name without a `media_root`, NotADirectoryError if that is no folder.
     """
     return [
         {
@@ -417,7 +414,7 @@ def with_media_below(chat: list[dict[str, Any]], media_root: str | os.PathLike |
 
 
 def _safe_medium(medium: Mapping, kind: str, root: str | os.PathLike | None) -> dict[str, Any]:
-    """The source under the name of its kind, read strictly as what its key says, and the options beside it."""
+    """The source under the name of its kind, read strictly as its key says, with its options."""
     try:
         content, options = source_in(medium, kind, VIDEO_OPTIONS if kind == "video" else ())
     except ValueError as error:
@@ -426,14 +423,14 @@ def _safe_medium(medium: Mapping, kind: str, root: str | os.PathLike | None) -> 
     if given is None:
         raise UnusableSample(f"a medium has none of {', '.join((kind, *SOURCES))}.")
     if given == "url":
-        raise UnusableSample("a `url` is never fetched; training reads files below the media folder. Use `path`.")
+        raise UnusableSample("a `url` is never fetched; training reads files in the media folder. Use `path`.")
     if given in ("bytes", "array") and isinstance(content, str | os.PathLike):
         raise UnusableSample(f"`{given}` of a medium is text. Name a file by `path`.")
     if given == "base64":
         try:
             return {kind: base64.b64decode(medium[given], validate=True), **options}
         except (TypeError, ValueError, binascii.Error) as error:
-            raise UnusableSample(f"`base64` of a medium is no base64: {error}.") from error
+            raise UnusableSample(f"`base64` of a medium is not base64: {error}.") from error
     return {kind: _below(content, kind, root), **options}
 
 
@@ -445,7 +442,7 @@ def _below(source: Any, kind: str, root: str | os.PathLike | None) -> Any:
     if not isinstance(source, str | os.PathLike):
         return source
     if root is None:
-        raise ValueError(f"{os.fspath(source)!r} names a media file: pass the folder it lies in as `media_root`.")
+        raise ValueError(f"{os.fspath(source)!r} is a media file's name: pass its folder as `media_root`.")
     folder = Path(root).resolve()
     if isinstance(source, str) and source.startswith("file://"):
         source = urllib.request.url2pathname(urllib.parse.urlsplit(source).path)
@@ -453,11 +450,11 @@ def _below(source: Any, kind: str, root: str | os.PathLike | None) -> Any:
         path = (folder / source).resolve()
         is_file = path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # too long, a null character, links in a circle
-        raise UnusableSample(f"{str(source)[:200]!r} is no name of a file: {error}.") from error
+        raise UnusableSample(f"{str(source)[:200]!r} is not a file's name: {error}.") from error
     if not path.is_relative_to(folder):
-        raise UnusableSample(f"{os.fspath(source)!r} lies outside of the media folder {folder}.")
+        raise UnusableSample(f"{os.fspath(source)!r} is outside of the media folder {folder}.")
     if not is_file:
         if not folder.is_dir():
-            raise NotADirectoryError(f"There is no folder {folder}; `media_root` is the one that the media lie in.")
+            raise NotADirectoryError(f"There is no folder {folder}; `media_root` must be the folder of the media.")
         raise UnusableSample(f"there is no file {path}.")
     return path

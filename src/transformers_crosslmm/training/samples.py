@@ -1,4 +1,4 @@
-"""Samples: a chat as token ids and labels, of which only the assistant's are learned, and samples as a batch.
+"""Encodes chats as token ids and labels, of which only the assistant's are learned, and collates them to batches.
 
 Shapes: B rows, L tokens, F frames of all videos of the batch, S pixels along a side.
 """
@@ -19,7 +19,7 @@ from ..video_decoding import VideoDecodeWarning
 from .records import UnusableSample, chat_of, with_media_below
 
 IGNORED = -100
-"""Label of a token that is not learned."""
+"""Label of tokens without a loss."""
 
 
 def chat_sample(
@@ -30,10 +30,10 @@ def chat_sample(
     placeholder_id: int,
     placeholders: Sequence[int],
 ) -> dict[str, list[int]]:
-    """`input_ids` and `labels` of a chat whose media are prepared elsewhere.
+    """`input_ids` and `labels` of a chat whose media are already processed.
 
-    placeholders: tokens of each medium, in order; the template writes one placeholder per medium, and it is repeated
-    that often. Only what the template marks as the assistant's is learned: the answers and the mark that ends them.
+    placeholders: tokens of each medium, in order; the template writes one placeholder per medium, which is repeated
+    that often. Only tokens that the template marks as the assistant's are learned: answers and their end marks.
     """
     encoded: Any = tokenizer.apply_chat_template(
         cast(Any, chat), chat_template=chat_template, return_dict=True, return_assistant_tokens_mask=True
@@ -47,32 +47,6 @@ def chat_sample(
     return sample
 
 
-@dataclass(frozen=True)
-class VideoChatCollator:
-    """Samples to a batch: texts padded on the right, videos one after the other.
-
-    A sample holds `input_ids`, `labels` and `frames`: (T, S, S, 3) uint8, one video. Pixels become what SigLIP's
-    processor makes of them, -1 … 1.
-    """
-
-    pad_token_id: int
-
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        length = max(len(sample["input_ids"]) for sample in samples)
-
-        def padded(values: Sequence[int], filler: int) -> list[int]:
-            return [*values, *[filler] * (length - len(values))]
-
-        frames = torch.cat([torch.as_tensor(sample["frames"]) for sample in samples])
-        return {
-            "input_ids": torch.tensor([padded(s["input_ids"], self.pad_token_id) for s in samples]),
-            "attention_mask": torch.tensor([padded([1] * len(s["input_ids"]), 0) for s in samples]),
-            "labels": torch.tensor([padded(s["labels"], IGNORED) for s in samples]),
-            "pixel_values_videos": frames.permute(0, 3, 1, 2).float().div(127.5).sub(1.0),
-            "video_num_frames": torch.tensor([len(sample["frames"]) for sample in samples]),
-        }
-
-
 def encode_chat(
     processor: CrossLMMProcessor,
     record: Mapping[str, Any],
@@ -80,12 +54,12 @@ def encode_chat(
     media_root: str | os.PathLike | None = None,
     max_length: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """A record (see `chat_of`) as the model's inputs without a batch dimension, and `labels`.
+    """Encodes a record (see `chat_of`) as model inputs without a batch dimension, and `labels`.
 
-    Only the assistant's words and the mark that ends them are learned, in every turn. Frames are chosen by the
-    processor's own settings. max_length: tokens, those of frames counted.
+    Only the assistant's answers and their end marks are learned, in every turn. Frames are sampled by the processor's
+    own settings. max_length: most tokens, those of frames included.
 
-    Raises UnusableSample for a record that is broken, longer than that, or whose media cannot be decoded as a whole.
+    Raises UnusableSample for a record that is broken or too long, or whose media cannot be decoded completely.
     """
     chat = with_media_below(chat_of(record), media_root)
     try:
@@ -94,7 +68,7 @@ def encode_chat(
             encoded = processor.apply_chat_template(
                 chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )
-    except Exception as error:  # decoders raise whatever they like: a PNG with a damaged chunk is a SyntaxError
+    except Exception as error:  # decoders raise any class: a PNG with a damaged chunk is a SyntaxError
         media = ", ".join(_named(part) for message in chat for part in message["content"] if part["type"] != "text")
         raise UnusableSample(f"{media or 'text'}: {error}") from error
     (input_ids,), (is_answer,) = encoded.pop("input_ids"), encoded.pop("assistant_masks")
@@ -105,7 +79,7 @@ def encode_chat(
     labels = ids.masked_fill(~torch.tensor(is_answer, dtype=torch.bool), IGNORED)
     if not (labels != IGNORED).any():
         raise UnusableSample(
-            "no tokens of the assistant; the chat template must mark its turns with {% generation %} … "
+            "no tokens of the assistant: the chat template must mark its turns with {% generation %} … "
             "{% endgeneration %}."
         )
     return {"input_ids": ids, "labels": labels, **encoded}
@@ -118,13 +92,13 @@ def _named(part: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class CrossLMMDataCollator:
-    """Samples to a batch: texts padded on the right, videos one after the other, images likewise.
+    """Collates samples to a batch: texts padded on the right, videos and images concatenated.
 
-    Samples are what `encode_chat` makes, or records that it is to be made of (a `datasets` row with `messages`).
-    processor: the model's. media_root, max_length: see `encode_chat`; for records alone.
+    Samples are results of `encode_chat`, or records for it (such as a `datasets` row with `messages`).
+    processor: the model's. media_root, max_length: see `encode_chat`; for records only.
 
-    Returns `input_ids`, `attention_mask` and `labels` (B, L), and `pixel_values_videos` (F, 3, S, S),
-    `video_num_frames` (videos,), `pixel_values` (images, 3, S, S), each where there is one. Raises UnusableSample for
+    Returns `input_ids`, `attention_mask` and `labels` (B, L) and, if the batch has media, `pixel_values_videos`
+    (F, 3, S, S) with `video_num_frames` (videos,), and `pixel_values` (images, 3, S, S). Raises UnusableSample for
     records that cannot be used, ValueError for a batch without any token to learn and for samples without `labels`.
     """
 
@@ -156,8 +130,8 @@ class CrossLMMDataCollator:
         missing = "`labels`" if "labels" not in sample else "pixels" if _lost_its_media(sample) else None
         if missing:
             raise ValueError(
-                f"A sample has `input_ids` and no {missing}: something before the collator made tokens of its chat, "
-                'and left the media out. With TRL pass `dataset_kwargs={"skip_prepare_dataset": True}`.'
+                f"A sample has `input_ids` and no {missing}: its chat was tokenized before the collator, without the "
+                'media. With TRL pass `dataset_kwargs={"skip_prepare_dataset": True}`.'
             )
         return sample
 
@@ -168,7 +142,7 @@ class CrossLMMDataCollator:
 
 
 def _lost_its_media(sample: Mapping[str, Any]) -> bool:
-    """Whether the chat that still stands beside a sample's tokens has media, and the sample has no pixels."""
+    """Whether a tokenized sample still has its chat with media, but no pixels."""
     if any(sample.get(name) is not None for name in ("pixel_values_videos", "pixel_values")):
         return False
     if any(sample.get(name) for name in ("image", "images", "video", "videos")):

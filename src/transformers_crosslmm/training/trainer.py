@@ -1,11 +1,10 @@
-"""Training on top of `transformers.Trainer`: which parts learn, at which rates, and checkpoints that survive a kill.
+"""Training with `transformers.Trainer`: which parts learn, at which rates, and checkpoints that survive a kill.
 
     crosslmm train stage2_instruct --model MODEL --train_data DATA --media_root FOLDER --output_dir runs/mine
     torchrun --nproc-per-node 8 -m transformers_crosslmm.training.trainer stage2_instruct --model …
 
-A recipe is a YAML file of options; options on the command line come after it and win. The options are those of
-`TrainingArguments` and of `CrossLMMTrainingArguments`. The paper's numbers stand in `recipes/`. The same command again
-goes on where the run stopped.
+A recipe is a YAML file of options; options on the command line override it. They are the fields of
+`CrossLMMTrainingArguments`. `recipes/` has the paper's numbers. The same command resumes a stopped run.
 """
 
 import json
@@ -47,10 +46,10 @@ logger = logging.get_logger(__name__)
 RECIPES = Path(__file__).parent / "recipes"
 COMPLETE = "checkpoint-is-complete.json"
 WHAT_LEARNS = "what-learns.txt"
-"""Of a checkpoint: the table of `describe`, whose optimiser it holds."""
+"""File of a checkpoint with the table of `describe` that its optimiser state belongs to."""
 FEW_STEPS = 50
 IN_PROGRESS = "checkpoint-is-incomplete.txt"
-"""Written and removed by Transformers while it saves because of a SIGTERM."""
+"""File that Transformers writes and removes while it saves after a SIGTERM."""
 
 
 # --- what learns ----------------------------------------------------------------------------------------------------
@@ -62,19 +61,19 @@ PATTERNS = {
     "t2v": r"\bcross_attention\.(t2v|input_layernorm)\.",
 }
 PARTS = (*PATTERNS, "language_model")
-"""What a stage trains or leaves alone, by the names of the parameters; the language model is all the rest. V2V and T2V
-of a layer share the norm before them: it learns with either."""
+"""Parts that a stage trains or freezes, by parameter names; the language model is the rest. V2V and T2V of a layer
+share a norm, which learns with either."""
 
 GATE = re.compile(r"\bcross_attention\.[vt]2v\.gate\.")
 
 
 def parts_of(name: str) -> list[str]:
-    """The parts that a parameter belongs to."""
+    """The parts (`PARTS`) that a parameter belongs to."""
     return [part for part, pattern in PATTERNS.items() if re.search(pattern, name)] or ["language_model"]
 
 
 def train_only(model: nn.Module, parts: Sequence[str]) -> None:
-    """Freezes all of the model but these parts (see `PARTS`). Raises ValueError for none, and for one it lacks."""
+    """Freezes the model except for these parts (see `PARTS`). Raises ValueError for none, or one that it lacks."""
     unknown = sorted(set(parts) - set(PARTS))
     if unknown or not parts:
         raise ValueError(f"A stage trains at least one of {', '.join(PARTS)}; got {', '.join(unknown) or 'nothing'}.")
@@ -88,9 +87,9 @@ def train_only(model: nn.Module, parts: Sequence[str]) -> None:
 
 
 def refuse_random_branches(model: CrossLMMPreTrainedModel) -> None:
-    """Raises ValueError where V2V or T2V is frozen, open, and has the gates it began with.
+    """Raises ValueError if V2V or T2V is frozen with open gates that were never trained.
 
-    Random numbers would go into every token for the whole stage, and what learns would learn to live with them.
+    Its random output would be added to every token, and the other parts would adapt to it.
     """
     gate_init = model.config.gate_init
     for branch in ("v2v", "t2v"):
@@ -99,8 +98,8 @@ def refuse_random_branches(model: CrossLMMPreTrainedModel) -> None:
         if gate_init and gates and is_frozen and all((gate == gate_init).all() for gate in gates):
             raise ValueError(
                 f"{branch.upper()} is frozen in this stage but was never trained, and its gates are open: they are at "
-                f"`gate_init` {gate_init:g}. Begin with gates of 0, without it (`use_{branch}=False`), or name "
-                f"{branch} in `trained_parts`."
+                f"`gate_init` {gate_init:g}. Start with gates of 0 or without {branch.upper()} "
+                f"(`use_{branch}=False`), or name {branch} in `trained_parts`."
             )
 
 
@@ -114,11 +113,11 @@ def parameter_groups(
     weight_decay: float = 0.0,
     decayed: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """What learns, as an optimiser takes it: the rest of the model first, then parts with rates of their own.
+    """Parameter groups for an optimiser: first the rest of the model, then the parts with their own rates.
 
-    vision_learning_rate, language_model_learning_rate: None for `learning_rate`, with the rest.
-    decayed: names of the parameters that weight decay is for; without them all matrices. Gates never decay: it would
-        close them. Raises ValueError where nothing learns.
+    vision_learning_rate, language_model_learning_rate: None for `learning_rate`, in the group of the rest.
+    decayed: names of parameters with weight decay; None for all matrices. Gates never decay, because decay would
+        close them. Raises ValueError if nothing learns.
     """
     rates = {
         "rest": learning_rate,  # first: a Trainer logs the rate of the first group
@@ -137,7 +136,7 @@ def parameter_groups(
         decays = name in decayed if decayed is not None else parameter.ndim > 1
         groups["rest" if rates.get(part) is None else part, decays].append(parameter)
     if not any(groups.values()):
-        raise ValueError("Nothing of the model learns: all its parameters are frozen.")
+        raise ValueError("At least one parameter must learn; all are frozen. Name parts in `trained_parts`.")
     return [
         {
             "params": parameters,
@@ -151,7 +150,7 @@ def parameter_groups(
 
 
 def count_parts(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Parameters that learn, and all, of each part of the model; a norm that V2V and T2V share counts as V2V's."""
+    """Trained and total parameters of each part; the norm that V2V and T2V share is counted as V2V's."""
     counts = dict.fromkeys(PARTS, (0, 0))
     for name, parameter in model.named_parameters():
         part = parts_of(name)[0]
@@ -161,12 +160,12 @@ def count_parts(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def size_of(parameter: nn.Parameter) -> int:
-    """How many numbers a parameter has. ZeRO-3 leaves nothing of it here, and says how many there were."""
+    """Number of elements of a parameter, also if ZeRO-3 has partitioned it."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def describe(model: nn.Module, groups: Sequence[dict[str, Any]]) -> str:
-    """A table of what learns, and at which rate."""
+    """A table of the trained parameters, and of the rate of each group."""
     counts = count_parts(model)
     total = tuple(sum(column) for column in zip(*counts.values(), strict=True))
     lines = [f"{'part':<20}{'learns':>16}{'of':>16}"]
@@ -183,33 +182,35 @@ def describe(model: nn.Module, groups: Sequence[dict[str, Any]]) -> str:
 
 @dataclass
 class CrossLMMTrainingArguments(TrainingArguments):
-    """Transformers' `TrainingArguments`, and what is CrossLMM's own."""
+    """Transformers' `TrainingArguments` with CrossLMM's own options."""
 
-    model: str | None = field(default=None, metadata={"help": "Checkpoint to begin with: a folder or a repository."})
+    model: str | None = field(default=None, metadata={"help": "Checkpoint to train: a folder or a name on the Hub."})
     train_data: str | None = field(
         default=None,
         metadata={"help": "LLaVA's .json or .jsonl, a mixture .yaml, or a folder or repository for `datasets`."},
     )
-    media_root: str | None = field(default=None, metadata={"help": "Folder that the names of media files begin in."})
-    streaming: bool = field(default=False, metadata={"help": "Read a dataset in its order, without loading it."})
+    media_root: str | None = field(
+        default=None, metadata={"help": "Folder that the names of media files are relative to."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read a dataset in order, without loading it."})
     unusable: Literal["raise", "skip"] = field(
-        default="raise", metadata={"help": "A sample that is broken, too long or does not decode: raise or skip."}
+        default="raise", metadata={"help": "For a sample that is broken, too long or does not decode: raise or skip."}
     )
     max_length: int | None = field(default=None, metadata={"help": "Most tokens of a sample, frames' included."})
-    num_frames: int | None = field(default=None, metadata={"help": "Frames of a video, in equal steps."})
-    fps: float | None = field(default=None, metadata={"help": "Or frames per second."})
+    num_frames: int | None = field(default=None, metadata={"help": "Frames of each video, at equal intervals."})
+    fps: float | None = field(default=None, metadata={"help": "Frames per second, instead of --num_frames."})
     max_frames: int | None = field(default=None, metadata={"help": "With --fps: the most frames of a video."})
     trained_parts: list[str] = field(
-        default_factory=lambda: list(PARTS), metadata={"help": f"What learns, of {', '.join(PARTS)}."}
+        default_factory=lambda: list(PARTS), metadata={"help": f"Parts to train, of {', '.join(PARTS)}."}
     )
     vision_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of the vision tower, if not the learning rate."}
+        default=None, metadata={"help": "Rate of the vision tower; default: --learning_rate."}
     )
     language_model_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of the language model, if not the learning rate: new parts want a larger."}
+        default=None, metadata={"help": "Rate of the language model; default: --learning_rate. New parts need more."}
     )
     gate_learning_rate: float = field(
-        default=1e-2, metadata={"help": "Of the gates: Adam moves a gate by no more than this in a step."}
+        default=1e-2, metadata={"help": "Rate of the gates: Adam moves a gate by at most this much in a step."}
     )
     global_batch_size: int | None = field(
         default=None, metadata={"help": "Samples per step over all processes; sets the gradient accumulation."}
@@ -222,32 +223,32 @@ class CrossLMMTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.remove_unused_columns:
-            raise ValueError("`remove_unused_columns` must be False: the collator reads columns the model does not.")
+            raise ValueError("`remove_unused_columns` must be False: the collator needs columns the model does not.")
         if self.accelerator_config.dispatch_batches:
             raise ValueError(
-                "`dispatch_batches` must be False: it cuts the frames of all videos to the number of samples."
+                "`dispatch_batches` must be False: it truncates the frames of a batch to its number of samples."
             )
         self.accelerator_config.dispatch_batches = False
         if self.n_gpu > 1:  # torch.nn.DataParallel
             raise ValueError(
-                f"One process sees {self.n_gpu} GPUs and would cut the frames of all videos into as many parts. Start "
-                "with `torchrun --nproc-per-node`, or show it one GPU with CUDA_VISIBLE_DEVICES."
+                f"Each process must have one GPU; this one sees {self.n_gpu}, and DataParallel would split videos in "
+                "the middle. Start with `torchrun --nproc-per-node`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
         if self.global_batch_size is not None:
             at_once = self.per_device_train_batch_size * self.world_size
             if self.global_batch_size % at_once:
                 raise ValueError(
-                    f"`global_batch_size` must be a multiple of the {at_once} samples that all processes take at "
-                    f"once; got {self.global_batch_size}. Change `per_device_train_batch_size`."
+                    f"`global_batch_size` must be a multiple of the {at_once} samples of one forward pass of all "
+                    f"processes; got {self.global_batch_size}. Change `per_device_train_batch_size`."
                 )
             self.gradient_accumulation_steps = self.global_batch_size // at_once
 
 
 def parse_recipe(argv: Sequence[str]) -> CrossLMMTrainingArguments:
-    """The arguments of a recipe (a YAML file, or the name of one in `recipes/`) and of what stands behind it.
+    """Parses a recipe (a YAML file, or the name of one in `recipes/`) and the options after it.
 
-    As `argparse` does it, --help and mistakes end the program, these with a line on stderr and code 2. Raises
-    FileNotFoundError for no such recipe, ValueError for a file that is none.
+    Like `argparse`, ends the program on --help, and on wrong options with a line on stderr and code 2. Raises
+    FileNotFoundError for an unknown recipe, ValueError for an invalid file.
     """
     usage = "crosslmm train RECIPE [--option value ...]"
     parser = HfArgumentParser(
@@ -262,7 +263,7 @@ def parse_recipe(argv: Sequence[str]) -> CrossLMMTrainingArguments:
     if not path.is_file() and path.name == argv[0]:
         path = RECIPES / f"{path.stem}.yaml"
     if not path.is_file():
-        raise FileNotFoundError(f"There is no recipe {argv[0]!r}: it is a YAML file, or one of {known}.")
+        raise FileNotFoundError(f"There is no recipe {argv[0]!r}; a recipe is a YAML file, or one of {known}.")
     recipe = read_yaml(path)
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} must hold options and their values; got {type(recipe).__name__}.")
@@ -270,7 +271,7 @@ def parse_recipe(argv: Sequence[str]) -> CrossLMMTrainingArguments:
         recipe["use_cpu"] = True
         capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.11 on
         if not capabilities.get("amx_bf16"):
-            recipe.pop("bf16", None)  # other CPUs have no fast products in it
+            recipe.pop("bf16", None)  # slow on other CPUs
     behind = {word.partition("=")[0].strip("-").replace("-", "_") for word in argv[1:] if word.startswith("--")}
     for name, other in (("fps", "num_frames"), ("num_frames", "fps")):  # they exclude each other
         if name in behind:
@@ -281,16 +282,16 @@ def parse_recipe(argv: Sequence[str]) -> CrossLMMTrainingArguments:
     if unknown:
         names = [f"--{option.name}" for option in fields(CrossLMMTrainingArguments)]
         similar = get_close_matches(unknown[0], names, n=1)
-        all_of_them = "`python -m transformers_crosslmm.training.trainer --help` lists them all."
+        all_of_them = "`python -m transformers_crosslmm.training.trainer --help` lists all options."
         parser.error(f"there is no option {unknown[0]}; {f'did you mean {similar[0]}?' if similar else all_of_them}")
     missing = [name for name in ("model", "train_data", "output_dir") if getattr(arguments, name) is None]
     if missing:
-        parser.error(f"say {' and '.join('--' + name for name in missing)}, in the recipe or behind it.")
+        parser.error(f"give {' and '.join('--' + name for name in missing)}, in the recipe or after it.")
     return arguments
 
 
 def _as_options(recipe: dict[str, Any]) -> Iterator[str]:
-    """A recipe as a command line, so that both are read by the same rules."""
+    """Converts a recipe to command-line options, so that one parser reads both."""
     for name, value in recipe.items():
         if value is None:
             continue
@@ -305,14 +306,14 @@ def _as_options(recipe: dict[str, Any]) -> Iterator[str]:
 
 
 class CrossLMMTrainer(Trainer):
-    """`Trainer` with the rates of `CrossLMMTrainingArguments`, and checkpoints that say when they are complete."""
+    """`Trainer` with the rates of `CrossLMMTrainingArguments`, which marks checkpoints as complete."""
 
     args: CrossLMMTrainingArguments
     unmarked_checkpoint: Path | None = None
-    """Being written, or written and not yet marked as complete."""
+    """The checkpoint that is not yet marked as complete, if any."""
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Transformers' choice of optimiser, on our `parameter_groups`."""
+        """Transformers' optimiser on our `parameter_groups`."""
         if self.optimizer is None:
             model = cast(nn.Module, self.model if model is None else model)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, model))
@@ -320,7 +321,7 @@ class CrossLMMTrainer(Trainer):
         return self.optimizer
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """See `parameter_groups`."""
+        """Parameter groups of a model, with the arguments' rates."""
         return parameter_groups(
             model,
             learning_rate=self.args.learning_rate,
@@ -337,10 +338,10 @@ class CrossLMMTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        """As in Transformers; True resumes from the newest checkpoint that is complete, a path must be one.
+        """Trains as in Transformers. True resumes from the newest complete checkpoint; a path must be a complete one.
 
-        Raises ValueError where there is none, where what learns or its rates are no longer those of the checkpoint,
-        where processes would begin at different ones, and where the data held no sample to train on.
+        Raises ValueError if there is none, if trained parameters or rates differ from the checkpoint's, if processes
+        would resume from different checkpoints, and if no sample of the data could be used.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(cast(str, self.args.output_dir))
@@ -348,8 +349,8 @@ class CrossLMMTrainer(Trainer):
                 raise ValueError(f"There is no complete checkpoint in {self.args.output_dir} to resume from.")
         elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
             raise ValueError(
-                f"{resume_from_checkpoint} cannot be resumed: it was not saved to its end, or not by CrossLMMTrainer, "
-                "or was damaged since."
+                f"{resume_from_checkpoint} cannot be resumed: it is incomplete, damaged, or not from CrossLMMTrainer. "
+                "Name another."
             )
         self._agree_on(resume_from_checkpoint)
         model = cast(nn.Module, self.model)
@@ -358,7 +359,7 @@ class CrossLMMTrainer(Trainer):
             self._refuse_another_recipe(Path(cast(str, resume_from_checkpoint)))
         self._warn_of_few_steps()
         self.model.config.untrained = False
-        # Transformers would delete older checkpoints before this one is marked as complete.
+        # Otherwise Transformers deletes older checkpoints before the new one is marked as complete.
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
         callback = FinishCheckpoints(self)
         self.add_callback(callback)
@@ -368,7 +369,7 @@ class CrossLMMTrainer(Trainer):
             self.args.save_total_limit = self.save_total_limit
             self.remove_callback(callback)
         if self.state.global_step == 0:
-            raise ValueError("No step was made: the data holds no sample that can be used.")
+            raise ValueError("No step was made: no sample of the data can be used. Try `crosslmm data check`.")
         return output
 
     def _warn_of_few_steps(self) -> None:
@@ -378,19 +379,19 @@ class CrossLMMTrainer(Trainer):
         num_steps = math.ceil(len(self.train_dataset) * self.args.num_train_epochs / at_once)
         if num_steps < FEW_STEPS:
             logger.warning(
-                f"{len(self.train_dataset)} records, {self.args.num_train_epochs:g} times, {at_once} samples a step: "
+                f"{len(self.train_dataset)} records, {self.args.num_train_epochs:g} epochs, {at_once} samples a step: "
                 f"the run makes {num_steps} steps, and below {FEW_STEPS} hardly anything is learned. Lower "
-                "`global_batch_size`, or raise `num_train_epochs`, and leave the rates as they are."
+                "`global_batch_size`, or raise `num_train_epochs`, and keep the rates."
             )
 
     def _refuse_another_recipe(self, checkpoint: Path) -> None:
-        """The optimiser's state would be that of other parameters, and the rates those of before, unsaid."""
+        """Raises if trained parameters or rates changed: a resumed optimiser would have its old state and rates."""
         table = checkpoint / WHAT_LEARNS
         if table.is_file() and (before := table.read_text()) != self.what_learns:
             raise ValueError(
-                f"What learns, or a rate, is not what it was in {checkpoint}, and a run goes on only as it began.\n"
+                f"A resumed run must train the same parameters at the same rates as in {checkpoint}.\n"
                 f"Then:\n{before}\n\nNow:\n{self.what_learns}\n\n"
-                "Give the options of before, or begin a new run with that checkpoint as `model` and another "
+                "Give the earlier options, or start a new run with that checkpoint as `model` and another "
                 "`output_dir`."
             )
 
@@ -401,20 +402,20 @@ class CrossLMMTrainer(Trainer):
         if len(set(names)) > 1:
             places = ", ".join(f"process {number} at {name}" for number, name in enumerate(names))
             raise ValueError(
-                f"All processes must go on at one checkpoint; they would begin so: {places}. `output_dir` must be one "
-                "folder that all machines share."
+                f"All processes must resume from one checkpoint; got {places}. `output_dir` must be one folder that "
+                "all machines share."
             )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in Transformers, with the samples skipped so far by this process, if any were."""
+        """Logs as in Transformers, with the number of samples that this process has skipped, if any."""
         if num_skipped := getattr(self.train_dataset, "num_skipped", 0):
             logs["skipped_samples"] = num_skipped
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """As in Transformers, which turns the cache off for training; what is saved is for use."""
+        """Saves as in Transformers, with `use_cache` on, which training turns off."""
         folder = Path(output_dir or cast(str, self.args.output_dir))
-        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):  # the first thing that is written into a checkpoint
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):  # the first part of a checkpoint that is written
             self.unmarked_checkpoint = folder
             if self.args.should_save:
                 (folder / COMPLETE).unlink(missing_ok=True)
@@ -423,11 +424,11 @@ class CrossLMMTrainer(Trainer):
         self.model.config.use_cache = self.args.use_cache
 
     def finish_checkpoint(self) -> None:
-        """Marks the checkpoint that was saved last as complete; older ones go only now."""
+        """Marks the last checkpoint as complete, then deletes older ones over the limit."""
         folder, self.unmarked_checkpoint = self.unmarked_checkpoint, None
         if folder is None:
             return
-        self.accelerator.wait_for_everyone()  # until every process has written its share
+        self.accelerator.wait_for_everyone()  # every process writes a part
         if self.args.should_save:
             (folder / WHAT_LEARNS).write_text(self.what_learns)
             mark_complete(folder)
@@ -440,9 +441,9 @@ class CrossLMMTrainer(Trainer):
 
 
 class FinishCheckpoints(TrainerCallback):
-    """Has a `CrossLMMTrainer` finish each checkpoint once all of it is written.
+    """Calls `finish_checkpoint` after each save.
 
-    `on_train_end` is for the one that Transformers saves because of a SIGTERM, of which it tells no callback.
+    `on_train_end` covers the checkpoint that Transformers saves after a SIGTERM, without calling `on_save`.
     """
 
     def __init__(self, trainer: CrossLMMTrainer) -> None:
@@ -455,8 +456,8 @@ class FinishCheckpoints(TrainerCallback):
 
 
 def mark_complete(folder: Path) -> None:
-    """Writes into a checkpoint that it is complete: its files and their SHA-256, once all are on disk."""
-    unfinished = folder / f"{COMPLETE}.tmp"  # there already where a run was killed
+    """Marks a checkpoint as complete with a file of all SHA-256, after all files are synced to disk."""
+    unfinished = folder / f"{COMPLETE}.tmp"  # may be left from a killed run
     others = (COMPLETE, unfinished.name, IN_PROGRESS)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in others)
     for path in files:
@@ -467,7 +468,7 @@ def mark_complete(folder: Path) -> None:
 
 
 def is_complete(folder: str | os.PathLike) -> bool:
-    """Whether a checkpoint was saved to its end and still is, to the bit, what was saved."""
+    """Whether a checkpoint is marked as complete and all its files have their recorded SHA-256."""
     try:
         checksums = json.loads((Path(folder) / COMPLETE).read_text())
         return all(checksum(Path(folder) / name) == expected for name, expected in checksums.items())
@@ -476,13 +477,13 @@ def is_complete(folder: str | os.PathLike) -> bool:
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest checkpoint of a run that can be resumed from; what was cut off while it was saved is passed over."""
+    """The newest complete checkpoint of a run, or None. Incomplete ones are skipped with a warning."""
     folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     by_step = {int(path.name.rpartition("-")[2]): path for path in folders if path.name.rpartition("-")[2].isdigit()}
     for step in sorted(by_step, reverse=True):
         if is_complete(by_step[step]):
             return str(by_step[step])
-        logger.warning(f"{by_step[step]} was not saved to its end, or was damaged since, and is passed over.")
+        logger.warning(f"{by_step[step]} is incomplete or damaged, and is skipped.")
     return None
 
 
@@ -490,13 +491,13 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
 
 
 def train(arguments: CrossLMMTrainingArguments) -> CrossLMMTrainer:
-    """Runs a stage from its beginning, or from where it stopped, and saves model and processor in `output_dir`."""
+    """Runs or resumes a stage, and saves model and processor in `output_dir`."""
     set_seed(arguments.seed)
     processor = load_processor(cast(str, arguments.model))
     choose_frames(processor, arguments)
     dataset = load_dataset(arguments, processor)
 
-    # In float32: small steps get lost in 16-bit weights. `bf16` computes in bfloat16 all the same.
+    # Float32, because small updates are rounded away in 16-bit weights; `bf16` still computes in bfloat16.
     model: Any = AutoModelForImageTextToText.from_pretrained(
         cast(str, arguments.model), dtype=torch.float32, attn_implementation=arguments.attn_implementation
     )
@@ -519,7 +520,7 @@ def train(arguments: CrossLMMTrainingArguments) -> CrossLMMTrainer:
 
 
 def choose_frames(processor: CrossLMMProcessor, arguments: CrossLMMTrainingArguments) -> None:
-    """Writes how videos are sampled into the processor, so that whoever uses the model samples them the same way."""
+    """Writes the arguments' frame sampling into the processor, so that inference samples like training."""
     given = {name: getattr(arguments, name) for name in ("num_frames", "fps", "max_frames")}
     if given["num_frames"] is not None and given["fps"] is not None:
         raise ValueError("`num_frames` and `fps` exclude each other; give one.")
@@ -531,8 +532,8 @@ def choose_frames(processor: CrossLMMProcessor, arguments: CrossLMMTrainingArgum
 
 
 def load_dataset(arguments: CrossLMMTrainingArguments, processor: CrossLMMProcessor) -> Any:
-    """The samples of `train_data`. Broken records of files are looked for before training begins: they are named in
-    the log, and unless they are to be skipped, ValueError is raised."""
+    """The samples of `train_data`. Broken records of files are logged before training begins, and raise ValueError
+    unless `unusable` is "skip"."""
     options: dict[str, Any] = {
         "media_root": arguments.media_root,
         "max_length": arguments.max_length,
@@ -540,7 +541,7 @@ def load_dataset(arguments: CrossLMMTrainingArguments, processor: CrossLMMProces
     }
     records = load_records(cast(str, arguments.train_data), streaming=arguments.streaming, seed=arguments.seed)
     if arguments.streaming:
-        # Without an end: Transformers takes a stream for one, and goes on at as many batches as were taken from it.
+        # Endless, because Transformers ends at a stream's end, and resumes by counting the batches taken from it.
         return stream_samples(records.shuffle(seed=arguments.seed).repeat(None), processor, **options)
     dataset = CrossLMMDataset(records, processor, **options)
     if isinstance(records, RecordMixture) and arguments.process_index == 0:
@@ -550,7 +551,7 @@ def load_dataset(arguments: CrossLMMTrainingArguments, processor: CrossLMMProces
             is_broken = True
         if is_broken and arguments.unusable == "raise":
             raise ValueError(
-                "The data has broken records, the first are named above. `crosslmm data check` lists them all; "
+                "The data has broken records; the first are listed above. `crosslmm data check` lists all, and "
                 "--unusable skip leaves them out."
             )
     return dataset

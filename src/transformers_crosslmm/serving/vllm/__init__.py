@@ -1,13 +1,13 @@
-"""CrossLMM in vLLM: the entry point that vLLM's processes call when they start. See docs/vllm.md."""
+"""CrossLMM in vLLM: the plugin's entry point, which vLLM's processes call at their start. See docs/vllm.md."""
 
 
 def register() -> None:
-    """Makes vLLM know CrossLMM checkpoints. Called by vLLM in each of its processes, through the entry point group
-    `vllm.general_plugins`."""
+    """Registers CrossLMM with vLLM, which calls this in each of its processes (entry point group
+    `vllm.general_plugins`)."""
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    import transformers_crosslmm  # noqa: F401  # the Auto classes know its config and processor
+    import transformers_crosslmm  # noqa: F401  # registers config and processor with the Auto classes
 
     from .rules import ARCHITECTURE, CrossLMMRules
 

@@ -1,55 +1,55 @@
-"""A worker of `answer_corpus` that asks vLLM: all questions about a video at once."""
+"""A worker of `answer_corpus` that answers with vLLM, all questions about a video at once."""
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
+from ...asking.allowed_files import open_below
 from ...asking.prefilled import VIDEO_FAILURES
-from ...checkpoints.load import load_processor
-from ..corpus import CorpusQuestion, VideoAnswerer, _described, _row
+from ..corpus import CorpusQuestion, Row, VideoAnswerer, _described, _row
 from .media import CrossLMMVideoLoader
 
 
 class VllmVideoAnswerer(VideoAnswerer):
-    """As `VideoAnswerer`, which runs the model itself. A video with frames that cannot be decoded is an error."""
+    """`VideoAnswerer` with vLLM instead of the model. A video with frames that cannot be decoded is an error."""
 
-    def __init__(
-        self,
-        model: str,
-        attempts: str,
-        *,
-        device: str | None = None,
-        max_new_tokens: int = 256,
-        num_threads: int | None = None,
-        sampling: Mapping[str, Any] | None = None,
-    ) -> None:
+    def _load(self, model: str, device: str | None) -> None:
         from vllm import LLM, SamplingParams
+        from vllm.platforms import current_platform
 
-        self.attempts, self.sampling = Path(attempts), dict(sampling or {})
-        self.processor = load_processor(model)
-        most = self.sampling.get("num_frames") or self.processor.video_processor.max_frames
-        self.llm = LLM(model, limit_mm_per_prompt={"video": {"count": 1, "num_frames": most}, "image": 0})
-        self.options = SamplingParams(temperature=0, max_tokens=max_new_tokens)
+        sampling = self.processor.video_processor._sampling(**self.sampling)
+        most = sampling.num_frames or sampling.max_frames or len(sampling.times or ())
+        self.llm = LLM(
+            model,
+            dtype="float32" if current_platform.is_cpu() else "auto",  # like `load_model`
+            limit_mm_per_prompt={"video": {"count": 1, "num_frames": most}, "image": 0},
+        )
+        self.options = SamplingParams(temperature=0, max_tokens=self.max_new_tokens, detokenize=False)
 
-    def _answers(self, path: str, questions: list[CorpusQuestion]) -> Iterator[dict[str, str | None]]:
+    def _answers(self, path: str, questions: list[CorpusQuestion]) -> Iterator[Row]:
         try:
-            video = CrossLMMVideoLoader.load_bytes(path, **self.sampling)
+            with open_below(path, [self.root]) as file:
+                video = CrossLMMVideoLoader.load_bytes(file, **self.sampling)
         except VIDEO_FAILURES as error:
             failure = _described(error)
             yield from (_row(question, error=failure) for question in questions)
             return
+        yield from self._ask(questions, video)
+
+    def _ask(self, questions: list[CorpusQuestion], video: Any) -> Iterator[Row]:
         asked = [self._request(question, video) for question in questions]
         try:
             outputs = self.llm.generate(asked, self.options, use_tqdm=False)
-        except Exception as error:  # one that is too long refuses all; vLLM's errors have no class in common
+        except Exception as error:  # one question too long fails all; vLLM's errors share no class
             if len(questions) == 1:
                 yield _row(questions[0], error=_described(error))
             else:
                 for question in questions:
-                    yield from self._answers(path, [question])
+                    yield from self._ask([question], video)
             return
         for question, output in zip(questions, outputs, strict=True):
-            yield _row(question, answer=output.outputs[0].text)
+            # vLLM's own text drops an incomplete last character.
+            text = self.processor.decode(output.outputs[0].token_ids, skip_special_tokens=True)
+            yield _row(question, answer=text.strip())
 
     def _request(self, question: CorpusQuestion, video: Any) -> dict[str, Any]:
         content = [{"type": "video"}, {"type": "text", "text": question.question}]

@@ -1,6 +1,6 @@
-"""Videos and images from strangers in vLLM: fetched and decoded by the package, under its limits.
+"""Untrusted videos and images in vLLM, fetched and decoded by the package, under its limits.
 
-A request may name any of vLLM's decoders, so all names lead to the package's, in a process that serves a CrossLMM.
+A request may name any of vLLM's decoders, so a process that serves a CrossLMM maps all names to the package's decoder.
 """
 
 import asyncio
@@ -8,9 +8,9 @@ import os
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
-import torch
 from vllm.config import ModelConfig
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 from vllm.multimodal.media.base import MediaIO
@@ -18,19 +18,19 @@ from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 
 from ...frames_crosslmm import SAMPLING_KWARGS
 from ...video_decoding import VideoError, decode_video
-from ...video_processing_crosslmm import CrossLMMVideoProcessor
-from ...video_source import VideoLimits, open_source
+from ...video_processing_crosslmm import CrossLMMVideoProcessor, _resize
+from ...video_source import VideoLimits, VideoSource, open_source
 
 CONNECTOR = "crosslmm"
 SERVED_LIMITS = {"max_bytes": 2**30, "max_decode_seconds": 120.0}
-"""Where a server is stricter than `VideoLimits` is."""
+"""Defaults of a server that are stricter than those of `VideoLimits`."""
 
 
 def serve_media_safely(model_config: ModelConfig) -> None:
-    """Lets this process fetch and decode media by the package alone.
+    """Makes this process fetch and decode media with the package only.
 
-    The limits stand in vLLM's setting `media_io_kwargs={"video": {"limits": {...}}}`, by the names of `VideoLimits`;
-    they are the server's, and no request can change them.
+    Limits are set by vLLM's `media_io_kwargs={"video": {"limits": {...}}}`, under the names of `VideoLimits`. Requests
+    cannot change them.
     """
     multimodal = model_config.multimodal_config
     if multimodal is None:
@@ -42,23 +42,23 @@ def serve_media_safely(model_config: ModelConfig) -> None:
     )
     CrossLMMVideoLoader.processor, CrossLMMVideoLoader.limits = processor, limits
     CrossLMMConnector.limits = limits
-    said.setdefault("num_frames", -1)  # else vLLM asks for 32
+    said.setdefault("num_frames", -1)  # vLLM's default is 32
     for name in [CONNECTOR, *VIDEO_LOADER_REGISTRY.name2class]:
         VIDEO_LOADER_REGISTRY.register(name)(CrossLMMVideoLoader)
     os.environ["VLLM_MEDIA_CONNECTOR"] = CONNECTOR
 
 
 def most_frames(model_config: ModelConfig, processor: CrossLMMVideoProcessor) -> int:
-    """The most frames of a video: `limit_mm_per_prompt={"video": {"count": …, "num_frames": …}}`, or what the
-    checkpoint's processor samples at most."""
+    """The most frames of a video: those of `limit_mm_per_prompt={"video": {"count": …, "num_frames": …}}`, or the
+    processor's limit."""
     limit = model_config.multimodal_config.limit_per_prompt.get("video")
     return getattr(limit, "num_frames", None) or processor.num_frames or processor.max_frames
 
 
 class CrossLMMVideoLoader(VideoLoader):
-    """The package's decoder, in a process of its own for each video.
+    """The package's decoder as vLLM's; each video is decoded in an isolated process.
 
-    processor, limits: of the checkpoint that this process serves.
+    processor, limits: of the served checkpoint.
     """
 
     processor: CrossLMMVideoProcessor
@@ -66,15 +66,15 @@ class CrossLMMVideoLoader(VideoLoader):
 
     @classmethod
     def load_bytes(
-        cls, data: bytes | str, *, num_frames: int = -1, **kwargs: Any
+        cls, data: VideoSource, *, num_frames: int = -1, **kwargs: Any
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Sampled frames (T, H, W, 3) of the size that the encoder sees, and what vLLM passes on of them.
+        """Decodes sampled frames (T, H, W, 3) at the encoder's size, and their metadata for vLLM.
 
-        data: the file, or its path. num_frames: -1 for the checkpoint's own sampling. kwargs: more of
-        `SAMPLING_KWARGS`. Raises ValueError for others, and VideoError for what cannot be read.
+        data: as `source` of `decode_video`. num_frames: -1 for the checkpoint's own sampling. kwargs: other
+        `SAMPLING_KWARGS`. Raises ValueError for unknown ones, and VideoError for a video that cannot be read.
         """
         if unknown := sorted(kwargs.keys() - set(SAMPLING_KWARGS)):
-            raise ValueError(f"A video takes {', '.join(SAMPLING_KWARGS)}; got {', '.join(unknown)[:80]}.")
+            raise ValueError(f"A video's options are {', '.join(SAMPLING_KWARGS)}; got {', '.join(unknown)[:80]}.")
         asked = kwargs | ({"num_frames": num_frames} if num_frames != -1 and "fps" not in kwargs else {})
         sampling = cls.processor._sampling(**asked)
         most = cls.limits.max_frames
@@ -88,7 +88,7 @@ class CrossLMMVideoLoader(VideoLoader):
         try:
             video = decode_video(
                 data,
-                frame_transform=cls.resized,
+                frame_transform=partial(_resize, size=cls.processor.size, resample=cls.processor.resample),
                 limits=cls.limits,
                 strict=True,  # a client sees no warnings
                 isolated=True,
@@ -106,36 +106,25 @@ class CrossLMMVideoLoader(VideoLoader):
         }
         return video.frames.permute(0, 2, 3, 1).numpy(), metadata
 
-    @classmethod
-    def resized(cls, frame: torch.Tensor) -> torch.Tensor:
-        """(3, H, W) to (3, S, S), uint8, as the processor does it."""
-        as_it_is = {"do_sample_frames": False, "do_rescale": False, "do_normalize": False}
-        features = cls.processor([frame[None]], input_data_format="channels_first", return_tensors="pt", **as_it_is)
-        return features["pixel_values_videos"][0].to(torch.uint8)
-
 
 @MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)
 class CrossLMMConnector(MediaConnector):
-    """vLLM's own for paths and data URIs; URLs are fetched by the package: no private addresses, at most so many
-    bytes."""
+    """Reads paths like vLLM's connector, and URLs and data URIs with the package: no private addresses, no list of
+    frames in place of a file, and a limited size."""
 
     limits = VideoLimits()
 
     def load_from_url(self, url: str, media_io: MediaIO, *, fetch_timeout: int | None = None) -> Any:
-        if url[:5].lower() == "data:" and len(url) > 2 * self.limits.max_bytes:
-            raise ValueError(f"A data URI may hold {self.limits.max_bytes} bytes; this one is longer.")
-        if url.partition(":")[0].lower() not in ("http", "https"):
+        scheme = url.partition(":")[0].lower()
+        if scheme not in ("http", "https", "data"):
             return super().load_from_url(url, media_io, fetch_timeout=fetch_timeout)
-        if self.allowed_media_domains:
-            from urllib.parse import urlsplit
-
-            if (host := urlsplit(url).hostname) not in self.allowed_media_domains:
-                raise ValueError(f"URLs must lead to {', '.join(self.allowed_media_domains)}; got {host}.")
+        if scheme != "data" and self.allowed_media_domains:
+            host = urlsplit(url).hostname
+            if host not in self.allowed_media_domains:
+                raise ValueError(f"URLs must be on {', '.join(self.allowed_media_domains)}; got {host}.")
         limits = self.limits if fetch_timeout is None else replace(self.limits, network_timeout_seconds=fetch_timeout)
         with open_source(url, limits) as file:
             return media_io.load_bytes(file.read())
 
     async def load_from_url_async(self, url: str, media_io: MediaIO, *, fetch_timeout: int | None = None) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(
-            None, partial(self.load_from_url, url, media_io, fetch_timeout=fetch_timeout)
-        )
+        return await asyncio.to_thread(self.load_from_url, url, media_io, fetch_timeout=fetch_timeout)

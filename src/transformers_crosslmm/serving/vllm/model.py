@@ -1,11 +1,11 @@
 """CrossLMM for vLLM: the package's encoder and cross-attention around vLLM's own language model.
 
     embed_multimodal        pixels -> rows of placeholders: pooled token, integers, patches
-    embed_input_ids         pooled tokens into the text; the rest of the rows waits for the step
+    embed_input_ids         puts pooled tokens into the text, and keeps the rows for the step
     forward
-      VisualCache.begin_step                    rows -> slots of vLLM's cache; who attends to what
-      language_model                            vLLM's, layer by layer: self-attention, then, before the norm that
-        CrossAttention.before_norm              follows it, the cross-attention, then MLP
+      VisualCache.begin_step                    rows -> slots of vLLM's cache; segments of the step's tokens
+      language_model                            vLLM's, layer by layer: self-attention, the cross-attention (before the
+        CrossAttention.before_norm              norm after self-attention), MLP
 
 Shapes: T tokens of a step, F frames, C language width, D vision width, R requests, q tokens of each, H query heads,
         G key/value heads, E head width.
@@ -49,7 +49,7 @@ from .visual_cache import PagedSlots, RowLayout, VisualCache
 
 
 class VisionPart(CrossLMMModel):
-    """The package's model up to the projector."""
+    """The encoder and projector of the package's model."""
 
     def __init__(self, config: CrossLMMConfig) -> None:
         CrossLMMPreTrainedModel.__init__(self, config)
@@ -57,7 +57,7 @@ class VisionPart(CrossLMMModel):
         self.multi_modal_projector = CrossLMMMultiModalProjector(config)
 
     def rows(self, pixels: torch.Tensor, frames: list[int], layout: RowLayout) -> list[torch.Tensor]:
-        """The rows of each medium, of pixels (F, 3, S, S) with so many frames of each."""
+        """Encodes pixels (F, 3, S, S) to the rows of each medium. frames: frames of each medium."""
         encoded = self.encode(pixels, frames)
         assert encoded.pooler_output is not None
         assert encoded.last_hidden_state is not None
@@ -72,7 +72,7 @@ class VisionPart(CrossLMMModel):
 
 
 class ParallelBranch(CrossLMMCrossAttentionBranch):
-    """A branch of the package with the heads of one rank."""
+    """The package's cross-attention branch with the heads of one tensor-parallel rank."""
 
     def __init__(self, config: CrossLMMConfig, layer_idx: int, prefix: str) -> None:
         super().__init__(config, layer_idx)
@@ -82,7 +82,7 @@ class ParallelBranch(CrossLMMCrossAttentionBranch):
         self.q_proj = ColumnParallelLinear(width, queries, bias=False, return_bias=False, prefix=f"{prefix}.q_proj")
         self.o_proj = RowParallelLinear(queries, width, bias=False, return_bias=False, prefix=f"{prefix}.o_proj")
         self.num_heads = all_heads // ranks
-        self.num_key_value_heads = max(1, all_groups // ranks)  # more ranks than groups: some share one
+        self.num_key_value_heads = max(1, all_groups // ranks)  # with more ranks than groups, ranks share a group
         first = rank * all_groups // ranks * self.head_dim
         own = slice(first, first + self.num_key_value_heads * self.head_dim)
         for name in ("k_proj", "v_proj"):
@@ -94,7 +94,7 @@ class ParallelBranch(CrossLMMCrossAttentionBranch):
         return ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attend_paged(self, normed: torch.Tensor, paged: PagedSlots, folding: Folding) -> torch.Tensor:
-        """Update of the tokens `paged.rows` (R, q), one after the other; 0 at those that are none."""
+        """The update of tokens `paged.rows` (R, q), flattened; 0 where `paged.is_query` is False."""
         query = self.split_heads(self.q_proj(normed[paged.rows.flatten()]))
         grouped = query.unflatten(1, (self.num_key_value_heads, -1))
         folded = torch.einsum("qgre,ged->qgrd", grouped, folding.key)
@@ -105,8 +105,7 @@ class ParallelBranch(CrossLMMCrossAttentionBranch):
 
 
 class CrossAttention(nn.Module):
-    """The dual cross-attention of one layer, as a custom operation, so that what is compiled around it does not look
-    into it."""
+    """The dual cross-attention of one layer, called through a custom operation, which torch.compile does not trace."""
 
     def __init__(self, config: CrossLMMConfig, layer_idx: int, cache: VisualCache, vllm_config: VllmConfig) -> None:
         super().__init__()
@@ -115,19 +114,18 @@ class CrossAttention(nn.Module):
         self.input_layernorm = RMSNorm(config.text_config.hidden_size, eps=config.text_config.rms_norm_eps)
         self.v2v = ParallelBranch(config, layer_idx, f"{self.name}.v2v") if config.use_v2v else None
         self.t2v = ParallelBranch(config, layer_idx, f"{self.name}.t2v") if config.use_t2v else None
-        self.visual_cache = [cache]  # in a list, so that it is no submodule of every layer
+        self.visual_cache = [cache]  # in a list, so that it is not registered as a submodule of every layer
         vllm_config.compilation_config.static_forward_context[self.name] = self
 
     def before_norm(
         self, norm: nn.Module, arguments: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hook before the norm that follows self-attention, which is called with what self-attention gives and what it
-        is still to be added to."""
+        """Hook of the norm after self-attention, which vLLM calls with self-attention's output and the residual."""
         attended, residual = arguments
         return attended + torch.ops.crosslmm.cross_attention(attended + residual, self.name), residual
 
     def update(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What the layer adds to (T, C), of which the last may be padding."""
+        """The cross-attention's update of (T, C), of which the last rows may be padding."""
         update = torch.zeros_like(hidden_states)
         (cache,) = self.visual_cache
         if (step := cache.step) is None:
@@ -184,7 +182,7 @@ class CrossLMMForVllm(nn.Module, SupportsMultiModal):
                 hf_config=config.text_config,
                 architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.text_config.model_type]],
             )
-        # vLLM finds a layer of its cache by the one number in its name.
+        # vLLM identifies a layer of its cache by the only number in its name.
         name = f"visual_cache.{config.text_config.num_hidden_layers}"
         self.visual_cache = VisualCache(config, vllm_config, name)
         for layer_idx in config.cross_attention_layer_indices:
@@ -204,7 +202,7 @@ class CrossLMMForVllm(nn.Module, SupportsMultiModal):
         pixel_values: torch.Tensor | None = None,
         **kwargs: object,
     ) -> list[torch.Tensor]:
-        """Rows of the media of one modality, in their order."""
+        """Encodes the media of one modality to rows, in order."""
         rows: list[torch.Tensor] = []
         if pixel_values_videos is not None and video_num_frames is not None:
             rows += self.vision.rows(pixel_values_videos, video_num_frames.flatten().tolist(), self.layout)
@@ -243,14 +241,14 @@ class CrossLMMForVllm(nn.Module, SupportsMultiModal):
         return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """What the model writes is text: placeholders are none of it."""
+        """Logits with placeholders masked out, because the model must not generate them."""
         logits = self.language_model.compute_logits(hidden_states)
         if logits is not None:
             logits[:, [self.config.image_token_id, self.config.video_token_id]] = -torch.inf
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """The checkpoint's names are those of the package; the language model loads its own."""
+        """Loads the package's tensors by name; vLLM's language model loads its own."""
         parameters = dict(self.named_parameters())
         ignored = [re.compile(pattern) for pattern in self.vision.vision_tower._keys_to_ignore_on_load_unexpected]
         loaded: set[str] = set()

@@ -1,4 +1,4 @@
-"""A request's text and media to what vLLM schedules: tokens with placeholders expanded, and pixels."""
+"""Processes a request's text and media for vLLM: tokens with expanded placeholders, and pixels."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,13 +26,13 @@ from .media import most_frames
 
 class CrossLMMProcessingInfo(BaseProcessingInfo):
     def get_hf_processor(self, **kwargs: object) -> CrossLMMProcessor:
-        """The checkpoint's. Options of a request go to its calls, not to it. Raises ValueError for one that writes
-        times into prompts, which vLLM would leave out."""
+        """The checkpoint's processor, without the options of a request. Raises ValueError if it writes times into
+        prompts, which vLLM would leave out."""
         processor = self.ctx.get_hf_processor(CrossLMMProcessor)
         if processor.time_instruction or processor.add_timestamps:
             raise ValueError(
-                "vLLM writes no times into prompts: `time_instruction` and `add_timestamps` of the processor must be "
-                "off. Serve the checkpoint with `crosslmm serve`, or save its processor without them."
+                "In vLLM, `time_instruction` and `add_timestamps` of the processor must be off. Serve the checkpoint "
+                "with `crosslmm serve`, or save its processor without them."
             )
         return processor
 
@@ -67,7 +67,7 @@ class CrossLMMDummyInputs(BaseDummyInputsBuilder[CrossLMMProcessingInfo]):
 
 class CrossLMMMultiModalProcessor(BaseMultiModalProcessor[CrossLMMProcessingInfo]):
     def _get_hf_mm_inputs(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> HFMultiModalInputs:
-        """Videos go with what is known of them: of those that were decoded by the server, that they are sampled."""
+        """Passes videos with their metadata, which say that videos decoded by the server are sampled already."""
         data, options, passed_on = super()._get_hf_mm_inputs(mm_items, hf_kwargs)
         videos = mm_items.get("video")
         if isinstance(videos, VideoProcessorItems) and isinstance(videos.metadata, list):
@@ -76,14 +76,14 @@ class CrossLMMMultiModalProcessor(BaseMultiModalProcessor[CrossLMMProcessingInfo
         return HFMultiModalInputs(data, options, passed_on)
 
     def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
-        """Pixels of the media. Raises ValueError for options of a request that say anything but what to look at."""
+        """Pixels of the media. Raises ValueError for options of a request that do not choose frames."""
         options = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
         if unknown := sorted(options.keys() - set(SAMPLING_KWARGS)):
             raise ValueError(
                 f"`mm_processor_kwargs` of a CrossLMM are {', '.join(SAMPLING_KWARGS)}; got {', '.join(unknown)[:80]}."
             )
         features = self.info.get_hf_processor()(**hf_data, return_tensors="pt", videos_kwargs=options)
-        if (shown := features.pop("video_frame_index", None)) is not None:  # unchanged frames: vLLM wants all
+        if (shown := features.pop("video_frame_index", None)) is not None:  # vLLM needs unchanged frames too
             features["pixel_values_videos"] = features["pixel_values_videos"][shown]
         return features
 

@@ -1,4 +1,4 @@
-"""What vLLM may be asked for with a CrossLMM, and what it is told before it starts."""
+"""Checks vLLM's settings for a CrossLMM, and sets its own before vLLM starts."""
 
 from vllm.config import CompilationConfig, ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -7,13 +7,13 @@ ARCHITECTURE = "CrossLMMForConditionalGeneration"
 CROSS_ATTENTION_OP = "crosslmm::cross_attention"
 
 LANGUAGE_MODELS = ("qwen2", "qwen3", "llama", "mistral")
-"""Types whose layers in vLLM call `post_attention_layernorm` with what self-attention gives and what to add it to."""
+"""Types whose layers in vLLM call `post_attention_layernorm` with self-attention's output and the residual."""
 
 
 class CrossLMMRules(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
-        """Raises ValueError for language models and inputs that the plugin does not know."""
+        """Raises ValueError for unsupported language models, and sets up the package's reading of media."""
         text_type = model_config.hf_config.text_config.model_type
         if text_type not in LANGUAGE_MODELS:
             raise ValueError(
@@ -26,7 +26,7 @@ class CrossLMMRules(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Raises ValueError for settings under which answers would be wrong."""
+        """Raises ValueError for settings that would give wrong answers."""
         multimodal = vllm_config.model_config.multimodal_config
         parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
         speculative, transfer = vllm_config.speculative_config, vllm_config.kv_transfer_config
@@ -52,5 +52,5 @@ class CrossLMMRules(VerifyAndUpdateConfig):
 
     @staticmethod
     def keep_out_of_graphs(compilation: CompilationConfig) -> None:
-        """Has vLLM cut its CUDA graphs at the cross-attention, as it does at self-attention (`splitting_ops`)."""
+        """Makes vLLM split its CUDA graphs at the cross-attention, as at self-attention (`splitting_ops`)."""
         compilation._attention_ops = [*compilation._attention_ops, CROSS_ATTENTION_OP]  # type: ignore[misc]

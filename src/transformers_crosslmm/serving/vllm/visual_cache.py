@@ -1,11 +1,11 @@
-"""The original tokens of videos and images in vLLM's paged cache, and who attends to them in a step.
+"""The original tokens of videos and images in vLLM's paged cache, and the cross-attention's segments of a step.
 
-A slot of the cache belongs to one token of one request. The slot of a placeholder holds its share of its frame's
-patches, already normalised and with the code of its frame; the slots of a frame hold all of them. vLLM moves, shares
-and evicts these slots as it does those of self-attention, so nothing here is kept per request.
+A slot of the cache belongs to one token of one request. The slots of a frame's placeholders share its patches, already
+normalised and with the frame's code. vLLM moves, shares and evicts these slots like those of self-attention, so
+nothing here is kept per request.
 
-Two integers lie beside the patches: the number of the placeholder within its medium, counted from 1 (0: the slot is
-text), and how many placeholders the medium has.
+A slot has two more integers: the number of the placeholder within its medium, counted from 1 (0 for text), and the
+number of placeholders of the medium.
 
 Shapes: R requests, T tokens of a step, S slots, N patches per frame, D vision width, H query heads, G key/value heads,
         E head width.
@@ -38,10 +38,9 @@ NUM_INTEGERS = 2
 
 @dataclass(frozen=True)
 class RowLayout:
-    """How a placeholder's row is laid out: [pooled token | integers | patches]. A slot holds what follows the pooled
-    token.
+    """The layout of a placeholder's row: [pooled token | integers | patches]. A slot has integers and patches.
 
-    share: the most patches of one placeholder. integers: elements of the row that hold `NUM_INTEGERS` of 32 bits.
+    share: the most patches of one placeholder. integers: elements of a row for `NUM_INTEGERS` 32-bit integers.
     """
 
     pooled_width: int
@@ -49,16 +48,6 @@ class RowLayout:
     patches_per_frame: int
     tokens_per_frame: int
     dtype: torch.dtype
-
-    @classmethod
-    def of(cls, config: CrossLMMConfig, dtype: torch.dtype) -> "RowLayout":
-        return cls(
-            pooled_width=config.text_config.hidden_size,
-            patch_width=config.vision_config.hidden_size,
-            patches_per_frame=config.patch_grid_size**2,
-            tokens_per_frame=config.tokens_per_frame,
-            dtype=dtype,
-        )
 
     @property
     def share(self) -> int:
@@ -90,14 +79,14 @@ class RowLayout:
         return frames[:, : self.patches_per_frame].flatten(0, 1)
 
     def is_patch(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Which of the `share` places of slots hold patches, (…, share), by the number of each within its medium."""
+        """Which of the `share` places of slots have patches, (…, share), from the placeholders' numbers."""
         first = (numbers - 1) % self.tokens_per_frame * self.share
         return first[..., None] + torch.arange(self.share, device=numbers.device) < self.patches_per_frame
 
 
 @dataclass(frozen=True)
 class Looking:
-    """Tokens of a step that attend to patches which lie together: what a branch of the package is called with."""
+    """Arguments of a cross-attention branch: tokens of a step and the contiguous patches that they attend to."""
 
     states: torch.Tensor
     segments: Segments
@@ -105,12 +94,12 @@ class Looking:
 
 
 class PagedSlots:
-    """What the decoding requests of a step attend to: their placeholders' slots, first come first, without the text
-    between them.
+    """The placeholders' slots of the decoding requests of a step, in order and without the text between them.
 
     rows: (R, q) tokens of the step; is_query: (R, q), False where a request has fewer tokens than others.
-    pages: (blocks, slots of a block, slot_width). slots: (R, S). numbers: (R, S), 0 where a request has no more.
-    reach: how many requests have anything in each chunk of slots. The requests are in the order in which they end.
+    pages: (blocks, slots of a block, slot_width). slots: (R, S). numbers: (R, S), 0 for padding.
+    reach: for each chunk of slots, its start and the number of requests with slots in it. Requests are sorted by their
+        number of slots, descending.
     """
 
     def __init__(
@@ -126,7 +115,7 @@ class PagedSlots:
         """slots, numbers: of all tokens of each request. most: the most placeholders that a request can have."""
         is_visual = numbers > 0
         counts = is_visual.sum(1)
-        # To ask a GPU how many there are would make it wait.
+        # Reading the counts from a GPU would synchronise.
         known = sorted(counts.tolist(), reverse=True) if counts.device.type == "cpu" else [most] * len(counts)
         order = counts.argsort(descending=True, stable=True)
         visual_first = is_visual[order].to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : known[0]]
@@ -139,8 +128,8 @@ class PagedSlots:
         self.reach = [(start, sum(count > start for count in known)) for start in starts]
 
     def chunks(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """For some slots of each at a time: how many requests, counted from the first, have any, their patches
-        (r, P, D), and which of these are some (r, P)."""
+        """Yields chunks of slots: the number r of first requests with slots in it, their patches (r, P, D), and which
+        of these are not padding (r, P)."""
         for start, count in self.reach:
             slots = self.slots[:count, start : start + self.at_once]
             numbers = self.numbers[:count, start : start + self.at_once]
@@ -150,8 +139,8 @@ class PagedSlots:
             yield count, found.unflatten(-1, (-1, self.layout.patch_width)).flatten(1, 2), is_patch.flatten(1)
 
     def attend(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Attention of folded queries (R, Q, D) over the patches as keys and values, 0 where there are none; merged
-        chunk by chunk, in float32 or better."""
+        """Attention of folded queries (R, Q, D) over the patches as keys and values, merged chunk by chunk in at least
+        float32. It is 0 for requests without patches."""
         query = query.to(torch.promote_types(query.dtype, torch.float32))
         context = torch.zeros_like(query)
         mass = query.new_zeros(*query.shape[:2], 1)
@@ -170,7 +159,7 @@ class PagedSlots:
 
 @dataclass(frozen=True)
 class Step:
-    """Who looks in a step: pooled tokens, text of requests that are being read in, and text that is being written."""
+    """The cross-attention of a step: V2V of pooled tokens, T2V of prefilled text, and T2V of decoded text."""
 
     v2v: Looking | None
     t2v: Looking | None
@@ -178,11 +167,11 @@ class Step:
 
 
 class VisualCache(nn.Module, AttentionLayerBase):
-    """The layer of vLLM's cache that holds original tokens; one for all layers with cross-attention.
+    """The layer of vLLM's cache with the original tokens, shared by all layers with cross-attention.
 
-    name: vLLM's for the layer.
-    rows, places: media of the coming step, see `take_media`.
-    step: of the forward call that runs, None without media.
+    name: vLLM's name of the layer.
+    rows, places: media of the next step, see `take_media`.
+    step: of the current forward call, None without media.
     folding: per layer, the projections for decoding from patches.
     """
 
@@ -191,8 +180,13 @@ class VisualCache(nn.Module, AttentionLayerBase):
     def __init__(self, config: CrossLMMConfig, vllm_config: VllmConfig, name: str) -> None:
         super().__init__()
         self.name, self.scope = name, config.v2v_scope
-        self.layout = RowLayout.of(config, vllm_config.model_config.dtype)
-        self.block_size = vllm_config.cache_config.block_size
+        self.layout = RowLayout(
+            pooled_width=config.text_config.hidden_size,
+            patch_width=config.vision_config.hidden_size,
+            patches_per_frame=config.patch_grid_size**2,
+            tokens_per_frame=config.tokens_per_frame,
+            dtype=vllm_config.model_config.dtype,
+        )
         self.kv_cache = torch.tensor([])
         self.step: Step | None = None
         self.folding: dict = {}
@@ -216,18 +210,18 @@ class VisualCache(nn.Module, AttentionLayerBase):
         )
 
     def take_media(self, rows: list[torch.Tensor], is_placeholder: torch.Tensor) -> None:
-        """The rows of placeholders among the tokens of the coming step, and which tokens they are, (T,) on the CPU.
+        """Takes the rows of placeholders in the next step. is_placeholder: (T,) on the CPU.
 
-        rows: a stretch of each medium's, cut out of the rows of the whole medium.
+        rows: for each medium a slice of the rows of the whole medium.
         """
         self.rows, self.places = rows, is_placeholder.nonzero()[:, 0]
 
     def begin_step(self) -> None:
-        """Writes the slots of the step's tokens and finds out who attends to what."""
+        """Writes the slots of the step's tokens and builds the cross-attention's segments."""
         rows, places = self.rows, self.places
         self.step, self.rows, self.places = None, [], places[:0]
         metadata = get_forward_context().attn_metadata
-        if metadata is None:  # vLLM measures what a forward call without requests takes
+        if metadata is None:  # vLLM profiles a forward call without requests
             return
         common: CommonAttentionMetadata = metadata[self.name]
         starts = common.query_start_loc_cpu.numpy().tolist()
@@ -245,9 +239,9 @@ class VisualCache(nn.Module, AttentionLayerBase):
             self.step = Step(v2v, t2v, paged)
 
     def _write(self, pages: torch.Tensor, slots: torch.Tensor, rows: list[torch.Tensor], places: torch.Tensor) -> None:
-        """Slots of text say that they are text: whatever they held before is gone."""
+        """Writes the slots of a step. Slots of text get the integer 0, because slots are reused."""
         blocks, within = slots // pages.shape[1], slots % pages.shape[1]
-        pages[..., : self.layout.integers].view(torch.int32)[blocks, within] = 0
+        self.layout.integers_of(pages)[blocks, within] = 0
         if rows:
             places = places.to(slots.device)
             written = torch.cat([some[:, self.layout.pooled_width :] for some in rows])
@@ -265,8 +259,8 @@ class VisualCache(nn.Module, AttentionLayerBase):
         )
 
     def _media(self, integers: np.ndarray) -> list[Medium]:
-        """The media of a request whose patches are all there, by the integers of its tokens (S, NUM_INTEGERS); with
-        scope "causal" the whole frames of one of which more will come, too."""
+        """The media of a request that are complete in the cache, from its tokens' integers (S, NUM_INTEGERS). With
+        scope "causal" also the complete frames of an incomplete medium."""
         positions = np.flatnonzero(integers[:, 0])
         begins = np.flatnonzero(integers[positions, 0] == 1).tolist()
         media, patch = [], 0
@@ -281,8 +275,8 @@ class VisualCache(nn.Module, AttentionLayerBase):
         return media
 
     def _pooled_tokens(self, rows: list[torch.Tensor], places: torch.Tensor) -> Looking | None:
-        """Pooled tokens of the step with the patches of their media, wherever the step ends: the rows of a stretch lie
-        in memory among those of the whole medium."""
+        """V2V of the step's pooled tokens over all patches of their media, also if the step ends within a medium:
+        `rows` are views into the rows of the whole medium."""
         found, states, done = [], [], 0
         for some in rows:
             first, last, size = self._stretch(some)
@@ -298,19 +292,18 @@ class VisualCache(nn.Module, AttentionLayerBase):
         return self._join(found, states)
 
     def _stretch(self, rows: torch.Tensor) -> tuple[int, int, int]:
-        """Which placeholders of their medium rows are, [first, last), and how many it has."""
-        ends = self.layout.integers_of(rows[[0, -1], self.layout.pooled_width :]).tolist()
-        (first, size), (last, _) = ends
+        """The range [first, last) of the placeholders of rows in their medium, and the medium's number of them."""
+        (first, size), (last, _) = self.layout.integers_of(rows[[0, -1], self.layout.pooled_width :]).tolist()
         if last - first + 1 != len(rows) or rows.storage_offset() < (first - 1) * rows.stride(0):
-            raise RuntimeError("The rows of a medium must lie where the encoder put them; vLLM has copied some apart.")
+            raise RuntimeError("The rows of a medium must be views of the encoder's output; vLLM has copied some.")
         return first - 1, last, size
 
     def _text_being_read(
         self, pages: torch.Tensor, common: CommonAttentionMetadata, starts: list[int], requests: np.ndarray
     ) -> Looking | None:
-        """Text of requests of which many tokens come at once, with the media that begin before each token."""
+        """T2V of requests in prefill: text tokens with the media that begin before each."""
         found, states = [], []
-        integers_there = pages[..., : self.layout.integers].view(torch.int32)
+        integers_there = self.layout.integers_of(pages)
         for request in requests.tolist():
             first, last = starts[request], starts[request + 1]
             length = int(common.seq_lens_cpu_upper_bound[request])
@@ -332,8 +325,8 @@ class VisualCache(nn.Module, AttentionLayerBase):
         return self._join(found, states)
 
     def _join(self, found: list[tuple[Segments | None, torch.Tensor]], states: list[torch.Tensor]) -> Looking | None:
-        """Segments over one request's or medium's patches each, as segments of the tokens of the step over all
-        patches. Each comes with the tokens that its queries are numbers of."""
+        """Joins segments, each over the patches of one request or medium, to segments over all patches. Each comes
+        with the step's tokens that its queries index."""
         starts = [0, *accumulate(map(len, states))]
         parts = [(*both, start) for both, start in zip(found, starts, strict=False) if both[0] is not None]
         if not parts:
@@ -351,8 +344,8 @@ class VisualCache(nn.Module, AttentionLayerBase):
     def _text_being_written(
         self, pages: torch.Tensor, common: CommonAttentionMetadata, starts: list[int], requests: np.ndarray
     ) -> PagedSlots | None:
-        """Text of requests that get a few tokens after all their media. Neither a loop over them nor a wait for the
-        GPU."""
+        """T2V of decoding requests, which get a few tokens after all their media; without a loop or a GPU
+        synchronisation."""
         if not self._most_placeholders or not len(requests):
             return None
         device = pages.device
@@ -364,8 +357,7 @@ class VisualCache(nn.Module, AttentionLayerBase):
         positions = torch.arange(common.max_seq_len, device=device)
         blocks = common.block_table_tensor[chosen][:, positions // pages.shape[1]].long()
         slots = blocks * pages.shape[1] + positions % pages.shape[1]
-        integers = pages[..., : self.layout.integers].view(torch.int32)
-        numbers = integers[blocks, positions % pages.shape[1], 0]
+        numbers = self.layout.integers_of(pages)[blocks, positions % pages.shape[1], 0]
         numbers = numbers * (positions < common.seq_lens[chosen][:, None])
         most = min(self._most_placeholders, common.max_seq_len)
         rows, is_query = (torch.from_numpy(one).to(device, non_blocking=True) for one in (rows, is_query))
@@ -373,8 +365,8 @@ class VisualCache(nn.Module, AttentionLayerBase):
 
 
 class VisualCacheMetadataBuilder(AttentionMetadataBuilder):
-    """vLLM's own metadata of a step will do. Parts of a step differ in shape from step to step, so the cross-attention
-    stays out of CUDA graphs; what lies between is in them."""
+    """Passes on vLLM's own metadata. The cross-attention's shapes change from step to step, so it runs outside of CUDA
+    graphs; the other parts of a layer run in them."""
 
     _cudagraph_support = AttentionCGSupport.NEVER
 
@@ -388,13 +380,11 @@ class VisualCacheMetadataBuilder(AttentionMetadataBuilder):
 
 
 class VisualCacheBackend(AttentionBackend):
+    """A backend for the cache only: it has no attention implementation (`get_impl_cls`)."""
+
     @staticmethod
     def get_name() -> str:
         return "CROSSLMM_VISUAL_CACHE"
-
-    @staticmethod
-    def get_impl_cls():
-        raise NotImplementedError("A cache of original tokens has no attention of its own.")
 
     @staticmethod
     def get_builder_cls() -> type[AttentionMetadataBuilder]:

@@ -1,0 +1,5 @@
+"""`python -m crosslmm_cli`."""
+
+from . import app
+
+app()

@@ -1,0 +1,272 @@
+"""One person and one video: ask, chat, watch, look, demo."""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .base import (
+    AsJson,
+    Device,
+    End,
+    Fps,
+    Frames,
+    Model,
+    ModelArgument,
+    NewTokens,
+    Start,
+    Steps,
+    Video,
+    app,
+    check_picture,
+    check_video,
+    chosen_checkpoint,
+    import_package,
+    only_one_model,
+    print_json,
+    sampling_options,
+)
+
+
+@app.command()
+def ask(
+    video: Video,
+    question: Annotated[str, typer.Argument(help="A question about it; frames count from 1.", show_default=False)],
+    model: Model = None,
+    frames: Frames = None,
+    fps: Fps = None,
+    start: Start = None,
+    end: End = None,
+    timeline: Annotated[
+        Path | None, typer.Option(help="Draw each frame's attention weight for each answer token into this picture.")
+    ] = None,
+    max_new_tokens: NewTokens = 256,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a question about a video.
+
+    Example: crosslmm ask clip.mp4 "In which frame does the red star appear?" --frames 8 --timeline looked.png
+    """
+    if not question.strip():
+        raise typer.BadParameter("A question needs words; got none.")
+    if timeline is not None:
+        check_picture(timeline)
+    with Steps() as steps:
+        conversation = begin_conversation(steps, video, model, device, frames=frames, fps=fps, start=start, end=end)
+        steps.begin("Answering")
+        answer = conversation.ask(
+            question,
+            max_new_tokens=max_new_tokens,
+            on_text=None if as_json else printer(steps),
+            with_frame_weights=timeline is not None,
+        )
+    if not as_json:
+        typer.echo()
+    if timeline is not None:
+        from transformers_crosslmm.asking.pictures import draw_timeline, frame_labels
+
+        pictures = conversation.pictures()
+        labels = frame_labels(len(pictures), conversation.video.times)
+        draw_timeline(pictures, labels, answer.tokens, answer.frame_weights).save(timeline)
+        if not as_json:
+            typer.echo(f"Attention weights by frame: {timeline}", err=True)
+    if as_json:
+        record = {
+            "video": video,
+            "question": question,
+            "answer": answer.text,
+            "tokens": answer.tokens,
+            "frame_times": conversation.video.times,
+        }
+        if answer.frame_weights is not None:
+            record["frame_weights"] = answer.frame_weights.tolist()
+        print_json(record)
+
+
+@app.command()
+def chat(
+    video: Video,
+    model: Model = None,
+    frames: Frames = None,
+    fps: Fps = None,
+    start: Start = None,
+    end: End = None,
+    max_new_tokens: NewTokens = 256,
+    device: Device = None,
+) -> None:
+    """Ask several questions about a video, which is encoded once. Each line is a question; Ctrl-D or `exit` ends.
+
+    Example: crosslmm chat lecture.mp4 --fps 1 --start 60 --end 600
+    """
+    with Steps() as steps:
+        conversation = begin_conversation(steps, video, model, device, frames=frames, fps=fps, start=start, end=end)
+    is_person = sys.stdin.isatty()
+    if is_person:
+        with contextlib.suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401  (gives input() line editing)
+        hint = f"{conversation.video.num_frames} frames encoded, counted from 1. Ask a question; Ctrl-D or exit ends."
+        typer.echo(hint, err=True)
+    while True:
+        try:
+            question = input("> " if is_person else "").strip()
+        except EOFError:
+            return
+        if not question:
+            continue
+        if is_person and question in ("exit", "quit"):
+            return
+        if is_person and question == "help":
+            typer.echo(hint, err=True)
+            continue
+        with Steps() as steps:
+            steps.begin("Answering")
+            try:
+                conversation.ask(question, max_new_tokens=max_new_tokens, on_text=printer(steps))
+            except ValueError as error:  # raised before any text; the conversation can continue
+                steps.end()
+                typer.echo(f"error: {error}", err=True, nl=False)
+        typer.echo()
+
+
+@app.command()
+def watch(
+    source: Annotated[
+        str, typer.Argument(help="/dev/video0, a file that is being written, or an address.", show_default=False)
+    ],
+    model: Model = None,
+    fps: Annotated[float, typer.Option(min=0.001, help="Look at this many frames per second.")] = 1.0,
+    max_frames: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most frames in view.", show_default="the checkpoint's limit, as far as they fit"),
+    ] = None,
+    allow_network: Annotated[
+        bool, typer.Option("--allow-network", help="Open rtsp, rtsps, http and https addresses, of any network.")
+    ] = False,
+    silence: Annotated[
+        float, typer.Option(min=0.5, help="Seconds without a picture after which the source counts as ended.")
+    ] = 10.0,
+    max_new_tokens: NewTokens = 256,
+    device: Device = None,
+) -> None:
+    """Watch a video that goes on, and answer what you type meanwhile. A line is a question; Ctrl-D ends.
+
+    Only the newest frames are looked at where the model is too slow for all of them, and the oldest are forgotten; the
+    state says how many. Each question stands alone.
+
+    Example: crosslmm watch rtsp://192.168.1.20/stream1 --allow-network
+    """
+    with Steps() as steps:
+        import_package(steps)
+        from transformers_crosslmm.asking.live import LiveVideo, most_frames
+        from transformers_crosslmm.asking.live_source import LiveSource
+        from transformers_crosslmm.asking.watch import watch as go_on
+        from transformers_crosslmm.checkpoints.load import load_model, load_processor
+
+        checkpoint = chosen_checkpoint(model)
+        processor = load_processor(checkpoint)
+        steps.begin("Opening the source")
+        options = {"fps": fps, "allow_network": allow_network, "silence_seconds": silence}
+        opened = LiveSource(source, processor, **options)  # type: ignore[arg-type]
+        steps.begin("Loading the model")
+        loaded = load_model(checkpoint, device=device)
+        most = max_frames or min(most_frames(loaded, processor), processor.video_processor.max_frames)
+        live = LiveVideo(loaded, processor, most)
+    try:
+        go_on(live, opened, max_new_tokens=max_new_tokens)
+    finally:
+        opened.close()
+
+
+@app.command()
+def look(
+    video: Video,
+    model: Model = None,
+    frames: Frames = None,
+    fps: Fps = None,
+    start: Start = None,
+    end: End = None,
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("contact_sheet.png"),
+    as_json: AsJson = False,
+) -> None:
+    """Draw the frames that the model would get, with their times.
+
+    Example: crosslmm look clip.mp4 --frames 16 --out frames.png
+    """
+    check_picture(out)
+    check_video(video)
+    wanted = sampling_options(frames=frames, fps=fps, start=start, end=end)
+    with Steps() as steps:
+        import_package(steps)
+        from transformers_crosslmm.asking.conversation import read_video
+        from transformers_crosslmm.asking.pictures import draw_contact_sheet, frame_labels, frame_pictures
+        from transformers_crosslmm.checkpoints.load import load_processor
+
+        processor = load_processor(chosen_checkpoint(model))
+        steps.begin(f"Reading {video}")
+        seen = read_video(processor, video, **wanted)
+        pictures = [picture for chunk in seen for picture in frame_pictures(chunk, processor.video_processor)]
+    labels = frame_labels(len(pictures), seen.times)
+    draw_contact_sheet(pictures, labels).save(out)
+    if as_json:
+        print_json({"video": video, "frame_times": seen.times, "picture": str(out)})
+    else:
+        moments = labels if len(labels) <= 8 else [*labels[:3], "…", labels[-1]]
+        typer.echo(f"{out}: {len(pictures)} frames, at {', '.join(moments)}")
+
+
+@app.command()
+def demo(
+    name: ModelArgument = None,
+    model: Model = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at. At all but 127.0.0.1, other machines may upload videos.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port to listen at.", show_default="a free one from 7860 on")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Open a web page for questions about uploaded videos, with the attention weights of their frames.
+
+    Example: crosslmm demo --model runs/mine
+    """
+    model = only_one_model(model, name)
+    with Steps() as steps:
+        import_package(steps)
+        from transformers_crosslmm.asking.web_page import build_page, serve_page
+
+        steps.begin("Loading the model")
+        page = build_page(chosen_checkpoint(model), device=device)
+    serve_page(page, host=host, port=port)
+
+
+def begin_conversation(steps: Steps, video: str, model: str | None, device: str | None, **sampling: Any) -> Any:
+    """A `VideoConversation` about the video. The video is opened before the model is loaded."""
+    wanted = sampling_options(**sampling)
+    check_video(video)
+    import_package(steps)
+    from transformers_crosslmm.asking.conversation import VideoConversation, read_video
+    from transformers_crosslmm.checkpoints.load import load_model, load_processor
+
+    checkpoint = chosen_checkpoint(model)
+    processor = load_processor(checkpoint)
+    steps.begin(f"Reading {video}")
+    seen = read_video(processor, video, **wanted)
+    steps.begin("Loading the model")
+    loaded = load_model(checkpoint, device=device)
+    steps.begin("Encoding frames")
+    return VideoConversation(loaded, processor, seen, on_progress=steps.count)
+
+
+def printer(steps: Steps) -> Any:
+    """A function that ends `steps` and prints a piece of an answer at once."""
+
+    def write(piece: str) -> None:
+        steps.end()
+        typer.echo(piece, nl=False)
+        sys.stdout.flush()
+
+    return write

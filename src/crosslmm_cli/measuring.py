@@ -1,0 +1,212 @@
+"""Quality and cost: evaluate, bench, info."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from .base import (
+    AsJson,
+    Device,
+    Fps,
+    Frames,
+    Model,
+    ModelArgument,
+    NewTokens,
+    Steps,
+    app,
+    chosen_checkpoint,
+    import_package,
+    only_one_model,
+    print_json,
+    sampling_options,
+)
+
+
+@app.command()
+def evaluate(
+    questions: Annotated[
+        Path,
+        typer.Argument(help='JSON lines: {"video": …, "question": …, "answer": …}.', show_default=False),
+    ],
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of the videos.", show_default="the questions' folder")
+    ] = None,
+    model: Model = None,
+    frames: Frames = None,
+    fps: Fps = None,
+    max_new_tokens: NewTokens = 64,
+    device: Device = None,
+    show_wrong: Annotated[bool, typer.Option("--show-wrong", help="Print the questions with wrong answers.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model's accuracy on your own questions and answers.
+
+    An answer is right if it equals the given one, ignoring case, surrounding space and a final full stop.
+
+    Example: crosslmm evaluate test.jsonl --model runs/mine --frames 8 --show-wrong
+    """
+    wanted = sampling_options(frames=frames, fps=fps, start=None, end=None)
+    with Steps() as steps:
+        import_package(steps)
+        from transformers_crosslmm.checkpoints.load import load_model, load_processor
+        from transformers_crosslmm.measuring.own_questions import answers_to, is_right, read_own_questions
+        from transformers_crosslmm.measuring.quality import interval
+
+        asked = read_own_questions(questions)
+        steps.begin("Loading the model")
+        checkpoint = chosen_checkpoint(model)
+        processor, network = load_processor(checkpoint), load_model(checkpoint, device=device)
+        steps.begin("Answering")
+        wrong = []
+        folder: Any = root or questions.parent
+        given = answers_to(network, processor, asked, root=folder, max_new_tokens=max_new_tokens, **wanted)
+        for done, (question, answer) in enumerate(given, start=1):
+            if not is_right(answer, question.answer):
+                wrong.append({**vars(question), "given": answer})
+            steps.count(done, len(asked))
+    right = len(asked) - len(wrong)
+    low, high = interval(right, len(asked))
+    if as_json:
+        print_json({"asked": len(asked), "right": right, "interval_95": [low, high], "wrong": wrong})
+        return
+    for case in wrong if show_wrong else ():
+        typer.echo(f"{case['video']}: {case['question']}  {case['given']!r} instead of {case['answer']!r}")
+    typer.echo(f"{right} of {len(asked)} right, {right / len(asked):.1%} (95 % interval {low:.1%} to {high:.1%})")
+
+
+@app.command()
+def bench(
+    models: Annotated[
+        str, typer.Option(help="Names, with commas between; a wrong one lists the known ones.", show_default="all")
+    ] = "",
+    frames: Annotated[
+        str, typer.Option(help="Frame counts, with commas between.", show_default="32 to 256, for CrossLMM to 3600")
+    ] = "",
+    size: Annotated[
+        Literal["full", "toy"], typer.Option(help="The models' real sizes, or small ones that a CPU can run.")
+    ] = "full",
+    device: Device = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; each time is their median.")] = 3,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="JSON file for all results, written after each part.", dir_okay=False, show_default="none"),
+    ] = None,
+) -> None:
+    """Count and time the cost of a video, compared with LLaVA-OneVision, Qwen2.5-VL and Qwen3-VL.
+
+    Multiply-accumulates and bytes are counted from the network, on any machine. Times and peak memory are measured
+    on a GPU, or with --size toy. All models run in turns, with random weights, so nothing is downloaded.
+
+    Example: crosslmm bench --models CrossLMM-7B,LLaVA-OneVision-7B --frames 32,256 --output cost.json
+    """
+    import json
+
+    if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", frames):
+        raise typer.BadParameter(f"--frames takes positive numbers, separated by commas; got {frames!r}.")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise typer.BadParameter(f"--output must be in a folder that exists; got {str(output)!r}.")
+    with Steps() as steps:
+        import_package(steps)
+        from transformers_crosslmm.measuring import cost
+
+        def save(results: dict) -> None:
+            if output is not None:
+                output.write_text(json.dumps(results, indent=1) + "\n")
+
+        results = cost.run(
+            [name for name in models.split(",") if name],
+            [int(number) for number in frames.split(",") if number],
+            size=size,
+            device=device,
+            repeats=repeats,
+            on_step=steps.begin,
+            on_results=save,
+        )
+    rows = cost.table(results)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, *numbers in rows:
+        typer.echo("  ".join([name.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])]))
+    if "timed" not in results:
+        typer.echo("Times need a GPU, or --size toy.", err=True)
+
+
+@app.command()
+def info(
+    name: ModelArgument = None,
+    model: Model = None,
+    memory: Annotated[float, typer.Option(min=0, help="Memory of the GPU, in GiB.")] = 24.0,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Length of the context, in tokens.", show_default="the checkpoint's")
+    ] = None,
+    fps: Annotated[float, typer.Option(min=0.001, help="Frames sampled per second of video.")] = 1.0,
+    quantization: Annotated[
+        Literal["nf4", "int8", "fp8"] | None,
+        typer.Option(help="Count the language model's linear layers in 4 or 8 bits.", show_default="none"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Count a checkpoint's parameters, its memory per frame, and the longest video that fits.
+
+    Nothing is loaded but the config. MODEL may also be a size of the paper: 2B, 7B or 7B-16.
+
+    Example: crosslmm info 7B --memory 80 --context 131072
+    """
+    model = only_one_model(model, name)
+    with Steps() as steps:
+        import_package(steps)
+        from transformers_crosslmm import CrossLMMConfig
+        from transformers_crosslmm.asking.pictures import clock_time
+        from transformers_crosslmm.checkpoints.inspect import count_costs, load_config
+        from transformers_crosslmm.configuration_crosslmm import PRESETS
+
+        steps.begin("Counting")
+        config = CrossLMMConfig.from_preset(model) if model in PRESETS else load_config(chosen_checkpoint(model))
+        costs = count_costs(config, quantization=quantization)
+    context = context or costs.max_positions
+    in_context = costs.frames_in_context(context)
+    in_memory = {form: costs.frames_in_memory(form, memory * 2**30) for form in costs.cache_bytes_per_frame}
+    longest = {form: min(in_context, frames) / fps for form, frames in in_memory.items()}
+    dtype = str(costs.dtype).removeprefix("torch.")
+    if quantization:
+        dtype += f", the language model's linear layers in {quantization}"
+    if as_json:
+        print_json(
+            {
+                "parameters": costs.parts,
+                "dtype": dtype,
+                "weight_bytes": costs.weight_bytes,
+                "tokens_per_frame": costs.tokens_per_frame,
+                "cache_bytes_per_frame": costs.cache_bytes_per_frame,
+                "language_bytes_per_frame": costs.language_bytes_per_frame,
+                "prefill_bytes_per_frame": costs.prefill_bytes_per_frame,
+                "frames_in_context": in_context,
+                "frames_in_memory": in_memory,
+                "longest_video_seconds": longest,
+            }
+        )
+        return
+    for part, count in costs.parts.items():
+        typer.echo(f"{part:<24}{count:>16,} parameters" if count else f"{part:<24}{'tied':>16}")
+    typer.echo(
+        f"{'together':<24}{sum(costs.parts.values()):>16,} parameters, {size_of(costs.weight_bytes)} in {dtype}"
+    )
+    typer.echo(f"\nA frame takes {costs.tokens_per_frame} of {context:,} positions, and in the caches")
+    for form, size in costs.cache_bytes_per_frame.items():
+        own = size_of(costs.language_bytes_per_frame)
+        typer.echo(f"  {form:<12}{size_of(size):>9}, and {own} in the language model's own")
+    typer.echo(f"\nLongest video at {fps:g} fps, with {costs.text_tokens(context)} positions left for text")
+    for limit, count in {"context": in_context, **{f"memory, {form}": n for form, n in in_memory.items()}}.items():
+        typer.echo(f"  {limit:<18}{count:>9,} frames{clock_time(count / fps):>14}")
+    both = ", ".join(f"{clock_time(seconds)} with {form}" for form, seconds in longest.items())
+    typer.echo(f"So at most {both}.")
+    typer.echo(f"Memory: {memory:g} GiB less the weights, at the end of the prefill. Activations are not counted.")
+
+
+def size_of(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} GB"

@@ -1,0 +1,260 @@
+"""`/v1/live` of `crosslmm serve`: a WebSocket on which a client sends frames and asks while they go on.
+
+A message is a JSON object. The client's: {"type": "frame", "seconds": 1.5, "image": a data: URL or base64 of a JPEG,
+PNG or WebP}, {"type": "ask", "question": …}, {"type": "stop"} to end an answer, {"type": "forget"} to begin anew.
+The server's: "state" with `seen`, `kept`, `forgotten`, `dropped` and `seconds_behind`, "text" with a piece of an
+answer, "answer" with the whole of it and whether it `is_whole`, "error" with `message`, which ends nothing.
+
+A session takes the place of a request for as long as it lasts, and its work waits for the model like theirs.
+"""
+
+import asyncio
+import base64
+import binascii
+import io
+import json
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from ..asking.live import LONGEST_SECONDS, LiveVideo, most_frames
+from ..video_processing_crosslmm import _resize
+from .admission import GoneError, Places, RefusedError, Visit, check_host, explained, too_late
+
+MAX_PENDING = 16
+"""Frames of a session that may wait for the model; the next one takes the place of the oldest."""
+MAX_QUESTIONS = 4
+MAX_QUESTION_CHARACTERS = 10_000
+MAX_MESSAGE_BYTES = 16 * 2**20
+MAX_PIXELS = 4096 * 4096
+FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+class StoppedError(Exception):
+    """The client wants no more of this answer."""
+
+
+class LiveRoute:
+    """The route as an ASGI app; service: the `ChatService` whose model and places it shares."""
+
+    def __init__(self, service: Any) -> None:
+        self.service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        socket = WebSocket(scope, receive, send)
+        places: Places = self.service.places
+        try:
+            check_host(socket, places.settings)  # type: ignore[arg-type]  # of a request it reads the headers alone
+            check_origin(socket)
+        except RefusedError:
+            await socket.close()  # before it is accepted: HTTP 403
+            return
+        await socket.accept()
+        client = Client(socket)
+        try:
+            async with places.visit(client) as visit:  # type: ignore[arg-type]
+                await LiveSession(self.service, client, visit).run()
+        except GoneError:
+            pass
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and not places.is_stopping:
+                raise
+            await client.tell("error", message=str(explained(error, places.settings)))
+            await client.close()
+
+
+def check_origin(socket: WebSocket) -> None:
+    """A page of another site may open WebSockets without asking; browsers say whose page it is."""
+    origin = socket.headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != socket.headers.get("host"):
+        raise RefusedError(403, "Pages of other sites must not use this server.")
+
+
+class Client:
+    """The connection: one message at a time, and none to a client that has gone."""
+
+    def __init__(self, socket: WebSocket) -> None:
+        self.socket, self._sending = socket, asyncio.Lock()
+
+    async def receive(self) -> dict[str, str]:
+        """A visit watches for the end of an HTTP request here; that of a session `next` tells."""
+        return await asyncio.get_running_loop().create_future()
+
+    async def next(self) -> str:
+        """The text of the next message, "" for bytes. Raises GoneError when the client leaves."""
+        message = await self.socket.receive()
+        if message["type"] == "websocket.disconnect":
+            raise GoneError
+        return message.get("text") or ""
+
+    async def tell(self, kind: str, **content: Any) -> None:
+        with suppress(WebSocketDisconnect, RuntimeError):
+            async with self._sending:
+                await self.socket.send_text(json.dumps({"type": kind} | content))
+
+    async def close(self) -> None:
+        with suppress(WebSocketDisconnect, RuntimeError):
+            await self.socket.close(1013)
+
+
+class LiveSession:
+    """One client's live video. `listen` takes messages in, `work` has the model look and answer."""
+
+    def __init__(self, service: Any, client: Client, visit: Visit) -> None:
+        self.service, self.client, self.visit = service, client, visit
+        processor, settings = service.processor, service.settings
+        network = service.model.model
+        most = min(settings.max_frames or processor.video_processor.max_frames, most_frames(network, processor))
+        self.live = LiveVideo(network, processor, most)
+        size, resample = processor.video_processor.size, processor.video_processor.resample
+        self.fit = partial(_resize, size=size, resample=resample)
+        self.pending: deque[tuple[torch.Tensor, float]] = deque()
+        self.questions: deque[str] = deque()
+        self.num_dropped, self.newest, self.must_forget = 0, -1.0, False
+        self.stopped, self.wake = threading.Event(), asyncio.Event()
+
+    async def run(self) -> None:
+        """Until the client or the server leaves, or the session fails."""
+        tasks = [asyncio.ensure_future(self.listen()), asyncio.ensure_future(self.work())]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def listen(self) -> None:
+        """Raises GoneError after `request_seconds` without a message."""
+        while True:
+            try:
+                async with asyncio.timeout(self.service.settings.request_seconds):
+                    text = await self.client.next()
+            except TimeoutError:
+                raise GoneError from None
+            try:
+                await self._take(text)
+            except (ValueError, OverflowError, RecursionError) as error:
+                await self.client.tell("error", message=str(error)[:500])
+            self.wake.set()
+
+    async def _take(self, text: str) -> None:
+        """Raises ValueError for a message that is none of ours."""
+        if len(text) > MAX_MESSAGE_BYTES:
+            raise ValueError(f"A message has at most {MAX_MESSAGE_BYTES} bytes; this one has {len(text)}.")
+        message = json.loads(text) if text else None
+        kind = message.get("type") if isinstance(message, dict) else None
+        if kind == "frame":
+            seconds = message.get("seconds")
+            if not isinstance(seconds, int | float) or not self.newest < seconds < LONGEST_SECONDS:
+                raise ValueError(
+                    "`seconds` of a frame must be a number, larger than the one before and below "
+                    f"{LONGEST_SECONDS:g}; got {seconds!r:.40}."
+                )
+            frame = await self.visit.run(self._frame, message.get("image"))
+            if len(self.pending) == MAX_PENDING:
+                self.pending.popleft()
+                self.num_dropped += 1
+            self.pending.append((frame, float(seconds)))
+            self.newest = float(seconds)
+        elif kind == "ask":
+            question = message.get("question")
+            if not isinstance(question, str) or len(question) > MAX_QUESTION_CHARACTERS:
+                raise ValueError(f"`question` must be a text of at most {MAX_QUESTION_CHARACTERS} characters.")
+            if len(self.questions) == MAX_QUESTIONS:
+                raise ValueError(f"{MAX_QUESTIONS} questions wait already. Ask again after an answer.")
+            self.questions.append(question)
+        elif kind == "stop":
+            self.stopped.set()
+        elif kind == "forget":
+            self.pending.clear()
+            self.must_forget, self.newest = True, -1.0
+        else:
+            raise ValueError('A message is a JSON object whose "type" is "frame", "ask", "stop" or "forget".')
+
+    def _frame(self, image: Any) -> torch.Tensor:
+        if not isinstance(image, str):
+            raise ValueError("`image` of a frame must be a data: URL or base64.")
+        try:
+            data = base64.b64decode(image.rpartition(",")[2], validate=True)
+            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"A frame has at most {MAX_PIXELS} pixels; got {picture.width} x {picture.height}.")
+            pixels = np.array(picture.convert("RGB"))
+        except (binascii.Error, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"`image` of a frame must be a whole {', '.join(FORMATS)} in base64.") from error
+        return self.fit(torch.from_numpy(pixels).permute(2, 0, 1))
+
+    async def work(self) -> None:
+        await self.visit.begin()
+        await self._tell_state()
+        while True:
+            await self.wake.wait()
+            self.wake.clear()
+            while self.must_forget or self.pending or self.questions:
+                if self.must_forget:
+                    self.must_forget = False
+                    self.live.forget()
+                elif self.pending:
+                    frames, times = zip(*self.pending, strict=True)
+                    self.pending.clear()
+                    await self._on_model(self.live.add, torch.stack(frames), times)
+                    self.service.metrics.frames.inc(len(times))
+                else:
+                    await self._answer(self.questions.popleft())
+                    continue
+                await self._tell_state()
+
+    async def _on_model(self, work: Any, *arguments: Any) -> Any:
+        return await asyncio.shield(self.visit.start(work, *arguments, on=self.service.model_thread))
+
+    async def _answer(self, question: str) -> None:
+        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        loop, settings = asyncio.get_running_loop(), self.service.settings
+        deadline = time.monotonic() + settings.request_seconds
+        self.stopped.clear()
+
+        def pass_on(piece: str) -> None:
+            if self.stopped.is_set() or self.visit.gone.is_set():
+                raise StoppedError
+            if time.monotonic() > deadline:
+                raise too_late(settings)
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        def ask() -> Any:
+            return self.live.ask(question, max_new_tokens=settings.max_new_tokens, on_text=pass_on)
+
+        writing = self.visit.start(ask, on=self.service.model_thread)
+        writing.add_done_callback(lambda _: pieces.put_nowait(None))
+        said = ""
+        while (piece := await pieces.get()) is not None:
+            said += piece
+            await self.client.tell("text", text=piece)
+        try:
+            answer = await asyncio.shield(writing)
+        except StoppedError:
+            await self.client.tell("answer", text=said.strip(), is_whole=False)
+        except (ValueError, RefusedError) as error:
+            await self.client.tell("error", message=str(error)[:500])
+        else:
+            self.service.metrics.tokens.inc(len(answer.tokens))
+            await self.client.tell("answer", text=answer.text, is_whole=True)
+
+    async def _tell_state(self) -> None:
+        live = self.live
+        behind = max(self.newest - live.times[-1], 0.0) if live.times else 0.0
+        counts = {"seen": live.num_seen, "kept": len(live.times), "forgotten": live.num_forgotten}
+        await self.client.tell("state", **counts, dropped=self.num_dropped, seconds_behind=round(behind, 3))
+
+
+__all__ = ["LiveRoute"]
