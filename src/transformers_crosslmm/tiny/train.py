@@ -52,6 +52,7 @@ from .procedural_videos import (
     PLACES,
     TIMED_KINDS,
     TIMED_SCENES,
+    TIMED_SECONDS,
     WORDINGS,
     ProceduralVideo,
     Question,
@@ -97,10 +98,11 @@ class TinyArguments:
 # --- tokenizer, config, processor -----------------------------------------------------------------------------------
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(*, with_times: bool = False) -> PreTrainedTokenizerFast:
     """Byte-level BPE in which every word of the questions and answers is one token; all other text is bytes.
 
-    Digits are tokens of their own, so that ten rows say every time: "<", "1", "2", ".", "3", " seconds", ">".
+    with_times: so is every time up to 40.0, "<", "12.3", " seconds", ">", which four layers copy; of "1", "2", ".", "3"
+    they copied the first token only. Otherwise digits are tokens of their own.
     "top-left" is one word, so one token: an answer of two tokens whose first is shared by two places trains badly.
     """
     texts = [
@@ -110,10 +112,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         for word in wording.format(name="", colour="", thing="", first="", second="", k="1").split(" ")
     ]
     answers = [*COLOURS, *NAMES, *PLACES, "yes", "no", *map(str, range(10)), "user", "assistant", "system"]
+    if with_times:
+        answers += [f"{tenths / 10:.1f}" for tenths in range(10 * TIMED_SECONDS[1] + 1)]
+    number = "[0-9]{1,2}\\.[0-9]| ?[0-9]" if with_times else "[0-9]"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r" ?[A-Za-z]+(-[A-Za-z]+)*| ?[0-9]| ?[^\sA-Za-z0-9]+|\s"), "isolated"),
+            pre_tokenizers.Split(Regex(rf" ?[A-Za-z]+(-[A-Za-z]+)*| ?{number}| ?[^\sA-Za-z0-9]+|\s"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -645,7 +650,7 @@ def main() -> None:
     (arguments,) = HfArgumentParser(cast(Any, TinyArguments)).parse_args_into_dataclasses()
     torch.set_num_threads(arguments.threads)
     set_seed(arguments.seed)
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(with_times=arguments.times_steps > 0)
     config = tiny_config(tokenizer, cross_attention=arguments.cross_attention, pooling_mode=arguments.pooling_mode)
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
