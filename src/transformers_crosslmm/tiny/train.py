@@ -101,7 +101,7 @@ class TinyArguments:
 def build_tokenizer(*, with_times: bool = False) -> PreTrainedTokenizerFast:
     """Byte-level BPE in which every word of the questions and answers is one token; all other text is bytes.
 
-    with_times: so is every time up to 40.0, "<", "12.3", " seconds", ">", which four layers copy; of "1", "2", ".", "3"
+    with_times: so is every time up to 40.0, "<", "12.3", " seconds", ">", which four layers copy. Of digits
     they copied the first token only. Otherwise digits are tokens of their own.
     "top-left" is one word, so one token: an answer of two tokens whose first is shared by two places trains badly.
     """
@@ -479,11 +479,11 @@ def soften_pooled_tokens(model: CrossLMMForConditionalGeneration, chats: VideoCh
     long a token does not count: it could neither carry the time that stands before it nor say what its frame shows.
     """
     pixels = torch.cat([sample["pixel_values_videos"] for sample in islice(chats, 8)])
-    pooled = model.get_video_features(pixels).pooler_output
-    words = model.get_input_embeddings().weight
+    pooled = cast(tuple, model.get_video_features(pixels).pooler_output)
+    words = cast(nn.Embedding, model.get_input_embeddings()).weight
     projector = model.model.multi_modal_projector
     for parameter in projector.linear_2.parameters():
-        parameter.mul_(words.norm(dim=-1).mean() / torch.cat(tuple(pooled)).norm(dim=-1).mean())
+        parameter.mul_(words.norm(dim=-1).mean() / torch.cat(pooled).norm(dim=-1).mean())
     projector.requires_grad_(False)
 
 
@@ -493,7 +493,7 @@ def redraw_unused_words(model: CrossLMMForConditionalGeneration) -> None:
 
     What is never said is pushed away from all that is, so these rows have become one: "<", "0" and "9" were one word.
     """
-    rows = model.get_input_embeddings().weight
+    rows = cast(nn.Embedding, model.get_input_embeddings()).weight
     directions = F.normalize(rows, dim=-1)
     is_unused = directions @ F.normalize(directions.mean(0), dim=0) > 0.9
     rows[is_unused] = torch.randn_like(rows[is_unused]) * rows[~is_unused].std()

@@ -332,7 +332,7 @@ def _about_segments(record: Mapping, num_media: Mapping[str, int]) -> list[dict[
     for segment in segments:
         values = [segment.get(name) for name in ("start", "end", "text")] if isinstance(segment, Mapping) else segment
         try:
-            start, end, text = values
+            start, end, text = cast(Any, values)
             if not 0 <= start <= end < math.inf or not text.strip():
                 raise ValueError
         except (TypeError, ValueError, AttributeError) as error:
