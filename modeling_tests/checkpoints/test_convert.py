@@ -815,7 +815,7 @@ def test_two_tensors_of_one_name_and_an_untied_head_are_refused(tmp_path, vision
         name: StoredTensor((2,), torch.float32, partial(next, values))
         for name in ("lm_head.weight", "model.embed_tokens.weight")
     }
-    with pytest.raises(ConversionError, match=r"ties lm_head\.weight to the embeddings, and they differ"):
+    with pytest.raises(ConversionError, match=r"ties lm_head\.weight to the embeddings, but they differ"):
         renamed_tensors(differing, TEXT_TABLE, config)
 
 
