@@ -183,9 +183,9 @@ def test_statistics_of_images_are_those_of_the_towers_own_file(tmp_path, text_fo
             2,
         )
         assert (part.size["height"], part.size["width"]) == (30, 30)
-    assert "frames have 30 pixels a side, as the encoder; its own image processor gives 24" in conversion.notes
+    assert "frames are resized to the encoder's 30 pixels; its own image processor gives 24" in conversion.notes
     (tmp_path / "tower" / "preprocessor_config.json").write_text('{"do_normalize": false}')
-    with pytest.raises(ConversionError, match="must leave do_normalize on"):
+    with pytest.raises(ConversionError, match="must have do_normalize on"):
         compose(tmp_path / "tower", text_folder)
 
 

@@ -807,7 +807,7 @@ def test_a_name_table_with_uneven_rows_is_refused(tmp_path):
 def test_two_tensors_of_one_name_and_an_untied_head_are_refused(tmp_path, vision_folder, text_folder):
     config = compose(vision_folder, text_folder).config
     one = absent((3,))
-    with pytest.raises(ConversionError, match=r"Two tensors lead to model\.language_model\.norm\.weight"):
+    with pytest.raises(ConversionError, match=r"Two tensors become model\.language_model\.norm\.weight"):
         renamed_tensors({"model.norm.weight": one, "norm.weight": one}, TEXT_TABLE, config)
     config.text_config.tie_word_embeddings = config.tie_word_embeddings = True
     values = iter([torch.zeros(2), torch.ones(2)])
@@ -815,7 +815,7 @@ def test_two_tensors_of_one_name_and_an_untied_head_are_refused(tmp_path, vision
         name: StoredTensor((2,), torch.float32, partial(next, values))
         for name in ("lm_head.weight", "model.embed_tokens.weight")
     }
-    with pytest.raises(ConversionError, match=r"ties lm_head\.weight to the embeddings, and they differ"):
+    with pytest.raises(ConversionError, match=r"ties lm_head\.weight to the embeddings, but they differ"):
         renamed_tensors(differing, TEXT_TABLE, config)
 
 
