@@ -67,7 +67,10 @@ WORDINGS: dict[str, tuple[tuple[str, str], ...]] = {
         ("Does the {one} or the {other} appear first?", "{times}, so the {earlier} appears first."),
     ),
     "count": (
-        ("For how many seconds is the {thing} on screen?", "The {thing} is on screen in second {all}: that makes {n}."),
+        (
+            "For how many seconds is the {thing} on screen?",
+            "The {thing} is on screen in second {all}: that makes {n}.",
+        ),
         ("How many seconds show the {thing}?", "The {thing} is shown in second {all}: that makes {n}."),
         ("Count the seconds with the {thing}.", "The {thing} is there in second {all}: that makes {n}."),
     ),
@@ -114,7 +117,7 @@ def turns_about(rng: np.random.Generator, video: ProceduralVideo) -> list[tuple[
 
 
 def write_split(folder: Path, *, split: Split, num_seconds: int, num_videos: int, talk: list[dict]) -> None:
-    """Clips and the file of chats about them; of a training split two thirds are as long as it says, others shorter."""
+    """Clips and the file of chats about them. A third of the training clips of a length are shorter."""
     lines = []
     for index in range(num_videos):
         rng = random_generator(seed=num_seconds, split=split, index=index)

@@ -53,9 +53,7 @@ def answers_of(folder: Path, questions: list[str], *, max_new_tokens: int = 48) 
     answers: list[str | None] = []
     for question in questions:
         chat = [{"role": "user", "content": question}]
-        inputs = tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end)[0]
         words = tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         answers.append(words if ids[-1] == end and words else None)
