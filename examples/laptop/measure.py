@@ -83,9 +83,9 @@ def answers_to(
 
 
 @torch.no_grad()
-def is_text_unchanged(model: Any, processor: CrossLMMProcessor, text_folder: Path) -> bool:
+def is_text_unchanged(model: Any, processor: CrossLMMProcessor, text: str) -> bool:
     """Whether the logits of text without a video are the language model's own, to the bit."""
-    own = AutoModelForCausalLM.from_pretrained(text_folder, dtype=torch.float32).eval()
+    own = AutoModelForCausalLM.from_pretrained(text, dtype=torch.float32).eval()
     for question in ORDINARY:
         chat = [{"role": "user", "content": question}]
         options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
@@ -96,20 +96,16 @@ def is_text_unchanged(model: Any, processor: CrossLMMProcessor, text_folder: Pat
     return True
 
 
-def losses_of(folders: Sequence[Path]) -> dict[str, list[list[float]]]:
-    """Step and loss of each run, as its newest checkpoint has them."""
-    losses = {}
-    for folder in folders:
-        states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
-        log = json.loads(states[-1].read_text())["log_history"] if states else []
-        losses[folder.name] = [[entry["step"], float(entry["loss"])] for entry in log if "loss" in entry]
-    return losses
+def losses_of(folder: Path) -> list[list[float]]:
+    """Step and loss of a run of `crosslmm train`."""
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [[entry["step"], float(entry["loss"])] for entry in log if "loss" in entry]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measures the trained model.")
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--text", required=True, help="folder or name of the language model")
     parser.add_argument("--clips", type=Path, required=True)
     parser.add_argument("--num_questions", type=int, help="the first so many of the test")
     parser.add_argument("--output_file", type=Path, required=True)
@@ -145,7 +141,7 @@ def main() -> None:
         for name, gate in model.named_parameters()
         if name.endswith("2v.gate.weight")
     }
-    report["losses"] = losses_of(sorted(arguments.model.parent.glob("seconds-*")))
+    report["losses"] = {path.name: losses_of(path) for path in sorted(arguments.model.parent.glob("seconds-*"))}
     report |= {
         "machine": platform.processor() or platform.machine(),
         "versions": {

