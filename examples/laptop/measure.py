@@ -12,6 +12,7 @@ import argparse
 import json
 import platform
 import re
+import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,10 +97,15 @@ def is_text_unchanged(model: Any, processor: CrossLMMProcessor, text: str) -> bo
     return True
 
 
-def losses_of(folder: Path) -> list[list[float]]:
-    """Step and loss of a run of `crosslmm train`."""
-    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [[entry["step"], float(entry["loss"])] for entry in log if "loss" in entry]
+def run_of(folder: Path) -> dict[str, Any]:
+    """Of a run of `crosslmm train`: step and loss, how many steps, and how long it took."""
+    state = json.loads((folder / "trainer_state.json").read_text())
+    log = state["log_history"]
+    return {
+        "seconds": round(next(entry["train_runtime"] for entry in log if "train_runtime" in entry)),
+        "steps": state["global_step"],
+        "losses": [[entry["step"], float(entry["loss"])] for entry in log if "loss" in entry],
+    }
 
 
 def main() -> None:
@@ -141,8 +147,10 @@ def main() -> None:
         for name, gate in model.named_parameters()
         if name.endswith("2v.gate.weight")
     }
-    report["losses"] = {path.name: losses_of(path) for path in sorted(arguments.model.parent.glob("seconds-*"))}
+    report["runs"] = {path.name: run_of(path) for path in sorted(arguments.model.parent.glob("seconds-*"))}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     report |= {
+        "commit": commit,
         "machine": platform.processor() or platform.machine(),
         "versions": {
             "transformers_crosslmm": __version__,
