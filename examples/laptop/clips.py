@@ -155,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Writes clips, and chats about them.")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--talk", type=Path, required=True, help="what talk.py wrote")
-    parser.add_argument("--num_videos", type=int, nargs=4, default=(800, 800, 1280, 2560), help="of each length")
+    parser.add_argument("--num_videos", type=int, nargs=4, default=(800, 800, 1280, 1600), help="of each length")
     parser.add_argument("--num_test_videos", type=int, default=100)
     arguments = parser.parse_args()
     folder = arguments.output_dir
