@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+GUESSING = 0.11
+"""Loss per token where each sentence is certain and what it says is guessed: about the same on every level."""
 INK, GREY, COLOUR = "#1f2937", "#6b7280", "#4f46e5"
 
 
@@ -27,6 +29,8 @@ def draw() -> None:
         axes.axvline(began, color=GREY, linewidth=0.8, linestyle=(0, (2, 3)))
         axes.text(began + 2, 1.5, f"{seconds} s", color=GREY)
         began += run["steps"]
+    axes.axhline(GUESSING, color=GREY, linewidth=0.8)
+    axes.text(began, GUESSING, "all facts guessed", color=GREY, ha="right", va="bottom")
     axes.set(xlim=(0, began), yscale="log", xlabel="step of 16 chats", ylabel="loss per token of an answer")
     axes.set_yticks([0.1, 0.2, 0.5, 1], ["0.1", "0.2", "0.5", "1"], minor=False)
     axes.minorticks_off()
