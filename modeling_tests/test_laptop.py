@@ -37,8 +37,9 @@ def read_lines(path: Path) -> list[dict]:
 def test_the_written_answers_are_right_as_they_are_measured_and_others_are_not(tmp_path, monkeypatch):
     write_clips(monkeypatch, tmp_path, 0, 0, 0, 0)
     is_right = runpy.run_path(str(LAPTOP / "measure.py"))["is_right"]
-    records = read_lines(tmp_path / "clips" / "test.jsonl")
+    records = read_lines(tmp_path / "clips" / "test-8.jsonl")
     assert {record["kind"] for record in records} == set(KINDS)
+    records += read_lines(tmp_path / "clips" / "test-1.jsonl")
     assert all(is_right(record, record["answer"]) for record in records)
     other = {"colour": "grey", "shape": "cube", "place": "top-middle", "order": "grey cube"}
     assert not any(is_right(record | {"key": other.get(record["kind"], "0")}, record["answer"]) for record in records)
@@ -92,7 +93,5 @@ def test_a_language_model_learns_to_see_and_keeps_its_words(tmp_path, monkeypatc
 
     measure = runpy.run_path(str(LAPTOP / "measure.py"))
     record = read_lines(tmp_path / "clips" / "train-1.jsonl")[0]
-    (said,) = measure["answers_to"](
-        model, processor, ["What colour is the star in second 1?"], [tmp_path / "clips" / record["video"]]
-    )
-    assert re.fullmatch(r"(The star in second 1|In second 1 the star) is (a )?\w+\.", said)
+    (said,) = measure["answers_to"](model, processor, ["What is it?"], [tmp_path / "clips" / record["video"]])
+    assert re.fullmatch(r"(It is|I see) .+\.", said)

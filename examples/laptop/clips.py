@@ -2,8 +2,8 @@
 
     python examples/laptop/clips.py --talk runs/laptop/talk.json --output_dir runs/laptop/clips
 
-writes H.264 files, `train-1.jsonl` … `train-8.jsonl`, and `test.jsonl`: 8 seconds, a question each, about pairs of
-colour and shape that no training clip shows. `crosslmm train` reads all of them as they are.
+writes H.264 files, `train-1.jsonl` … `train-8.jsonl`, and `test-1.jsonl` and `test-8.jsonl`: a question each, about
+pairs of colour and shape that no training clip shows. `crosslmm train` reads all of them as they are.
 
 An answer names the thing and the second before it says something new: the text looks back at the video from its own
 last words, and a language model that stays frozen brings nothing else there.
@@ -29,11 +29,17 @@ from transformers_crosslmm.tiny.procedural_videos import (
 )
 
 LENGTHS = (1, 2, 4, 8)
-STILL_KINDS = ("colour", "shape", "place", "exists")
 TURNS = 4
 TALK_SHARE = 0.1
 SIZE, FPS = 120, 4
 
+# Asked of clips of one second, with one thing in them. Short answers: where a fact is one word in ten, sentences are
+# learned first, and for a long time nothing else.
+NAMING: dict[str, tuple[tuple[str, str], ...]] = {
+    "colour": (("What colour is it?", "It is {colour}."), ("Which colour do you see?", "I see {colour}.")),
+    "shape": (("What is it?", "It is a {name}."), ("Which shape or digit do you see?", "I see a {name}.")),
+    "place": (("Where is it?", "It is at the {place}."), ("In which corner is it?", "In the {place}.")),
+}
 # A question and its answer, which goes with it: so there is one right answer to learn.
 WORDINGS: dict[str, tuple[tuple[str, str], ...]] = {
     "colour": (
@@ -101,12 +107,24 @@ def in_words(rng: np.random.Generator, video: ProceduralVideo, question: Questio
     return asked.format(**fields), answered.format(**fields)
 
 
+def naming(rng: np.random.Generator, video: ProceduralVideo) -> list[dict[str, str]]:
+    """Colour, shape and place of the one thing in a clip of one second, in any order: questions, answers, keys."""
+    ((appearance,),) = video.scenes
+    thing, place = appearance.thing, appearance.place
+    keys = {"colour": thing.colour, "shape": thing.name, "place": place}
+    fields = {"colour": thing.colour, "name": thing.name, "place": place.replace("-", " ")}
+    turns = []
+    for kind in map(str, rng.permutation(list(NAMING))):
+        asked, answered = NAMING[kind][int(rng.integers(len(NAMING[kind])))]
+        turns.append({"question": asked, "answer": answered.format(**fields), "kind": kind, "key": keys[kind]})
+    return turns
+
+
 def turns_about(rng: np.random.Generator, video: ProceduralVideo) -> list[tuple[str, str]]:
     """Up to `TURNS` questions of different kinds. No thing comes up in two: the text would answer for the video."""
-    kinds = STILL_KINDS if video.num_seconds == 1 else KINDS
     turns: dict[str, tuple[str, str]] = {}
     said: set[Thing] = set()
-    for kind in [str(kind) for _ in range(4) for kind in rng.permutation(kinds)]:
+    for kind in [str(kind) for _ in range(4) for kind in rng.permutation(KINDS)]:
         if kind in turns or len(turns) == TURNS:
             continue
         question = ask(rng, video, kind=kind)
@@ -124,10 +142,12 @@ def write_split(folder: Path, *, split: Split, num_seconds: int, num_videos: int
         shorter = [length for length in LENGTHS if length < num_seconds]
         is_shorter = split == "train" and shorter and rng.random() < 1 / 3
         length = int(rng.choice(shorter)) if is_shorter else num_seconds
-        things_per_scene = int(rng.integers(1, 3)) if length == 1 else 1
-        video = random_video(rng, num_seconds=length, split=split, things_per_scene=things_per_scene)
+        video = random_video(rng, num_seconds=length, split=split)
         name = f"{split}-{num_seconds}-{index:05d}.mp4"
         write_mp4(video, folder / name, size=SIZE, fps=FPS)
+        if split == "heldout" and num_seconds == 1:
+            lines += [{"video": name} | turn for turn in naming(rng, video)]
+            continue
         if split == "heldout":
             for kind in KINDS:
                 if (question := ask(rng, video, kind=kind, split=split)) is not None:
@@ -135,7 +155,10 @@ def write_split(folder: Path, *, split: Split, num_seconds: int, num_videos: int
                     record = {"video": name, "question": asked, "answer": answered}
                     lines.append(record | {"kind": kind, "key": question.answer})
             continue
-        turns = turns_about(rng, video)
+        if length == 1:
+            turns = [(turn["question"], turn["answer"]) for turn in naming(rng, video)]
+        else:
+            turns = turns_about(rng, video)
         if not turns or rng.random() < TALK_SHARE:
             chosen = talk[int(rng.integers(len(talk)))]
             turns = [(chosen["question"], chosen["answer"])]
@@ -146,7 +169,7 @@ def write_split(folder: Path, *, split: Split, num_seconds: int, num_videos: int
         ]
         said[0]["value"] = "<video>\n" + said[0]["value"]
         lines.append({"video": name, "conversations": said})
-    path = folder / ("test.jsonl" if split == "heldout" else f"train-{num_seconds}.jsonl")
+    path = folder / f"{'test' if split == 'heldout' else split}-{num_seconds}.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     print(f"{path}: {len(lines)} records about {num_videos} clips", flush=True)
 
@@ -155,13 +178,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Writes clips, and chats about them.")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--talk", type=Path, required=True, help="what talk.py wrote")
-    parser.add_argument("--num_videos", type=int, nargs=4, default=(800, 800, 1280, 1600), help="of each length")
+    parser.add_argument("--num_videos", type=int, nargs=4, default=(1600, 800, 1280, 1600), help="of each length")
     parser.add_argument("--num_test_videos", type=int, default=100)
     arguments = parser.parse_args()
     folder = arguments.output_dir
     folder.mkdir(parents=True, exist_ok=True)
     talk = json.loads(arguments.talk.read_text())
-    write_split(folder, split="heldout", num_seconds=8, num_videos=arguments.num_test_videos, talk=talk)
+    for num_seconds in (1, 8):
+        write_split(folder, split="heldout", num_seconds=num_seconds, num_videos=arguments.num_test_videos, talk=talk)
     for num_seconds, num_videos in zip(LENGTHS, arguments.num_videos, strict=True):
         write_split(folder, split="train", num_seconds=num_seconds, num_videos=num_videos, talk=talk)
 

@@ -3,9 +3,9 @@
     python examples/laptop/measure.py --model runs/laptop/seconds-8 --text runs/laptop/text \
         --clips runs/laptop/clips --output_file runs/laptop/measured.json
 
-Videos: `test.jsonl` of clips.py, one frame per second, with gates as trained and shut. An answer is a sentence; it is
-right where the last colour, name, place, number or pair that it names is the true one. Text: the logits against the
-language model's own. Beside a video: ordinary questions that training did not have, against the answers without one.
+Videos: `test-8.jsonl` of clips.py, one frame per second, with gates as trained and shut. An answer is right where the
+last colour, name, place, number or pair that it names is the true one. Text: the logits against the language model's
+own. Beside a video: ordinary questions that training did not have, against the answers without one.
 """
 
 import argparse
@@ -113,12 +113,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--text", required=True, help="folder or name of the language model")
     parser.add_argument("--clips", type=Path, required=True)
+    parser.add_argument("--test", default="test-8.jsonl", help="which questions")
     parser.add_argument("--num_questions", type=int, help="the first so many of the test")
     parser.add_argument("--output_file", type=Path, required=True)
     arguments = parser.parse_args()
     model = CrossLMMForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.float32).eval()
     processor = CrossLMMProcessor.from_pretrained(arguments.model)
-    lines = (arguments.clips / "test.jsonl").read_text().splitlines()[: arguments.num_questions]
+    lines = (arguments.clips / arguments.test).read_text().splitlines()[: arguments.num_questions]
     records = [json.loads(line) for line in lines]
     questions, videos = [r["question"] for r in records], [arguments.clips / r["video"] for r in records]
     report: dict[str, Any] = {"text_is_unchanged": is_text_unchanged(model, processor, arguments.text)}
@@ -137,6 +138,7 @@ def main() -> None:
     for name, given in (("as_trained", as_trained), ("gates_0", shut)):
         marks = [(record["kind"], is_right(record, text)) for record, text in zip(records, given, strict=True)]
         by_kind = {kind: [mark for other, mark in marks if other == kind] for kind in KINDS}
+        by_kind = {kind: own for kind, own in by_kind.items() if own}
         report[name] = {kind: score(own) | {"chance": CHANCE[kind]} for kind, own in by_kind.items()}
     report["examples"] = [
         record | {"said": text, "said_with_gates_shut": other}
