@@ -20,6 +20,7 @@ PAGES = [
         "cost.md",
         "gpu.md",
         "ablation.md",
+        "laptop.md",
         "memory-and-speed.md",
         "video-decoding.md",
         "serving.md",
@@ -227,6 +228,25 @@ def where_it_looked() -> str:
     return (
         f"{markdown(head, rows)}\nChance is {share(results['chance'])}. `python benchmarks/where_it_looked.py`, "
         f"commit {results['commit']}, {results['machine']}; weights {results['weights_sha256']}.\n"
+    )
+
+
+def laptop() -> str:
+    results = kept("laptop.json")
+    rows = []
+    for kind, trained in results["as_trained"].items():
+        low, high = trained["interval_95"]
+        shut = results["gates_0"][kind]["accuracy"]
+        row = [KINDS[kind].replace("frame", "second"), str(trained["asked"])]
+        rows.append([*row, f"**{share(trained['accuracy'])}** ({share(low)} – {share(high)})"])
+        rows[-1] += [share(shut), share(trained["chance"])]
+    minutes = sum(run["seconds"] for run in results["runs"].values()) / 60
+    steps = sum(run["steps"] for run in results["runs"].values())
+    head = ["question", "asked", "right", "gates shut", "chance"]
+    return (
+        f"{markdown(head, rows)}\n`bash examples/laptop/road.sh`, commit {results['commit']}: {steps} steps in "
+        f"{minutes:.0f} minutes, one thread of an {results['machine']} CPU with AMX that had other work; torch "
+        f"{results['versions']['torch']}.\n"
     )
 
 
@@ -656,6 +676,7 @@ TABLES: dict[str, Callable[[], str]] = {
         paper_scores,
         tiny_checkpoint,
         where_it_looked,
+        laptop,
         video_decoding,
         video_decoding_threads,
         video_fuzz,
