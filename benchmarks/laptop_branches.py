@@ -3,7 +3,7 @@ the first level of examples/laptop. Writes laptop_branches.json beside this file
 
     python benchmarks/laptop_branches.py runs/laptop [SEED ...]
 
-runs/laptop: where road.sh has put parts and clips. A run is 40 steps of 8 chats about clips of one second. Every chat
+runs/laptop: where road.sh has put parts and clips. A run is 120 steps of 8 chats about clips of one second. Every chat
 is seen once, so its loss is that of a clip that the model has not seen.
 """
 
@@ -20,7 +20,7 @@ from transformers_crosslmm.training.trainer import main as train
 
 HERE = Path(__file__).parent
 KEPT = HERE / "laptop_branches.json"
-STEPS, BATCH_SIZE = 40, 8
+STEPS, BATCH_SIZE = 120, 8
 ARMS: dict[str, tuple[bool, bool, str]] = {
     "both": (True, True, "1e-2"),
     "both, gates at 1e-3": (True, True, "1e-3"),
