@@ -244,7 +244,7 @@ def laptop() -> str:
     steps = sum(run["steps"] for run in results["runs"].values())
     head = ["question", "asked", "right", "gates shut", "chance"]
     return (
-        f"{markdown(head, rows)}\nThe commands of the road as of {results['commit']}: {steps} steps in "
+        f"{markdown(head, rows)}\nThe commands of the road as of commit {results['commit']}: {steps} steps in "
         f"{minutes:.0f} minutes, one thread of an {results['machine']} CPU with AMX that had other work; torch "
         f"{results['versions']['torch']}.\n"
     )
