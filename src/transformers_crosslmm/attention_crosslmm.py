@@ -226,8 +226,8 @@ def attention_piece_by_piece(
 
     keys_values: maps patches [start, end) to keys and values, (end - start, G, E) each. query and result: (Q, H, E).
     runs: ranges of frames that show the same picture, to which queries attend once. With keys k_p + e_t and values
-    v_p + u_t of patch p and date t, exp(q . k_p + q . e_t) is a product: the attention over a run is the attention over
-    the picture plus that over the dates, and its log-sum-exp is the sum of theirs.
+    v_p + u_t of patch p and date t, exp(q . k_p + q . e_t) is a product: the attention over a run is the sum of those
+    over the picture and over the dates, and so is its log-sum-exp.
     dates: maps a run [start, end) to e_t and u_t of its frames, (frames, G, E) each, 0 for the first frame.
     """
     result = _nothing_yet(query)
