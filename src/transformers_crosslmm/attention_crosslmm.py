@@ -549,8 +549,8 @@ def folded_attention(
     """Computes attention without keys or values: W_k is folded into the query; W_v is applied to the attention output.
 
     stored_tokens: maps a span of whole frames, and the number of patches at once, to pieces: tokens (patches, D), the
-    normalisation still to be applied to them, and their dates if they have several. query (Q, H, E); returns (Q, H, E).
-    With k = x W_k + b_k and v = x W_v + b_v: q . k = (W_k q) . x + q . b_k, whose second term is the same for all
+    normalisation still to be applied to them, and their dates if they have several. query and result: (Q, H, E). With
+    k = x W_k + b_k and v = x W_v + b_v: q . k = (W_k q) . x + q . b_k, whose second term is the same for all
     patches and so does not change the softmax, and sum p v = (sum p x) W_v + b_v. All layers share one copy of the
     tokens; each reads it twice.
     """

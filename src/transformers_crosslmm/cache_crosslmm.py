@@ -22,7 +22,7 @@ from .attention_crosslmm import Dates, Folding, Segments, Span, cut_span, merge_
 from .vision_crosslmm import TokenNorm
 
 LEAST_RUN = 4
-"""Fewest consecutive frames with one picture to which inference attends once; merging fewer costs more than it saves."""
+"""Fewest consecutive frames with one picture to which inference attends once: merging fewer would not pay."""
 
 
 @dataclass(frozen=True)
