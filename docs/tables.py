@@ -480,6 +480,98 @@ def cost_closed_form() -> str:
     return markdown(["part", "multiply-accumulates", "7B, 256 frames, in T"], rows)
 
 
+def cost_hour() -> str:
+    from transformers_crosslmm import CrossLMMConfig
+    from transformers_crosslmm.checkpoints.inspect import count_costs
+    from transformers_crosslmm.measuring.cost import multiply_accumulates
+
+    rows = []
+    for scope in ("video", "frame"):
+        config = CrossLMMConfig.from_preset("7B", long_context=True)
+        config.v2v_scope, config.cross_attention_cache = scope, "features"
+        costs = count_costs(config)
+        for what, distinct in (("film", None), ("slides", 60)):
+            parts = {part: macs / 1e12 for part, macs in multiply_accumulates(config, 3600, distinct=distinct).items()}
+            kept_bytes = (distinct or 3600) * costs.cache_bytes_per_frame["features"]
+            kept_bytes += 3600 * costs.language_bytes_per_frame
+            names = ("vision", "V2V scores", "language model", "self-attention scores")
+            row = [f"an hour of {what}, {scope}", *(f"{parts[name]:,.0f}" for name in names)]
+            rows.append([*row, f"{sum(parts.values()):,.0f}", f"{kept_bytes / 1e9:.1f} GB"])
+    head = ["7B features, T", "vision", "V2V scores", "language model", "its scores", "together", "kept"]
+    return markdown(head, rows)
+
+
+def unchanged_frames() -> str:
+    results = kept("unchanged_frames.json")
+    about, levels = results["about"], ("0", "2", "8", "24")
+    rows = []
+    for name, video in results["videos"].items():
+        ratio = video.get("ratio", {})
+        rows.append(
+            [
+                name,
+                *(str(video["distinct"][level]) for level in levels),
+                *(f"{ratio[part]:.2f}" if ratio else "" for part in ("read", "seconds", "step", "bytes")),
+                {True: "yes", False: "no"}.get(video.get("same_tokens"), ""),
+            ]
+        )
+    head = [
+        "60 frames",
+        *(f"distinct at {level}" for level in levels),
+        "reading",
+        "file to prefill",
+        "step",
+        "kept",
+        "same tokens",
+    ]
+    return (
+        f"{markdown(head, rows)}\n`{about['command']}`, commit {about['commit']}, {about['machine']}; torch "
+        f"{about['torch']}, PyAV {about['av']}.\n"
+    )
+
+
+def cache_forms() -> str:
+    results = kept("cache_forms.json")
+    own, rows = results["seconds"]["own"], []
+    for frames, seconds in results["seconds"].items():
+        if frames == "own":
+            continue
+        row = [f"{frames} frames"]
+        for length in ("1", "32"):
+            kv, features = (28 * own[length] + 7 * seconds[f"{form}, {length}"] for form in ("kv", "features"))
+            row += [f"{kv:.1f} s", f"{features:.1f} s", f"{features / kv:.2f}"]
+        rows.append(row)
+    head = ["CPU time", "step, kv", "features", "ratio", "second question, kv", "features", "ratio"]
+    counted = [
+        [
+            f"{int(frames):,} frames",
+            *(f"{form[part]:,.1f}" for part in ("gb", "visual_g_macs") for form in both.values()),
+            f"{both['features']['gb'] / both['kv']['gb']:.2f}",
+        ]
+        for frames, both in results["counted"].items()
+    ]
+    reads = ["a step, counted", "GB read, kv", "features", "G MAC of T2V, kv", "features", "GB, ratio"]
+    return (
+        f"{markdown(head, rows)}\n{markdown(reads, counted)}\n`{results['command']}`, commit {results['commit']}, "
+        f"{results['machine']}; torch {results['torch']}.\n"
+    )
+
+
+def frame_bounds() -> str:
+    results = kept("frame_bounds.json")
+    epsilons = ("0.001", "0.01", "0.1")
+    rows = [
+        [name, bound, *(f"{share(found[bound][e]['head'])} / {share(found[bound][e]['layer'])}" for e in epsilons)]
+        for name, found in results.items()
+        if isinstance(found, dict)
+        for bound in ("oracle", "box", "ball")
+    ]
+    return (
+        f"{markdown(['dropped, head / layer', 'bound', *(f'ε = {e}' for e in epsilons)], rows)}\n"
+        f"`{results['command']}`, commit {results['commit']}; torch {results['torch']}.\n"
+    )
+
+
 def models_people_use() -> str:
     counted, measured = kept("cost_counted.json"), kept("full_size_cpu.json")
     frames = 128
@@ -686,6 +778,10 @@ TABLES: dict[str, Callable[[], str]] = {
         conversion_memory,
         cost_counted,
         cost_closed_form,
+        cost_hour,
+        unchanged_frames,
+        cache_forms,
+        frame_bounds,
         cost_cpu,
         cost_full_size_cpu,
         cpu_speed,

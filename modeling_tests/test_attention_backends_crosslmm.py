@@ -402,7 +402,10 @@ def test_folding_a_norm_into_queries_and_scores_is_no_worse_than_normalising(at_
     norm = TokenNorm.of(tokens, dates.float())
     folded = attention_crosslmm.folded_attention(
         query,
-        lambda start, end: (tokens.flatten(0, 1)[start:end], norm.clip_to_tokens(start, end)),
+        lambda span, at_once: (
+            (tokens.flatten(0, 1)[start:end], norm.clip_to_tokens(start, end), None)
+            for start, end in attention_crosslmm.cut_span(span, at_once)
+        ),
         Folding(key_weight.permute(1, 2, 0), value_weight.permute(1, 0, 2), value_weight.new_zeros(groups, head_dim)),
         scaling,
         segments,

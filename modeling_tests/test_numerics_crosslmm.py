@@ -14,6 +14,7 @@ from transformers_crosslmm.attention_crosslmm import (
     Folding,
     Segments,
     attention_piece_by_piece,
+    cut_span,
     folded_attention,
     merge_span,
 )
@@ -132,7 +133,7 @@ class Case:
     def by_features(self, device: str = "cpu") -> Tensor:
         weights, states = self.weights.to(device), self.states.to(device)
         folding = Folding.of(lambda tokens: self.keys_values(tokens, weights), states)
-        stored = lambda start, end: (states[start:end], None)  # noqa: E731
+        stored = lambda span, at_once: ((states[a:b], None, None) for a, b in cut_span(span, at_once))  # noqa: E731
         query = self.query.to(device)
         return folded_attention(query, stored, folding, self.scaling, self.segments, patches_per_frame=729).cpu()
 

@@ -8,7 +8,7 @@ from transformers.cache_utils import StaticCache
 from factories import random_model, tiny_config
 from numerics import assert_close_to_scale
 from test_modeling_crosslmm import FLOAT64, NORM_AND_TIME, Sample, in_dtype, make_sample, model_inputs, reference
-from transformers_crosslmm import load_encoded_media, save_encoded_media
+from transformers_crosslmm import attention_crosslmm, cache_crosslmm, load_encoded_media, save_encoded_media
 from transformers_crosslmm.cache_crosslmm import memory_in
 from transformers_crosslmm.dialect_crosslmm import cache_of
 
@@ -17,17 +17,17 @@ OPTIONS = [
     for scope in ("video", "frame", "causal")
     for options in ({}, NORM_AND_TIME)
 ]
-SHOWN = [0, 0, 1, 1, 1, 2, 3, 3]
-"""Eight frames of two videos, five and three, of which four are distinct: 0 0 1 1 1 | 2 3 3."""
+SHOWN = [0, 0, 0, 0, 1, 1, 2, 3, 3, 3, 3, 3]
+"""Twelve frames of two videos, seven and five, of which four are distinct: 0 0 0 0 1 1 2 | 3 3 3 3 3."""
 
 
 def sample_and_reduced(config, *, with_image: bool = True) -> tuple[Sample, dict]:
     """A sample with every frame, and its inputs without the frames that repeat the one before."""
     image = (("image", 1), 2) if with_image else ()
-    sample = make_sample(config, 3, ("video", 5), 2, *image, ("video", 3), 4)
+    sample = make_sample(config, 3, ("video", 7), 2, *image, ("video", 5), 4)
     videos = [frames for kind, frames in sample.media if kind == "video"]
     distinct = torch.cat(videos)[:4]
-    full = iter(distinct[SHOWN].split([5, 3]))
+    full = iter(distinct[SHOWN].split([7, 5]))
     media = [(kind, next(full) if kind == "video" else frames) for kind, frames in sample.media]
     sample = sample._replace(media=media)
     return sample, model_inputs(sample) | {"pixel_values_videos": distinct, "video_frame_index": torch.tensor(SHOWN)}
@@ -49,6 +49,63 @@ def test_logits_are_those_of_the_full_computation(options, use_cache):
     assert_close_to_scale(model(**reduced, use_cache=use_cache).logits[0], expected, relative=FLOAT64)
     reduced["video_frame_index"] = reduced["video_frame_index"].flip(0)
     assert not torch.allclose(model(**reduced).logits[0], expected, atol=1e-2)  # the index matters
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    "shown", [[0, 0, 1, 0, 0, 0, 2, 2, 2, 2, 2, 3], [0, 1, 2, 3, 3, 3, 3, 3, 3, 3, 3, 3]], ids=str
+)
+def test_a_run_may_be_any_length_come_back_and_go_on_in_the_next_video(options, shown, monkeypatch):
+    monkeypatch.setattr(cache_crosslmm, "LEAST_RUN", 2)
+    model = random_model(tiny_config(text_config=options))
+    everything, reduced = both(model.config, with_image=False)
+    reduced["video_frame_index"] = torch.tensor(shown)
+    everything["pixel_values_videos"] = reduced["pixel_values_videos"][shown]
+    assert_close_to_scale(model(**reduced).logits, model(**everything).logits, relative=1e-5)
+
+
+@torch.no_grad()
+def test_a_prefill_attends_to_a_run_of_frames_once(monkeypatch):
+    """Besides, to one date for each of its frames."""
+    model = random_model(tiny_config(text_config={"cross_attention_cache": "features", "use_t2v": False}))
+    sample = make_sample(model.config, 3, ("video", 12), 4)
+    frames = sample.media[0][1]
+    inputs = model_inputs(sample) | {"pixel_values_videos": frames[:4], "video_frame_index": torch.tensor(SHOWN)}
+    keys, attend = [], attention_crosslmm._attention_with_weight
+
+    def counted(query, key, *others):
+        keys.append(key.shape[0] * key.shape[2])
+        return attend(query, key, *others)
+
+    monkeypatch.setattr(attention_crosslmm, "_attention_with_weight", counted)
+    model(**inputs)
+    layers = len(model.config.cross_attention_layer_indices)
+    assert sum(keys) == layers * (25 + 4 + 3 * 25 + 25 + 5)  # 0 0 0 0, then 1 1 2, then 3 3 3 3 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, NORM_AND_TIME], ids=["paper", "recommended"])
+@pytest.mark.parametrize("frames_at_once", [1, 3, 100])
+def test_a_step_from_features_reads_each_distinct_frame_once(options, frames_at_once, monkeypatch):
+    model = random_model(tiny_config(text_config={"cross_attention_cache": "features", **options}))
+    everything, reduced = both(model.config)
+    steps, read, attend = [], [], attention_crosslmm._attention_over_tokens
+
+    def counted(query, tokens, *others):
+        read.append(len(tokens) // 25)
+        return attend(query, tokens, *others)
+
+    for inputs in (everything, reduced):
+        cache = DynamicCache(config=model.config.text_config)
+        model(**inputs, past_key_values=cache)
+        with monkeypatch.context() as patch:
+            patch.setattr(attention_crosslmm, "_attention_over_tokens", counted)
+            patch.setattr(attention_crosslmm, "CHUNK_BYTES", frames_at_once * 4 * 4 * 25)
+            steps.append(model(input_ids=torch.tensor([[5]]), past_key_values=cache).logits)
+    assert_close_to_scale(steps[1], steps[0], relative=1e-5)
+    layers = len(model.config.cross_attention_layer_indices)
+    assert sum(read) == layers * (12 + 1 + 4 + 1)  # all frames and the image, then the distinct ones
 
 
 @torch.no_grad()
@@ -91,7 +148,7 @@ def test_each_distinct_frame_is_encoded_projected_and_kept_once():
     assert (sum(encoded), sum(projected)) == (4, 4)
     memory = memory_in(cache)
     assert memory.states.untyped_storage().nbytes() == 4 * 25 * 20 * 4  # distinct frames x patches x width x float32
-    assert memory.num_patches == 8 * 25
+    assert memory.num_patches == 12 * 25
 
 
 @torch.no_grad()
@@ -138,7 +195,7 @@ def test_encoded_media_say_which_frames_they_show_and_are_kept_with_it(tmp_path)
     pixels = {name: reduced[name] for name in ("pixel_values_videos", "video_num_frames", "video_frame_index")}
     encoded = model.get_video_features(**pixels)
     assert len(encoded.last_hidden_state) == 4
-    assert [len(tokens) for tokens in encoded.pooler_output] == [5 * 9, 3 * 9]
+    assert [len(tokens) for tokens in encoded.pooler_output] == [7 * 9, 5 * 9]
     save_encoded_media({"video": encoded}, tmp_path / "media.safetensors")
     media = load_encoded_media(tmp_path / "media.safetensors")
     text = {name: everything[name] for name in ("input_ids", "attention_mask")}
@@ -150,12 +207,12 @@ def test_encoded_media_say_which_frames_they_show_and_are_kept_with_it(tmp_path)
 @pytest.mark.parametrize(
     ("index", "text"),
     [
-        ([0, 0, 1, 1, 1, 2, 3], "add up to the 7 frames of `video_frame_index`"),
-        ([0, 0, 1, 1, 1, 2, 4, 4], "in the 4 frames .* use each of them"),
-        ([0, 0, 1, 1, 1, 2, 2, 2], "use each of them"),
-        ([-1, 0, 1, 1, 1, 2, 3, 3], "use each of them"),
-        ([[0, 0, 1, 1, 1, 2, 3, 3]], r"of shape \(1, 8\)"),
-        ([0.0, 0, 1, 1, 1, 2, 3, 3], "torch.float32"),
+        (SHOWN[:-1], "add up to the 11 frames of `video_frame_index`"),
+        ([*SHOWN[:-1], 4], "in the 4 frames .* use each of them"),
+        ([*SHOWN[:-5], *[2] * 5], "use each of them"),
+        ([-1, *SHOWN[1:]], "use each of them"),
+        ([SHOWN], r"of shape \(1, 12\)"),
+        ([0.0, *SHOWN[1:]], "torch.float32"),
     ],
     ids=["short", "beyond", "frame-unused", "negative", "rank", "float"],
 )

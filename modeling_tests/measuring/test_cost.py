@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import crosslmm_cli
 from factories import random_model, tiny_config
-from transformers_crosslmm import CrossLMMConfig
+from transformers_crosslmm import CrossLMMConfig, attention_crosslmm
 from transformers_crosslmm.cache_crosslmm import VisualCacheLayer
 from transformers_crosslmm.checkpoints.inspect import count_costs
 from transformers_crosslmm.measuring import cost
@@ -69,6 +69,20 @@ def test_the_closed_form_is_what_a_real_prefill_multiplies(scope, form):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=ids, pixel_values_videos=torch.randn(frames, 3, 33, 33), use_cache=True, logits_to_keep=1)
     assert 2 * sum(multiply_accumulates(config, frames, text_tokens=text_tokens).values()) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("scope", ["video", "frame", "causal"])
+def test_the_closed_form_counts_pictures_that_are_shown_for_several_frames_once(scope, monkeypatch):
+    monkeypatch.setattr(attention_crosslmm, "_attention_with_weight", attention_crosslmm._plain_attention)  # countable
+    config = tiny_config(text_config={"v2v_scope": scope, "cross_attention_cache": "features"})
+    model = random_model(config, attn_implementation="eager")
+    shown = torch.arange(3).repeat_interleave(5)
+    ids = torch.tensor([[config.video_token_id] * 9 * 15 + [5] * 60])
+    pixels = {"pixel_values_videos": torch.randn(3, 3, 33, 33), "video_frame_index": shown}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=ids, **pixels, use_cache=True, logits_to_keep=1)
+    parts = multiply_accumulates(config, 15, distinct=3, text_tokens=60)
+    assert 2 * sum(parts.values()) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("preset", ["2B", "7B"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -191,7 +192,7 @@ def look(
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("contact_sheet.png"),
     as_json: AsJson = False,
 ) -> None:
-    """Draw the frames that the model would get, with their times.
+    """Draw the frames that the model would get, with their times, and count how many differ from the one before.
 
     Example: crosslmm look clip.mp4 --frames 16 --out frames.png
     """
@@ -210,11 +211,12 @@ def look(
         pictures = [picture for chunk in seen for picture in frame_pictures(chunk, processor.video_processor)]
     labels = frame_labels(len(pictures), seen.times)
     draw_contact_sheet(pictures, labels).save(out)
+    distinct = sum(1 for _ in groupby(picture.tobytes() for picture in pictures))
     if as_json:
-        print_json({"video": video, "frame_times": seen.times, "picture": str(out)})
+        print_json({"video": video, "frame_times": seen.times, "distinct_frames": distinct, "picture": str(out)})
     else:
         moments = labels if len(labels) <= 8 else [*labels[:3], "…", labels[-1]]
-        typer.echo(f"{out}: {len(pictures)} frames, at {', '.join(moments)}")
+        typer.echo(f"{out}: {len(pictures)} frames, {distinct} of them distinct, at {', '.join(moments)}")
 
 
 @app.command()

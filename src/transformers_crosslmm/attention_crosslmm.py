@@ -17,6 +17,7 @@ from itertools import accumulate, islice
 import torch
 from torch import nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn import functional as F
 from transformers.utils.generic import is_flash_attention_requested
 
 from .vision_crosslmm import TokenNorm
@@ -55,7 +56,7 @@ class Segments:
     is_placeholder: bool = False
     # Caches for these queries, lengths and spans; `replace` does not copy them.
     _ends: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _pieces: dict[int, list] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _pieces: dict[tuple, list] = field(default_factory=dict, init=False, repr=False, compare=False)
     _moved: dict[torch.device, "Segments"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -123,15 +124,33 @@ class Segments:
                 spans.append(seen)
         return replace(self, lengths=tuple(lengths), spans=tuple(spans))
 
-    def pieces(self, patches_at_once: int) -> list[tuple[int, int, "Segments"]]:
-        """Splits the segments into pieces of at most `patches_at_once` patches: (first, last, the segments clipped to
-        [first, last)). Cached, because every layer needs the same pieces."""
-        if patches_at_once not in self._pieces:
-            first, last = self.patch_range()
-            starts = range(first, last, patches_at_once)
-            ranges = [(start, min(start + patches_at_once, last)) for start in starts]
-            self._pieces[patches_at_once] = [(*both, self.clip_to_patches(*both)) for both in ranges]
-        return self._pieces[patches_at_once]
+    def in_frames(self, patches_per_frame: int) -> "Segments":
+        """Counts in frames instead of patches; the spans must be whole frames."""
+        spans = (tuple((a // patches_per_frame, b // patches_per_frame) for a, b in span) for span in self.spans)
+        return replace(self, spans=tuple(spans))
+
+    def in_one_frame(self, num_patches: int) -> "Segments":
+        """Replaces every span by the patches of one frame, and keeps empty ones."""
+        whole = replace(self, spans=tuple(((0, num_patches),) if span else () for span in self.spans))
+        return whole.clip_to_patches(0, num_patches)
+
+    def pieces(
+        self, patches_at_once: int, runs: tuple[tuple[int, int], ...] = ()
+    ) -> list[tuple[int, int, bool, "Segments"]]:
+        """Splits the segments into pieces: each of the runs (ascending), and between them at most `patches_at_once`
+        patches: (first, last, whether it is a run, the segments clipped to [first, last)). Cached, because every layer
+        needs the same pieces."""
+        if (patches_at_once, runs) not in self._pieces:
+            begin, last = self.patch_range()
+            pieces = []
+            for start, end in [*runs, (last, last)]:
+                start, end = (min(max(patch, begin), last) for patch in (start, end))
+                ranges = [(at, min(at + patches_at_once, start), False) for at in range(begin, start, patches_at_once)]
+                ranges += [(start, end, True)] if start < end else []
+                pieces += [(*patches, is_run, self.clip_to_patches(*patches)) for *patches, is_run in ranges]
+                begin = end
+            self._pieces[patches_at_once, runs] = pieces
+        return self._pieces[patches_at_once, runs]
 
 
 def take_span(patches: torch.Tensor, span: Span) -> torch.Tensor:
@@ -198,31 +217,62 @@ def attention_piece_by_piece(
     segments: Segments,
     *,
     patches_at_once: int,
+    runs: tuple[tuple[int, int], ...] = (),
+    dates: Callable[[int, int], tuple[torch.Tensor, torch.Tensor]] | None = None,
+    patches_per_frame: int = 1,
 ) -> torch.Tensor:
     """Computes the same attention with bounded memory, for inference: projects the keys and values of some patches at
     a time and merges the results by their log-sum-exp.
 
     keys_values: maps patches [start, end) to keys and values, (end - start, G, E) each. query and result: (Q, H, E).
+    runs: ranges of frames that show the same picture, to which queries attend once. With keys k_p + e_t and values
+    v_p + u_t of patch p and date t, exp(q . k_p + q . e_t) is a product: the attention over a run is the sum of those
+    over the picture and over the dates, and so is its log-sum-exp.
+    dates: maps a run [start, end) to e_t and u_t of its frames, (frames, G, E) each, 0 for the first frame.
     """
+    result = _nothing_yet(query)
+    for start, end, is_run, clipped in segments.pieces(patches_at_once, runs):
+        if not is_run:
+            _attend_too(result, query, *keys_values(start, end), scaling, clipped)
+            continue
+        assert dates is not None
+        picture, when, size = _nothing_yet(query), _nothing_yet(query), patches_per_frame
+        _attend_too(picture, query, *keys_values(start, start + size), scaling, clipped.in_one_frame(size))
+        _attend_too(when, query, *dates(start, end), scaling, clipped.in_frames(size))
+        result = _merge(*result, picture[0] + when[0], picture[1] + when[1])
+    return result[0].to(query.dtype)
+
+
+def _nothing_yet(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Creates the attention (Q, H, E) over no keys and its log-sum-exp (Q, H, 1), which is finite, because merging two
+    infinite ones would give NaN."""
     precise = torch.promote_types(query.dtype, torch.float32)
-    merged = query.new_zeros(query.shape, dtype=precise)
-    total = query.new_full((*query.shape[:2], 1), -torch.inf, dtype=precise)
-    for start, end, clipped in segments.pieces(patches_at_once):
-        key, value = keys_values(start, end)
-        for batch in _batches(clipped):
-            keys, values = (
-                take_span(tokens, batch.span).unflatten(0, (batch.count, -1))[:, : batch.keys].transpose(1, 2)
-                for tokens in (key, value)
-            )
-            queries = _heads_as_rows(batch.take(query).flatten(0, 1), batch.count, key.shape[1])
-            output, weight = _attention_with_weight(queries, keys, values, scaling)
-            output, weight = (_rows_as_heads(tokens, query.shape[1]) for tokens in (output, weight))
-            known = batch.take(merged), batch.take(total)
-            attended, total_weight = (tokens.flatten(0, 1) for tokens in known)
-            new = _merge(attended, total_weight, output, weight)
-            for old, tokens in zip(known, new, strict=True):
-                old.copy_(tokens.view_as(old))
-    return merged.to(query.dtype)
+    total = query.new_full((*query.shape[:2], 1), torch.finfo(precise).min / 4, dtype=precise)
+    return query.new_zeros(query.shape, dtype=precise), total
+
+
+def _attend_too(
+    result: tuple[torch.Tensor, torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    segments: Segments,
+) -> None:
+    """Merges attention over more keys and values into a result and its log-sum-exp, in place."""
+    for batch in _batches(segments):
+        keys, values = (
+            take_span(tokens, batch.span).unflatten(0, (batch.count, -1))[:, : batch.keys].transpose(1, 2)
+            for tokens in (key, value)
+        )
+        queries = _heads_as_rows(batch.take(query).flatten(0, 1), batch.count, key.shape[1])
+        output, weight = _attention_with_weight(queries, keys, values, scaling)
+        output, weight = (_rows_as_heads(tokens, query.shape[1]) for tokens in (output, weight))
+        known = tuple(map(batch.take, result))
+        attended, total_weight = (tokens.flatten(0, 1) for tokens in known)
+        new = _merge(attended, total_weight, output, weight)
+        for old, tokens in zip(known, new, strict=True):
+            old.copy_(tokens.view_as(old))
 
 
 @dataclass(frozen=True)
@@ -319,10 +369,14 @@ def _attention_with_weight(
 
 
 def _plain_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes attention (…, R, E) and log-sum-exp (…, R, 1) in plain operations, in float32 or better."""
-    shares, mass, weight = _shares(_product(query, key.mT).mul_(scaling))
+    """Computes attention (…, R, E) and log-sum-exp (…, R, 1) in plain operations, in float32 or better.
+
+    bias: added to the scores.
+    """
+    scores = _product(query, key.mT).mul_(scaling)
+    shares, mass, weight = _shares(scores if bias is None else scores + bias)
     return _product(shares.to(value.dtype), value) / mass, weight
 
 
@@ -341,28 +395,69 @@ def _is_converted(tensor: torch.Tensor) -> bool:
     return tensor.dtype.itemsize < 4 and not tensor.is_cuda
 
 
+@dataclass(frozen=True)
+class Dates:
+    """Dates of distinct frames that are shown more than once.
+
+    shown: (T,), the frame that each date shows. first, last, total: the tokens belong to the frames [first, last) of
+    `total`.
+    """
+
+    shown: torch.Tensor
+    first: int
+    last: int
+    total: int
+
+    def log_sum_exp(self, by_date: torch.Tensor) -> torch.Tensor:
+        """Reduces (…, T) to (…, total), over the dates of each frame."""
+        shown = self.shown.expand_as(by_date)
+        highest = by_date.new_zeros(*by_date.shape[:-1], self.total)
+        highest = highest.scatter_reduce(-1, shown, by_date, "amax", include_self=False)
+        return highest + torch.zeros_like(highest).scatter_add(-1, shown, self._below(by_date, highest)).log()
+
+    def spread(self, shares: torch.Tensor, by_date: torch.Tensor, by_frame: torch.Tensor) -> torch.Tensor:
+        """Divides the shares of frames [first, last) among their dates: (…, T)."""
+        shares = F.pad(shares, (self.first, self.total - self.last))
+        return shares[..., self.shown] * self._below(by_date, by_frame)
+
+    def _below(self, by_date: torch.Tensor, by_frame: torch.Tensor) -> torch.Tensor:
+        return (by_date - by_frame[..., self.shown]).exp()
+
+
 def _attention_over_tokens(
-    query: torch.Tensor, tokens: torch.Tensor, norm: TokenNorm | None, scaling: float
+    query: torch.Tensor, tokens: torch.Tensor, norm: TokenNorm | None, dates: Dates | None, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes `_plain_attention` of (R, D) over tokens (P, D) as keys and values, as if `norm` were applied to them.
     With m the mean over D, q . (x - m(x)) = (q - m(q)) . x, so the queries are centred and the scores scaled instead
-    of the tokens; the result is centred in the same way."""
+    of the tokens; the result is centred in the same way.
+
+    dates: if given, tokens count once for each of their dates, and the codes of `norm` are those of all dates.
+    """
     query, tokens = query[None], tokens[None]
     if norm is None:
-        attended, weight = _plain_attention(query, tokens, tokens, scaling)
+        bias = None
+        if dates is not None:
+            counts = dates.log_sum_exp(query.new_zeros(dates.shown.shape, dtype=torch.float32))
+            bias = counts[dates.first : dates.last].repeat_interleave(tokens.shape[1] // (dates.last - dates.first))
+        attended, weight = _plain_attention(query, tokens, tokens, scaling, bias)
         return attended[0], weight[0]
-    precise, frames = norm.codes.dtype, len(norm.codes)
+    precise, frames = norm.codes.dtype, len(norm.scale)
     scale = norm.scale.flatten()
     exact = query.to(precise)
     centred = (exact - exact.mean(-1, keepdim=True)).to(query.dtype)
     scores = _product(centred, tokens.mT) * (scaling * scale)
-    by_frame = scaling * (exact @ norm.codes.mT)  # (1, R, F)
-    scores = (scores.unflatten(-1, (frames, -1)) + by_frame[..., None]).flatten(-2)
+    by_date = by_frame = scaling * (exact @ norm.codes.mT)  # (1, R, T)
+    if dates is not None:
+        by_frame = dates.log_sum_exp(by_date)
+    own = by_frame if dates is None else by_frame[..., dates.first : dates.last]
+    scores = (scores.unflatten(-1, (frames, -1)) + own[..., None]).flatten(-2)
     shares, mass, weight = _shares(scores)
     context = _product((shares * scale).to(tokens.dtype), tokens)
     context = context - context.mean(-1, keepdim=True)
-    codes = shares.unflatten(-1, (frames, -1)).sum(-1) @ norm.codes
-    return ((context + codes) / mass)[0], weight[0]
+    frame_shares = shares.unflatten(-1, (frames, -1)).sum(-1)
+    if dates is not None:
+        frame_shares = dates.spread(frame_shares, by_date, by_frame)
+    return ((context + frame_shares @ norm.codes) / mass)[0], weight[0]
 
 
 def _shares(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -444,7 +539,7 @@ class Folding:
 
 def folded_attention(
     query: torch.Tensor,
-    stored_tokens: Callable[[int, int], tuple[torch.Tensor, TokenNorm | None]],
+    stored_tokens: Callable[[Span, int], Iterator[tuple[torch.Tensor, TokenNorm | None, Dates | None]]],
     folding: Folding,
     scaling: float,
     segments: Segments,
@@ -453,10 +548,11 @@ def folded_attention(
 ) -> torch.Tensor:
     """Computes attention without keys or values: W_k is folded into the query; W_v is applied to the attention output.
 
-    stored_tokens: maps patches [start, end), whole frames, to tokens (end - start, D) and the normalisation still to
-    be applied to them. query (Q, H, E); returns (Q, H, E). With k = x W_k + b_k and v = x W_v + b_v:
-    q . k = (W_k q) . x + q . b_k, whose second term is the same for all patches and so does not change the softmax,
-    and sum p v = (sum p x) W_v + b_v. All layers share one copy of the tokens; each reads it twice.
+    stored_tokens: maps a span of whole frames, and the number of patches at once, to pieces: tokens (patches, D), the
+    normalisation still to be applied to them, and their dates if they have several. query and result: (Q, H, E). With
+    k = x W_k + b_k and v = x W_v + b_v: q . k = (W_k q) . x + q . b_k, whose second term is the same for all
+    patches and so does not change the softmax, and sum p v = (sum p x) W_v + b_v. All layers share one copy of the
+    tokens; each reads it twice.
     """
     groups = len(folding.key)
     grouped = query.unflatten(1, (groups, -1))  # (Q, G, H/G, E)
@@ -467,8 +563,7 @@ def folded_attention(
         # On a CPU, tokens in half precision are converted to float32, so their size counts too.
         numbers = max(len(queries), folded.shape[-1] if _is_converted(folded) else 0)
         at_once = max(1, CHUNK_BYTES // (4 * numbers * patches_per_frame)) * patches_per_frame
-        pieces = _cut(span, at_once)
-        parts = (_attention_over_tokens(queries, *stored_tokens(*piece), scaling) for piece in pieces)
+        parts = (_attention_over_tokens(queries, *piece, scaling) for piece in stored_tokens(span, at_once))
         context, _ = reduce(lambda one, other: _merge(*one, *other), parts)
         outputs.append(context.to(query.dtype).unflatten(0, (length, groups, -1)))
         row += length
@@ -477,7 +572,7 @@ def folded_attention(
     return (attended + folding.value_bias[:, None]).flatten(1, 2)
 
 
-def _cut(span: Span, at_once: int) -> list[tuple[int, int]]:
+def cut_span(span: Span, at_once: int) -> list[tuple[int, int]]:
     """Cuts the ranges of a span after every `at_once` patches. The loop compares instead of using `range`, so that a
     compiled step also serves videos of other lengths."""
     pieces = []

@@ -11,14 +11,18 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache as memoize
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
-from .attention_crosslmm import Folding, Segments, Span, merge_span
+from .attention_crosslmm import Dates, Folding, Segments, Span, cut_span, merge_span
 from .vision_crosslmm import TokenNorm
+
+LEAST_RUN = 4
+"""Fewest consecutive frames with one picture to which inference attends once: merging fewer would not pay."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,9 @@ class VisualMemory:
     rows: the media of each row, in the order in which they begin.
     states: (patches from `first_patch` on, D), the original tokens; None once no longer needed.
     norm: normalisation still to be applied to `states` before K and V; None if already applied.
-    frame_index: for each frame from `first_patch` on, its frame in `states` if unchanged frames were left out; None if
-        `states` has every frame. Patch numbers count all frames, so spans, rows and norm's codes do not depend on it.
+    frame_index: on the CPU, for each frame from `first_patch` on, its frame in `states` if unchanged frames were left
+        out; None if `states` has every frame. Patch numbers count all frames, so spans, rows and norm's codes do not
+        depend on it.
     num_patches: patches seen so far, whether or not `states` still holds them.
     pooled: tokens still to be written over their placeholders; None after the prompt.
     folding: per layer, the projections for decoding from features.
@@ -168,6 +173,10 @@ class VisualMemory:
         """`norm` on a device; see `_copy_on`."""
         return self._copy_on("norm", device)
 
+    def index_on(self, device: torch.device) -> torch.Tensor | None:
+        """`frame_index` on a device; see `_copy_on`."""
+        return self._copy_on("frame_index", device)
+
     def _copy_on(self, name: str, device: torch.device) -> Any:
         """An attribute on a device. The copy for another device is made once and shared by its layers."""
         original = getattr(self, name)
@@ -182,7 +191,7 @@ class VisualMemory:
     def _frames_shown(self) -> torch.Tensor:
         if self.frame_index is not None:
             return self.frame_index
-        return torch.arange(len(self.states) // self.patches_per_frame, device=self.states.device)
+        return torch.arange(len(self.states) // self.patches_per_frame)
 
     def stored_tokens(self, states: torch.Tensor, start: int, end: int) -> tuple[torch.Tensor, TokenNorm | None]:
         """The patches [start, end), (end - start, D), and the normalisation still to be applied to them. They must be
@@ -194,9 +203,38 @@ class VisualMemory:
         if self.frame_index is None:
             return states[start:end], None if norm is None else norm.clip_to_tokens(start, end)
         frames = slice(start // self.patches_per_frame, end // self.patches_per_frame)
-        shown = self.frame_index[frames].to(states.device)
+        shown = self.index_on(states.device)[frames]
         tokens = states.unflatten(0, (-1, self.patches_per_frame))[shown].flatten(0, 1)
         return tokens, None if norm is None else TokenNorm(norm.scale[shown], norm.codes[frames])
+
+    def stored_pieces(
+        self, states: torch.Tensor, span: Span, at_once: int
+    ) -> Iterator[tuple[torch.Tensor, TokenNorm | None, Dates | None]]:
+        """Yields `stored_tokens` of a span, `at_once` patches at a time. For the span of all patches it yields each
+        distinct frame once, with its dates; the norm's codes are then those of all dates."""
+        if self.frame_index is None or span != ((self.first_patch, self.num_patches),):
+            for piece in cut_span(span, at_once):
+                yield *self.stored_tokens(states, *piece), None
+            return
+        shown, norm, step = self.index_on(states.device), self.norm_on(states.device), self.patches_per_frame
+        for start, end in cut_span(((0, len(states)),), at_once):
+            first, last = start // step, end // step
+            own = None if norm is None else TokenNorm(norm.scale[first:last], norm.codes)
+            yield states[start:end], own, Dates(shown, first, last, len(states) // step)
+
+    def codes(self, states: torch.Tensor, start: int, end: int) -> torch.Tensor:
+        """The codes (frames, D) that dates add to the tokens of the frames in patches [start, end)."""
+        start, end = ((patch - self.first_patch) // self.patches_per_frame for patch in (start, end))
+        norm = self.norm_on(states.device)
+        return states.new_zeros(end - start, states.shape[-1]) if norm is None else norm.codes[start:end].to(states)
+
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """Ranges of patches of at least `LEAST_RUN` consecutive frames that show the same picture."""
+        if self.frame_index is None:
+            return ()
+        counts = self.frame_index.unique_consecutive(return_counts=True)[1].tolist()
+        ends = [self.first_patch + self.patches_per_frame * frames for frames in accumulate(counts, initial=0)]
+        return tuple(run for run, count in zip(pairwise(ends), counts, strict=True) if count >= LEAST_RUN)
 
     def tokens(self, states: torch.Tensor, start: int, end: int) -> torch.Tensor:
         """The normalised patches [start, end), from which K and V are projected; see `stored_tokens`."""

@@ -109,7 +109,7 @@ class CrossLMMCrossAttentionBranch(nn.Module):
         else:
             attended = folded_attention(
                 query,
-                partial(memory.stored_tokens, states),
+                partial(memory.stored_pieces, states),
                 memory.folding[self.layer_idx],
                 self.scaling,
                 segments,
@@ -130,11 +130,24 @@ class CrossLMMCrossAttentionBranch(nn.Module):
         def keys_values(start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
             return self.keys_values(memory.tokens(states, start, end))
 
+        def dates(start: int, end: int) -> tuple[torch.Tensor, ...]:
+            return tuple(tokens - tokens[:1] for tokens in self.keys_values(memory.codes(states, start, end)))
+
         first, last = segments.patch_range()
         width = 2 * self.k_proj.out_features + (0 if memory.norm is None else states.shape[-1])
         at_once = memory.whole_frames(CHUNK_BYTES // (width * states.element_size()))
-        if not torch.is_grad_enabled() and (at_once < last - first or segments.is_nested):
-            return attention_piece_by_piece(keys_values, query, self.scaling, segments, patches_at_once=at_once)
+        runs = memory.runs()
+        if not torch.is_grad_enabled() and (runs or at_once < last - first or segments.is_nested):
+            return attention_piece_by_piece(
+                keys_values,
+                query,
+                self.scaling,
+                segments,
+                patches_at_once=at_once,
+                runs=runs,
+                dates=dates,
+                patches_per_frame=memory.patches_per_frame,
+            )
         ((*_, clipped),) = segments.pieces(last - first)
         return packed_attention(self.attention(), self, query, *keys_values(first, last), clipped)
 
@@ -155,7 +168,7 @@ class CrossLMMCrossAttentionBranch(nn.Module):
             if self.layer_idx not in memory.folding:
                 memory.folding[self.layer_idx] = Folding.of(self.keys_values, states)
             norm = () if memory.norm is None else (memory.norm.scale, memory.norm.codes)
-            index = () if memory.frame_index is None else (memory.frame_index,)
+            index = () if memory.frame_index is None else (memory.index_on(states.device),)
             cache_layer.mark_static(states, *memory.folding[self.layer_idx].tensors(), *norm, *index)
             return
         known, last = cache_layer.num_cross_patches, memory.num_patches

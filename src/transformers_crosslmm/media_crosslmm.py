@@ -55,11 +55,13 @@ def encode_video(
     done = 0
     for chunk in [pixels] if isinstance(pixels, torch.Tensor) else pixels:
         expected = len(pixels) if isinstance(pixels, torch.Tensor) else pixels.expected_num_frames
+        index = getattr(pixels, "frame_index", None)
         for part in chunk.split(model.config.vision_chunk_size):
             encoded = model.get_video_features(part.to(model.device), return_dict=True)
             new = encoded.last_hidden_state
             if original is None:  # allocated for all frames: joining parts at the end would take twice the memory
-                original = new.new_empty(max(expected, len(new)), *new.shape[1:])
+                room = expected if index is None else 0  # the number of distinct frames is not known beforehand
+                original = new.new_empty(max(room, len(new)), *new.shape[1:])
             if done + len(new) > len(original):
                 original = torch.cat([original[:done], new.new_empty(done + len(new), *new.shape[1:])])
             original[done : done + len(new)] = new
@@ -70,8 +72,9 @@ def encode_video(
         del chunk, part  # before the next one is decoded
     if original is None:
         raise ValueError("A video needs at least one frame; got none.")
-    tokens, index = torch.cat(pooled), getattr(pixels, "frame_index", None)
+    tokens = torch.cat(pooled)
     if index is not None:
+        original = original[:done].clone()  # and not a view that keeps all the room
         tokens = tokens.view(done, -1, tokens.shape[-1])[index].flatten(0, 1)
     return CrossLMMEncodedMedia(
         last_hidden_state=original[:done],  # type: ignore[arg-type]

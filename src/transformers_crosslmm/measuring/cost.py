@@ -80,12 +80,17 @@ NOT_COUNTED_BY_THE_PAPER = ("self-attention scores", "V2V scores")
 # --- the closed form ------------------------------------------------------------------------------------------------
 
 
-def multiply_accumulates(config: CrossLMMConfig, frames: int, *, text_tokens: int = TEXT_TOKENS) -> dict[str, int]:
+def multiply_accumulates(
+    config: CrossLMMConfig, frames: int, *, distinct: int | None = None, text_tokens: int = TEXT_TOKENS
+) -> dict[str, int]:
     """Multiply-accumulates of one prefill by part, in closed form (docs/cost.md): a video, then text, and the logits
     of the last position.
 
-    Causal self-attention is counted in full, as a kernel without causal skipping computes it.
+    distinct: number of different pictures, each shown for the same time and at least four frames, with
+    `skip_unchanged` and the form "features". Causal self-attention is counted in full, as a kernel without causal
+    skipping computes it.
     """
+    distinct, dates = (frames, 0) if distinct is None else (distinct, frames)  # a date is a key too
     vision, text = config.vision_config, config.text_config
     num_patches, patch_values = config.patch_grid_size**2, vision.num_channels * vision.patch_size**2
     visual = frames * config.tokens_per_frame
@@ -98,25 +103,30 @@ def multiply_accumulates(config: CrossLMMConfig, frames: int, *, text_tokens: in
         + 2 * num_patches**2 * vision.hidden_size
     )
     hidden_size = config.projector_hidden_size or text.hidden_size
-    frames_seen = {"video": frames * frames, "frame": frames, "causal": frames * (frames + 1) // 2}[config.v2v_scope]
+    keys = distinct * num_patches + dates
+    keys_seen = {
+        "video": frames * keys,
+        "frame": frames * num_patches + dates,
+        "causal": (frames * (distinct + 1) * num_patches + dates * (frames + 1)) // 2,
+    }[config.v2v_scope]
     return {
-        "vision": frames * (num_patches * patch_values * vision.hidden_size + config.num_vision_blocks * block),
-        "projector": visual * hidden_size * (vision.hidden_size + text.hidden_size),
+        "vision": distinct * (num_patches * patch_values * vision.hidden_size + config.num_vision_blocks * block),
+        "projector": distinct * config.tokens_per_frame * hidden_size * (vision.hidden_size + text.hidden_size),
         "language model": length
         * text.num_hidden_layers
         * text.hidden_size
         * (2 * query_width + 2 * key_width + 3 * text.intermediate_size),
         "self-attention scores": text.num_hidden_layers * 2 * length**2 * query_width,
-        "keys and values": (v2v + t2v) * 2 * frames * num_patches * vision.hidden_size * key_width,
+        "keys and values": (v2v + t2v) * 2 * keys * vision.hidden_size * key_width,
         "queries and outputs": (v2v * visual + t2v * text_tokens) * 2 * text.hidden_size * query_width,
-        "T2V scores": t2v * 2 * text_tokens * frames * num_patches * query_width,
+        "T2V scores": t2v * 2 * text_tokens * keys * query_width,
         "folding": t2v
         * 2
         * (vision.hidden_size + 1)
         * vision.hidden_size
         * key_width
         * (config.cross_attention_cache == "features"),
-        "V2V scores": v2v * 2 * config.tokens_per_frame * frames_seen * num_patches * query_width,
+        "V2V scores": v2v * 2 * config.tokens_per_frame * keys_seen * query_width,
         "head": text.hidden_size * text.vocab_size,
     }
 
