@@ -222,3 +222,12 @@ def test_an_index_that_does_not_fit_is_refused_before_any_work(index, text):
     _, reduced = both(model.config)
     with pytest.raises(ValueError, match=text):
         model(**reduced | {"video_frame_index": torch.tensor(index)})
+
+
+@torch.no_grad()
+def test_a_video_without_unchanged_frames_is_kept_as_any_other():
+    model = random_model(tiny_config(text_config={"cross_attention_cache": "features"}))
+    sample = make_sample(model.config, 3, ("video", 4), 4)
+    cache = DynamicCache(config=model.config.text_config)
+    model(**model_inputs(sample), video_frame_index=torch.arange(4), past_key_values=cache)
+    assert memory_in(cache).frame_index is None

@@ -412,10 +412,10 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
         )
         has_form = known is not None and known.states is not None
         is_lazy = known.norm is not None if has_form else not torch.is_grad_enabled()
-        if (
-            shown is not None and not is_lazy and self.config.visual_norm != "none"
-        ):  # equal frames have different codes
-            original, shown = original[shown], None
+        if shown is not None and torch.equal(shown, torch.arange(len(original))):  # no frame was left out
+            shown = None
+        if shown is not None and not is_lazy and self.config.visual_norm != "none":
+            original, shown = original[shown], None  # equal frames have different codes
         states, norm = self.normalise(original, frame_numbers, is_lazy=is_lazy)
         pooled = [tokens for output in media.values() for tokens in output.pooler_output]
         return VisualMemory(
