@@ -52,37 +52,19 @@ app = typer.Typer(
 
 
 Video = Annotated[str, typer.Argument(help="A video file or URL.", show_default=False)]
-
-
 Model = Annotated[
     str | None,
     typer.Option(help="A checkpoint folder, or its name on the Hub.", show_default="the package's tiny checkpoint"),
 ]
-
-
 ModelArgument = Annotated[str | None, typer.Argument(metavar="MODEL", help="Short for --model.", show_default=False)]
-
-
 Frames = Annotated[int | None, typer.Option(min=1, help="Use this many frames, at equal intervals.")]
-
-
 Fps = Annotated[
     float | None, typer.Option(min=0.001, help="Use this many frames per second, up to the checkpoint's limit.")
 ]
-
-
 Start = Annotated[float | None, typer.Option(min=0, help="Begin at this second of the video.")]
-
-
 End = Annotated[float | None, typer.Option(min=0, help="End at this second of the video.")]
-
-
 NewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-
-
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_default="a GPU if there is one")]
-
-
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 

@@ -14,11 +14,7 @@ FIELDS_BY_NAME = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 Out = Annotated[Path, typer.Option(help="Folder for the new checkpoint.", show_default=False)]
-
-
 Vision = Annotated[str | None, typer.Option(help="Vision encoder: a folder or a name on the Hub.", show_default=False)]
-
-
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     typer.Option(
@@ -26,19 +22,11 @@ Dtype = Annotated[
         show_default="the language model's",
     ),
 ]
-
-
 Force = Annotated[bool, typer.Option("--force", help="Replace the checkpoint in the folder.")]
-
-
 PushToHub = Annotated[
     str | None, typer.Option(help="Then publish it as YOU/NAME, as `crosslmm push` does.", show_default=False)
 ]
-
-
 Private = Annotated[bool, typer.Option("--private", help="Make a private repository.")]
-
-
 Untrained = Annotated[bool, typer.Option("--untrained", help="Publish untrained weights; the card says so.")]
 
 
