@@ -7,8 +7,12 @@ slides, each shown for 15 seconds; a screen on which something is typed every 5 
 fixed camera, that is, a still picture with sensor noise and a walker; and film, where everything moves. "Exact slides"
 are the same slides without loss (x264 with `qp=0`): what a file of pictures, or a lossless recording, gives. A small
 model with a 7B's patches and tokens per frame prefills exact slides and film, with and without in turn: CPU seconds of
-one thread from the file on, of a decode step behind it, and of reading alone, medians; memory is what is kept of the
-video (form "features", original tokens). Tokens are those that `generate` writes.
+one thread from the file on, of a decode step after it, of reading alone, and of the comparisons of frames, medians;
+memory is what is kept of the video (form "features", original tokens). Tokens are those that `generate` writes.
+
+What a tolerance changes: the last position's logits for slides and screen, as the largest difference from those
+without `skip_unchanged` in standard deviations of the logits; and the answers of the bundled checkpoint to questions
+about held-out H.264 files of 8 seconds, at 4 frames per second.
 """
 
 import io
@@ -17,6 +21,7 @@ import os
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,15 +32,20 @@ import torch
 from transformers import DynamicCache
 from transformers.utils import logging
 
-from transformers_crosslmm import CrossLMMVideoProcessor
+from transformers_crosslmm import TINY_CHECKPOINT, CrossLMMVideoProcessor
 from transformers_crosslmm.cache_crosslmm import memory_in
+from transformers_crosslmm.checkpoints.load import load_model, load_processor
+from transformers_crosslmm.frames_crosslmm import UnchangedFrames
 from transformers_crosslmm.measuring.contenders import CrossLMM
+from transformers_crosslmm.measuring.quality import answer_questions, batches_of, read_questions, score
+from transformers_crosslmm.tiny.procedural_videos import write_videos
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "unchanged_frames.json"
 SECONDS, RATE, WIDTH, HEIGHT = 60, 10, 640, 360
 TOLERANCES = (0, 2, 8, 24)
 TIMED = ("exact slides", "film")
+NEAR = ("slides", "screen")
 ROUNDS, NEW_TOKENS = 3, 8
 RNG = np.random.default_rng(0)
 
@@ -113,6 +123,17 @@ class Watcher:
         self.processor, self.frames = CrossLMMVideoProcessor(), 0
         self.model.model.vision_tower.register_forward_pre_hook(self._count)
 
+        compare = UnchangedFrames.__call__
+
+        def timed(self_: UnchangedFrames, chunk):
+            start = time.process_time()
+            try:
+                return compare(self_, chunk)
+            finally:
+                self.comparing += time.process_time() - start
+
+        UnchangedFrames.__call__ = timed
+
     def _count(self, module: torch.nn.Module, args: tuple) -> None:
         self.frames += len(args[0])
 
@@ -123,7 +144,7 @@ class Watcher:
         return inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def prefill(self, clip: bytes, level: float | bool) -> dict[str, float]:
-        self.frames, start = 0, time.process_time()
+        self.frames, self.comparing, start = 0, 0.0, time.process_time()
         inputs = self.inputs(clip, level)
         read = time.process_time()
         cache = DynamicCache(config=self.model.config.text_config)
@@ -132,7 +153,17 @@ class Watcher:
         kept = memory_in(cache).states.untyped_storage().nbytes()
         self.model(input_ids=torch.tensor([[9]]), past_key_values=cache)
         step = time.process_time() - end
-        return {"encoded": self.frames, "read": read - start, "seconds": end - start, "step": step, "bytes": kept}
+        return {
+            "encoded": self.frames,
+            "read": read - start,
+            "comparing": self.comparing,
+            "seconds": end - start,
+            "step": step,
+            "bytes": kept,
+        }
+
+    def logits(self, clip: bytes, level: float | bool) -> torch.Tensor:
+        return self.model(**self.inputs(clip, level), logits_to_keep=1).logits[0, -1]
 
     def tokens(self, clip: bytes, level: float | bool) -> list[int]:
         inputs = self.inputs(clip, level)
@@ -161,8 +192,36 @@ def measure(watcher: Watcher, clip: bytes) -> dict:
     return {
         "encoded": {"without": without["encoded"], "skipping": skipping["encoded"]},
         "ratio": {name: round(skipping[name] / without[name], 3) for name in ("read", "seconds", "step", "bytes")},
+        "comparing": round(skipping["comparing"] / without["seconds"], 5),
         "same_tokens": watcher.tokens(clip, True) == watcher.tokens(clip, False),
     }
+
+
+@torch.no_grad()
+def changed_logits(watcher: Watcher, clip: bytes) -> dict[int, float]:
+    """The largest change of the last position's logits by tolerance, in standard deviations of all logits."""
+    full = watcher.logits(clip, False)
+    changes = {level: (watcher.logits(clip, float(level)) - full).abs().max() for level in TOLERANCES}
+    return {level: round(float(change / full.std()), 5) for level, change in changes.items()}
+
+
+def answers_of_the_tiny_checkpoint(videos: int = 40, num_frames: int = 32) -> dict[str, dict]:
+    """Accuracy and the share of distinct frames, by tolerance ("off": without `skip_unchanged`)."""
+    model, processor = load_model(str(TINY_CHECKPOINT)), load_processor(str(TINY_CHECKPOINT))
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_videos(Path(folder), split="heldout", seed=1000, num_videos=videos, size=240, fps=8)
+        questions = read_questions(Path(folder))
+        for name, level in {"off": False, **{str(level): float(level) for level in (*TOLERANCES, 48, 96)}}.items():
+            processor.video_processor.skip_unchanged = level
+            marks, distinct = [], 0
+            for asked, inputs in batches_of(processor, questions, num_frames=num_frames):
+                answers = answer_questions(model, inputs, processor)
+                marks += [answer == question.answer for answer, question in zip(answers, asked, strict=True)]
+                distinct += len(inputs["pixel_values_videos"]) // len(asked)
+            results[name] = score(marks) | {"distinct": round(distinct / videos / num_frames, 4)}
+            print("bundled checkpoint", name, json.dumps(results[name]), flush=True)
+    return results
 
 
 def main() -> None:
@@ -182,8 +241,11 @@ def main() -> None:
         videos[name] = {"frames": SECONDS, "distinct": count(watcher.processor, clip)}
         if name in TIMED:
             videos[name] |= measure(watcher, clip)
+        if name in NEAR:
+            videos[name]["changed_logits"] = changed_logits(watcher, clip)
         print(name, json.dumps(videos[name]), flush=True)
-        RESULTS.write_text(json.dumps({"about": about, "videos": videos}, indent=1) + "\n", encoding="utf-8")
+    results = {"about": about, "videos": videos, "bundled_checkpoint": answers_of_the_tiny_checkpoint()}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
