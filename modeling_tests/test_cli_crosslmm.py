@@ -368,6 +368,21 @@ def test_info_counts_what_a_real_model_has(run, checkpoint, model):
     assert record["longest_video_seconds"]["kv"] == record["frames_in_context"] / 2
 
 
+def test_info_counts_a_videos_distinct_frames_and_what_they_take(run, checkpoint, folder):
+    """Five frames: the second and third repeat the first, and the last differs from the fourth by about 5 levels."""
+    grey = np.array([40, 40, 40, 200, 205], dtype=np.uint8)
+    (folder / "still.mp4").write_bytes(mp4_of(np.tile(grey[:, None, None, None], (1, 60, 60, 3)), fps=1))
+    record = json.loads(run("info", str(folder / "still.mp4"), "--model", checkpoint, "--json").stdout)
+    assert (record["frames"], record["distinct_frames"]) == (5, {"0": 3, "8": 2})
+    costs = count_costs(CrossLMMConfig.from_pretrained(checkpoint))
+    assert record["positions"] == 5 * 9
+    for form, size in costs.cache_bytes_per_frame.items():
+        assert (record["cache_bytes"][form], record["cache_bytes_skipping"][form]) == (5 * size, 3 * size)
+    text = run("info", str(folder / "still.mp4"), "--model", "2B").stdout
+    assert "5 frames at 1 fps, the last at 4.0 s" in text
+    assert "distinct: 3;" in text
+
+
 @pytest.mark.parametrize("form", ["kv", "features"])
 def test_info_counts_the_bytes_that_a_conversation_keeps(model, processor, folder, form):
     video = read_video(processor, str(folder / "clip.mp4"), num_frames=4)

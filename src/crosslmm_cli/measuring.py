@@ -12,7 +12,6 @@ from .base import (
     Fps,
     Frames,
     Model,
-    ModelArgument,
     NewTokens,
     Steps,
     app,
@@ -134,7 +133,10 @@ def bench(
 
 @app.command()
 def info(
-    name: ModelArgument = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL|VIDEO", help="Short for --model; or a video file.", show_default=False),
+    ] = None,
     model: Model = None,
     memory: Annotated[float, typer.Option(min=0, help="Memory of the GPU, in GiB.")] = 24.0,
     context: Annotated[
@@ -149,10 +151,14 @@ def info(
 ) -> None:
     """Count a checkpoint's parameters, its memory per frame, and the longest video that fits.
 
-    Nothing is loaded but the config. MODEL may also be a size of the paper: 2B, 7B or 7B-16.
+    Nothing is loaded but the config. MODEL may also be a size of the paper: 2B, 7B or 7B-16. Of a VIDEO, count the
+    frames, how many of them differ, and the positions and memory that they take in --model.
 
     Example: crosslmm info 7B --memory 80 --context 131072
     """
+    if name is not None and Path(name).is_file():
+        print_video_info(name, model, fps=fps, as_json=as_json)
+        return
     model = only_one_model(model, name)
     with Steps() as steps:
         import_package(steps)
@@ -202,6 +208,56 @@ def info(
     both = ", ".join(f"{clock_time(seconds)} with {form}" for form, seconds in longest.items())
     typer.echo(f"So at most {both}.")
     typer.echo(f"Memory: {memory:g} GiB less the weights, at the end of the prefill. Activations are not counted.")
+
+
+NEARLY_EQUAL = 8.0  # grey levels
+
+
+def print_video_info(video: str, model: str | None, *, fps: float, as_json: bool) -> None:
+    """Frames, distinct frames, and what they take with and without `skip_unchanged`."""
+    with Steps() as steps:
+        import_package(steps)
+        from transformers_crosslmm import CrossLMMConfig, CrossLMMVideoProcessor
+        from transformers_crosslmm.asking.pictures import clock_time
+        from transformers_crosslmm.checkpoints.inspect import count_costs, load_config
+        from transformers_crosslmm.checkpoints.load import load_processor
+        from transformers_crosslmm.configuration_crosslmm import PRESETS
+
+        if model in PRESETS:
+            config, processor = CrossLMMConfig.from_preset(model), CrossLMMVideoProcessor()
+        else:
+            config = load_config(chosen_checkpoint(model))
+            processor = load_processor(chosen_checkpoint(model)).video_processor
+        costs = count_costs(config)
+        steps.begin(f"Reading {video}")
+        distinct = {}
+        for level in (0.0, NEARLY_EQUAL):
+            [seen] = processor.stream([video], fps=fps, skip_unchanged=level)
+            distinct[level] = sum(map(len, seen))
+    frames, equal = seen.num_frames, distinct[0.0]
+    if as_json:
+        print_json(
+            {
+                "frames": frames,
+                "frame_times": seen.times,
+                "distinct_frames": {f"{level:g}": count for level, count in distinct.items()},
+                "positions": frames * costs.tokens_per_frame,
+                "language_bytes": frames * costs.language_bytes_per_frame,
+                "cache_bytes": {form: frames * size for form, size in costs.cache_bytes_per_frame.items()},
+                "cache_bytes_skipping": {form: equal * size for form, size in costs.cache_bytes_per_frame.items()},
+            }
+        )
+        return
+    last = clock_time(seen.times[-1]) if seen.times else "an unknown time"
+    own = size_of(frames * costs.language_bytes_per_frame)
+    typer.echo(f"{video}: {frames} frames at {fps:g} fps, the last at {last}")
+    typer.echo(
+        f"distinct: {equal}, or {distinct[NEARLY_EQUAL]} if {NEARLY_EQUAL:g} grey levels count as no difference"
+    )
+    typer.echo(f"positions: {frames * costs.tokens_per_frame:,} of {costs.max_positions:,}")
+    typer.echo(f"language model's cache: {own}")
+    for form, size in costs.cache_bytes_per_frame.items():
+        typer.echo(f"visual cache, {form}: {size_of(frames * size)}; with skip_unchanged {size_of(equal * size)}")
 
 
 def size_of(num_bytes: float) -> str:
