@@ -120,7 +120,7 @@ class Watcher:
         text.num_hidden_layers, text.layer_types = 2, text.layer_types[:2]
         self.model = contender.model_class._from_config(config).eval()
         contender.prepare(self.model)
-        self.processor, self.frames = CrossLMMVideoProcessor(), 0
+        self.processor, self.frames, self.comparing = CrossLMMVideoProcessor(), 0, 0.0
         self.model.model.vision_tower.register_forward_pre_hook(self._count)
 
         compare = UnchangedFrames.__call__

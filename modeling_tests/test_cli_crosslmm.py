@@ -380,7 +380,7 @@ def test_info_counts_a_videos_distinct_frames_and_what_they_take(run, checkpoint
         assert (record["cache_bytes"][form], record["cache_bytes_skipping"][form]) == (5 * size, 3 * size)
     text = run("info", str(folder / "still.mp4"), "--model", "2B").stdout
     assert "5 frames at 1 fps, the last at 4.0 s" in text
-    assert "distinct: 3;" in text
+    assert "distinct: 3, or 2 if 8 grey levels" in text
 
 
 @pytest.mark.parametrize("form", ["kv", "features"])
