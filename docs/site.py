@@ -13,13 +13,19 @@ NEW_LIST_OR_TABLE = re.compile(r"^(?!\s*[-|]|\s*\d+\.)(.*\S.*)\n(?=- |1\. |\|)",
 ITEM = r"[a-z_]\w*(?: \([^)]*\))?"
 FIELD = re.compile(rf"({ITEM}(?:, {ITEM})*)(?:: |(?<=\))$)")
 NAME = re.compile(r"(?<![\w`.(])[a-z_]\w*(?= \(|,|$|:)(?![^(]*\))")
+CODE_OR_SPACE_WITHIN_A_QUANTITY = re.compile(r"(`[^`]*`)|(?<=\d) (?=(?:[kMGT]i?B|ms|s|fps|%)(?!\w))|(?<=×) | (?=×)")
 FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Puts the empty line before lists and tables that mkdocs' Markdown asks for and GitHub's does not."""
-    parts = FENCE.split(markdown)
-    return "".join(part if part.startswith("```") else NEW_LIST_OR_TABLE.sub(r"\1\n\n", part) for part in parts)
+    """Puts the empty line before lists and tables that mkdocs' Markdown asks for and GitHub's does not, and keeps
+    quantities on one line."""
+    return "".join(part if part.startswith("```") else _prose(part) for part in FENCE.split(markdown))
+
+
+def _prose(markdown: str) -> str:
+    markdown = NEW_LIST_OR_TABLE.sub(r"\1\n\n", markdown)
+    return CODE_OR_SPACE_WITHIN_A_QUANTITY.sub(lambda found: found[1] or "\u00a0", markdown)
 
 
 class FieldLists(griffe.Extension):
