@@ -12,7 +12,7 @@ memory is what is kept of the video (form "features", original tokens). Tokens a
 
 What a tolerance changes: the last position's logits for slides and screen, as the largest difference from those
 without `skip_unchanged` in standard deviations of the logits; and the answers of the bundled checkpoint to questions
-about held-out H.264 files of 8 seconds, at 4 frames per second.
+about held-out H.264 files of 8 seconds, at 2 frames per second.
 """
 
 import io
@@ -205,14 +205,14 @@ def changed_logits(watcher: Watcher, clip: bytes) -> dict[int, float]:
     return {level: round(float(change / full.std()), 5) for level, change in changes.items()}
 
 
-def answers_of_the_tiny_checkpoint(videos: int = 40, num_frames: int = 32) -> dict[str, dict]:
+def answers_of_the_tiny_checkpoint(videos: int = 30, num_frames: int = 16) -> dict[str, dict]:
     """Accuracy and the share of distinct frames, by tolerance ("off": without `skip_unchanged`)."""
     model, processor = load_model(str(TINY_CHECKPOINT)), load_processor(str(TINY_CHECKPOINT))
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         write_videos(Path(folder), split="heldout", seed=1000, num_videos=videos, size=240, fps=8)
         questions = read_questions(Path(folder))
-        for name, level in {"off": False, **{str(level): float(level) for level in (*TOLERANCES, 48, 96)}}.items():
+        for name, level in {"off": False, "24": 24.0, "72": 72.0, "128": 128.0}.items():
             processor.video_processor.skip_unchanged = level
             marks, distinct = [], 0
             for asked, inputs in batches_of(processor, questions, num_frames=num_frames):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from served import QUESTIONS, Server, data_url, httpx, user, uvicorn
+from served import QUESTIONS, Server, data_url, httpx, openai, user, uvicorn
 from typer.testing import CliRunner
 
 import crosslmm_cli
@@ -184,6 +184,13 @@ def test_who_can_reach_the_server_is_said_aloud(root, host, is_warned, capsys, m
     said = capsys.readouterr().err
     assert "Serving checkpoint at http://" in said
     assert ("WARNING: other machines can reach 0.0.0.0" in said) == is_warned
+
+
+def test_clients_close_an_idle_connection_before_the_server_does(root, monkeypatch):
+    started = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self: started.append(self.config))
+    serve(ServerSettings(str(root / "checkpoint"), device="cpu"))
+    assert started[0].timeout_keep_alive > 2 * openai.DEFAULT_CONNECTION_LIMITS.keepalive_expiry
 
 
 def test_the_command_hands_its_options_on(root, monkeypatch):

@@ -44,6 +44,11 @@ COLDEST = 0.01
 """Below this temperature decoding is greedy, because logits divided by it could overflow."""
 
 
+IDLE_CONNECTION_SECONDS = 75
+"""Longer than clients and proxies reuse an idle connection (openai: 5 s). With uvicorn's own 5 s, a request was lost now
+and then: it was sent while the server closed its connection."""
+
+
 class Metrics:
     """The metrics of `/metrics`, in Prometheus' format."""
 
@@ -273,7 +278,12 @@ def serve(settings: ServerSettings) -> None:
             file=sys.stderr,
         )
     config = uvicorn.Config(
-        app, host=settings.host, port=settings.port, log_level="warning", timeout_graceful_shutdown=10
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level="warning",
+        timeout_keep_alive=IDLE_CONNECTION_SECONDS,
+        timeout_graceful_shutdown=10,
     )
     Server(config).run()
 
