@@ -512,6 +512,7 @@ def unchanged_frames() -> str:
                 name,
                 *(str(video["distinct"][level]) for level in levels),
                 *(f"{ratio[part]:.2f}" if ratio else "" for part in ("read", "seconds", "step", "bytes")),
+                f"{video['comparing']:.2%}" if ratio else "",
                 {True: "yes", False: "no"}.get(video.get("same_tokens"), ""),
             ]
         )
@@ -522,6 +523,7 @@ def unchanged_frames() -> str:
         "file to prefill",
         "step",
         "kept",
+        "comparing",
         "same tokens",
     ]
     return (

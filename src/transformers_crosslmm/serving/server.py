@@ -45,8 +45,8 @@ COLDEST = 0.01
 
 
 IDLE_CONNECTION_SECONDS = 75
-"""Longer than clients and proxies reuse an idle connection (openai: 5 s). With uvicorn's own 5 s, a request was lost now
-and then: it was sent while the server closed its connection."""
+"""Longer than clients and proxies reuse an idle connection (openai: 5 s). With uvicorn's own 5 s, a request was lost
+now and then: it was sent while the server closed its connection."""
 
 
 class Metrics:
