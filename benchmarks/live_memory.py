@@ -21,7 +21,7 @@ RESULTS = HERE / "live_memory.json"
 PICTURE = HERE.parent / "docs" / "images" / "live_memory.svg"
 RUNS = {
     "tiny, causal": {"frames": 3600, "max_frames": 96, "ask_every": 60},
-    "wide, causal": {"frames": 24, "max_frames": 8, "ask_every": 8},
+    "wide, causal": {"frames": 400, "max_frames": 8, "ask_every": 8},
 }
 
 
@@ -135,6 +135,7 @@ def main() -> None:
             continue
         answer = subprocess.run([sys.executable, __file__, name], stdout=subprocess.PIPE, text=True, check=True)
         results["runs"][name] = run = json.loads(answer.stdout.splitlines()[-1])
+        results["about"]["commits"][name] = commit()
         results["summary"][name] = summary(run, options["max_frames"])
         RESULTS.write_text(json.dumps(results) + "\n")
     draw(results)
@@ -142,9 +143,12 @@ def main() -> None:
 
 
 def about() -> dict:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "note": "CPU seconds of one thread"}
-    return {"command": "python benchmarks/live_memory.py", "commit": commit} | machine
+    return {"command": "python benchmarks/live_memory.py", "commits": {}} | machine
+
+
+def commit() -> str:
+    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
 
 
 if __name__ == "__main__":
