@@ -79,7 +79,8 @@ class WaitingFrames:
 
     def seconds_behind(self, live: LiveVideo) -> float:
         """How much older the last frame that the model has seen is than the newest."""
-        return max(self.newest_seconds - (live.times[-1] if live.times else 0.0), 0.0)
+        [seen] = live.times[-1:] or [0.0]
+        return max(self.newest_seconds - seen, 0.0)
 
 
 def _pixels(image: Any) -> torch.Tensor:
