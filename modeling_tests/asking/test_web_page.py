@@ -3,11 +3,8 @@
 import base64
 import io
 import shutil
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,10 +17,10 @@ from PIL import Image  # noqa: E402
 
 from factories import mp4_of, random_frames, save_checkpoint  # noqa: E402
 from transformers_crosslmm import video_worker  # noqa: E402
-from transformers_crosslmm.asking import waiting_frames, web_page  # noqa: E402
+from transformers_crosslmm.asking import web_page  # noqa: E402
 from transformers_crosslmm.asking.conversation import VideoConversation, read_video  # noqa: E402
 from transformers_crosslmm.asking.live import LiveVideo  # noqa: E402
-from transformers_crosslmm.asking.live_page import LiveVisit, LiveVisits  # noqa: E402
+from transformers_crosslmm.asking.live_page import LiveVisits  # noqa: E402
 from transformers_crosslmm.checkpoints.load import load_model, load_processor  # noqa: E402
 
 LIMIT = 2**20
@@ -202,12 +199,6 @@ def loaded(folder):
 
 
 @pytest.fixture
-def thread():
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        yield thread
-
-
-@pytest.fixture
 def send(address):
     """`send("session", frame, seconds=…, run=…, number=…)` as the page does: the state, or None if it was refused."""
     config = httpx.get(f"{address}config").json()
@@ -273,32 +264,6 @@ def test_a_bad_frame_is_refused_and_the_next_one_seen(send, bad):
 def test_a_live_question_needs_a_video(visitor):
     with pytest.raises(Exception, match="Use the camera or play a video"):
         visitor().predict("What?", [], api_name="/ask_live")
-
-
-def test_while_the_model_is_busy_the_newest_frames_are_kept_and_the_dropped_counted(loaded, thread, monkeypatch):
-    monkeypatch.setattr(waiting_frames, "MAX_WAITING", 2)
-    visit, go_on = LiveVisit(*loaded, thread, 1), threading.Event()
-    thread.submit(go_on.wait, 60)
-    for number, frame in enumerate(FRAMES[:5], 1):
-        seen = visit.put(picture(frame), float(number), number)
-    assert visit.state == "0 frames seen, 0 kept, 3 dropped, 5.0 s behind"
-    go_on.set()
-    seen.result(60)
-    assert visit.live.times == [4.0, 5.0]
-    visit.put(picture(FRAMES[5]), 9.0, 9).result(60)  # 6 to 8 were lost on their way
-    assert visit.state == "3 frames seen, 3 kept, 6 dropped, 0.0 s behind"
-
-
-def test_one_visitor_more_replaces_the_one_that_was_idle_longest(loaded, thread):
-    visits = LiveVisits(partial(LiveVisit, *loaded, thread), 2)
-    one, other = visits.of_run("one", 1), visits.of_run("other", 1)
-    assert visits.of_run("one", 1) is one
-    visits.of_run("third", 1)
-    assert (visits.get("one"), visits.get("other")) == (one, None)
-    visits.end("one")
-    visits.end("one")
-    assert visits.get("one") is None
-    assert visits.of_run("other", 1) is not other
 
 
 # --- in a browser ----------------------------------------------------------------------------------------------------

@@ -11,17 +11,19 @@ from collections import deque
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
+from ..frames_crosslmm import picture_pixels
 from ..processing_crosslmm import CrossLMMProcessor
 from ..video_processing_crosslmm import _resize
+from ..video_source import DEFAULT_LIMITS
 from .live import LONGEST_SECONDS, LiveVideo
 
 MAX_WAITING = 16
 """Frames that may wait for the model; the next one takes the place of the oldest."""
-MAX_PIXELS = 4096 * 4096
+MAX_SIDE = 4096
+"""Pixels along a side of a client's picture: one of a single column takes minutes to resize, if it is long enough."""
 FORMATS = ("JPEG", "PNG", "WEBP")
 
 
@@ -84,18 +86,19 @@ class WaitingFrames:
 
 
 def _pixels(image: Any) -> torch.Tensor:
-    """A client's picture, (3, H, W)."""
+    """A client's picture, (3, H, W) uint8, upright."""
     if not isinstance(image, str):
         raise ValueError("`image` of a frame must be a data: URL or base64.")
     try:
         data = base64.b64decode(image.rpartition(",")[2], validate=True)
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
-        if picture.width * picture.height > MAX_PIXELS:
-            raise ValueError(f"A frame has at most {MAX_PIXELS} pixels; got {picture.width} x {picture.height}.")
-        pixels = np.array(picture.convert("RGB"))
+        if max(picture.size) > MAX_SIDE:
+            raise ValueError(
+                f"A frame has at most {MAX_SIDE} x {MAX_SIDE} pixels; got {picture.width} x {picture.height}."
+            )
+        return picture_pixels(picture, layout=None, do_rescale=True, limits=DEFAULT_LIMITS)
     except (binascii.Error, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"`image` of a frame must be a whole {', '.join(FORMATS)} in base64.") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 __all__ = ["WaitingFrames"]

@@ -140,15 +140,15 @@ def build_page(model: str | os.PathLike = TINY_CHECKPOINT, *, device: str | None
                     timeline = draw_timeline(visit.frames, visit.labels, answer.tokens, answer.frame_weights)  # type: ignore[arg-type]
             yield chat, timeline, ""
 
-    def second_on_sheet(visit: Visit | None, at: gradio.SelectData) -> float | None:
-        frame = frame_on_contact_sheet(*at.index, len(visit.frames)) if visit else None
+    def second_on_sheet(visit: Visit | None, at: gradio.SelectData) -> float | None:  # type: ignore[name-defined]
+        frame = frame_on_contact_sheet(at.index[0], at.index[1], len(visit.frames)) if visit else None
         return visit.times[frame] if frame is not None and visit.times else None
 
-    def second_on_timeline(visit: Visit | None, at: gradio.SelectData) -> float | None:
+    def second_on_timeline(visit: Visit | None, at: gradio.SelectData) -> float | None:  # type: ignore[name-defined]
         frame = frame_on_timeline(at.index[0], len(visit.frames), visit.tokens) if visit and visit.tokens else None
         return visit.times[frame] if frame is not None and visit.times else None
 
-    def see(frame: gradio.EventData, request: gradio.Request) -> str:
+    def see(frame: gradio.EventData, request: gradio.Request) -> str:  # type: ignore[name-defined]
         shown = frame._data or {}
         try:
             if not request.session_hash:
@@ -161,7 +161,7 @@ def build_page(model: str | os.PathLike = TINY_CHECKPOINT, *, device: str | None
             raise gradio.Error(str(error), title="No frame", print_exception=False) from error
         return visit.state
 
-    def ask_live(question: str, chat: list, request: gradio.Request) -> Iterator[tuple[list, str, str]]:
+    def ask_live(question: str, chat: list, request: gradio.Request) -> Iterator[tuple[list, str, str]]:  # type: ignore[name-defined]
         visit = lives.get(request.session_hash or "")
         if visit is None:
             reason = "Use the camera or play a video; then ask."
@@ -169,7 +169,7 @@ def build_page(model: str | os.PathLike = TINY_CHECKPOINT, *, device: str | None
         for said, _ in answered(visit.live, question, chat):
             yield said, visit.state, ""
 
-    def leave(request: gradio.Request) -> None:
+    def leave(request: gradio.Request) -> None:  # type: ignore[name-defined]
         lives.end(request.session_hash or "")
 
     with gradio.Blocks(title="CrossLMM", analytics_enabled=False, delete_cache=(IDLE_SECONDS, IDLE_SECONDS)) as page:
