@@ -50,6 +50,19 @@ def test_while_the_model_is_busy_the_newest_frames_are_kept_and_the_dropped_coun
     assert visit.state == "3 frames seen, 3 kept, 6 dropped, 0.0 s behind"
 
 
+def test_the_model_looks_no_more_at_what_was_replaced_or_has_ended(loaded, thread):
+    visits, go_on, jobs, shown = LiveVisits(partial(LiveVisit, *loaded, thread), 2), threading.Event(), [], []
+    thread.submit(go_on.wait, 60)
+    for session, run in (("one", 1), ("one", 2), ("other", 1), ("third", 1)):  # the third replaces the first
+        shown.append(visits.of_run(session, run))
+        jobs.append(shown[-1].put(picture(FRAMES[0]), 1.0, 1))
+    visits.end("third")
+    go_on.set()
+    for job in jobs:
+        job.result(60)
+    assert [visit.live.num_seen for visit in shown] == [0, 0, 1, 0]
+
+
 def test_one_visitor_more_replaces_the_one_that_was_idle_longest(loaded, thread):
     visits = LiveVisits(partial(LiveVisit, *loaded, thread), 2)
     one, other = visits.of_run("one", 1), visits.of_run("other", 1)
@@ -59,4 +72,5 @@ def test_one_visitor_more_replaces_the_one_that_was_idle_longest(loaded, thread)
     visits.end("one")
     visits.end("one")
     assert visits.get("one") is None
+    assert visits.get("third") is not None
     assert visits.of_run("other", 1) is not other

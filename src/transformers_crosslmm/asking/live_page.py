@@ -124,17 +124,22 @@ class LiveVisits:
         """A new one, in place of the session's, if that is of another run."""
         visit = self.get(session)
         if visit is None or visit.run != run:
+            self.end(session)
             visit = self._begin(run)
             with self._lock:
                 self._visits[session] = visit
-                self._visits.move_to_end(session)
-                if len(self._visits) > self._most:
-                    self._visits.popitem(last=False)
+                idle = next(iter(self._visits))
+                is_full = len(self._visits) > self._most
+            if is_full:
+                self.end(idle)
         return visit
 
     def end(self, session: str) -> None:
+        """The model looks at nothing more of it."""
         with self._lock:
-            self._visits.pop(session, None)
+            visit = self._visits.pop(session, None)
+        if visit is not None:
+            visit.waiting.forget()
 
 
 __all__ = ["LiveVisit", "LiveVisits"]

@@ -92,7 +92,7 @@ def build_page(model: str | os.PathLike = TINY_CHECKPOINT, *, device: str | None
     gradio = _import_gradio()
     processor = load_processor(model)
     network = load_model(model, device=device)
-    # All work of the model, from all visitors, so that memory is not exceeded and nobody waits for a visitor who left.
+    # All work of the model, from all visitors, one piece after the other, so that memory is not exceeded.
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
     lives = LiveVisits(partial(LiveVisit, network, processor, thread), MAX_SESSIONS)
     folder = tempfile.TemporaryDirectory(prefix="crosslmm-demo-")
