@@ -21,7 +21,7 @@ RESULTS = HERE / "live_memory.json"
 PICTURE = HERE.parent / "docs" / "images" / "live_memory.svg"
 RUNS = {
     "tiny, causal": {"frames": 3600, "max_frames": 96, "ask_every": 60},
-    "wide, causal": {"frames": 24, "max_frames": 8, "ask_every": 8},
+    "wide, causal": {"frames": 240, "max_frames": 8, "ask_every": 8},
 }
 
 
@@ -41,10 +41,10 @@ def live_video(name: str, max_frames: int):
         return LiveVideo(model, processor, max_frames)
     config = CrossLMMConfig.from_preset("2B")
     tokenizer = processor.tokenizer
-    config.vision_config.num_hidden_layers = 3  # of which two run
-    config.text_config.num_hidden_layers = config.text_config.max_window_layers = 4  # one with cross-attention
-    config.text_config.layer_types = config.text_config.layer_types[:4]
-    fields = config.to_dict() | {"v2v_scope": "causal", "cross_attention_interval": 4, "cross_attention_layers": None}
+    config.vision_config.num_hidden_layers = 2  # of which one runs
+    config.text_config.num_hidden_layers = config.text_config.max_window_layers = 2  # one with cross-attention
+    config.text_config.layer_types = config.text_config.layer_types[:2]
+    fields = config.to_dict() | {"v2v_scope": "causal", "cross_attention_interval": 2, "cross_attention_layers": None}
     fields |= {"image_token_id": processor.image_token_id, "video_token_id": processor.video_token_id}
     fields["text_config"] |= {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": None}
     config = CrossLMMConfig(**fields)
@@ -135,6 +135,7 @@ def main() -> None:
             continue
         answer = subprocess.run([sys.executable, __file__, name], stdout=subprocess.PIPE, text=True, check=True)
         results["runs"][name] = run = json.loads(answer.stdout.splitlines()[-1])
+        results["about"]["commits"][name] = commit()
         results["summary"][name] = summary(run, options["max_frames"])
         RESULTS.write_text(json.dumps(results) + "\n")
     draw(results)
@@ -142,9 +143,12 @@ def main() -> None:
 
 
 def about() -> dict:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "note": "CPU seconds of one thread"}
-    return {"command": "python benchmarks/live_memory.py", "commit": commit} | machine
+    return {"command": "python benchmarks/live_memory.py", "commits": {}} | machine
+
+
+def commit() -> str:
+    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
 
 
 if __name__ == "__main__":

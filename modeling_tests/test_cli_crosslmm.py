@@ -26,6 +26,8 @@ from transformers_crosslmm.asking.pictures import (
     draw_contact_sheet,
     draw_timeline,
     frame_labels,
+    frame_on_contact_sheet,
+    frame_on_timeline,
     frame_pictures,
 )
 from transformers_crosslmm.checkpoints.inspect import count_costs
@@ -581,6 +583,27 @@ def test_a_contact_sheet_has_its_frames_in_reading_order():
     for i in range(7):
         centre = (i % columns * 40 + 20, i // columns * 58 + 20)
         assert sheet.getpixel(centre) == (20 * i, 0, 255 - 20 * i)
+
+
+@pytest.mark.parametrize("num_frames", [1, 3, 7, 70])
+def test_a_point_of_a_picture_leads_to_the_frame_that_is_drawn_there(num_frames):
+    frames = [Image.new("RGB", (33, 33), (3 * i, 0, 255 - 3 * i)) for i in range(num_frames)]
+    labels, tokens = frame_labels(num_frames, None), ["a", "words"]
+    sheet = draw_contact_sheet(frames, labels)
+    line = draw_timeline(frames, labels, tokens, torch.full((2, num_frames), 1 / num_frames))
+    found = {"sheet": set(), "line": set()}
+    for x in range(0, max(sheet.width, line.width), 13):
+        if x < line.width and (colour := line.getpixel((x, 30))) in [frame.getpixel((0, 0)) for frame in frames]:
+            assert frame_on_timeline(x, num_frames, tokens) == colour[0] // 3
+            found["line"].add(colour[0] // 3)
+        for y in range(0, sheet.height, 13):
+            if x < sheet.width and (colour := sheet.getpixel((x, y))) in [frame.getpixel((0, 0)) for frame in frames]:
+                assert frame_on_contact_sheet(x, y, num_frames) == colour[0] // 3
+                found["sheet"].add(colour[0] // 3)
+    assert found["sheet"] == set(range(num_frames))
+    assert found["line"] == set(range(0, num_frames, 3 if num_frames == 70 else 1))
+    assert frame_on_timeline(0, num_frames, tokens) is None  # on a word
+    assert frame_on_contact_sheet(sheet.width - 1, sheet.height + 400, num_frames) is None
 
 
 def test_a_timeline_is_darkest_where_a_token_looked():

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from factories import random_model, save_checkpoint, tiny_config, tiny_processor
-from transformers_crosslmm.asking import live_source, watch
+from transformers_crosslmm.asking import live_source, waiting_frames, watch
 from transformers_crosslmm.asking.live import LiveVideo
 from transformers_crosslmm.asking.live_source import LiveSource
 from transformers_crosslmm.video_decoding import VideoError, decode_video
@@ -96,43 +96,44 @@ def test_its_frames_are_those_that_a_decoder_samples(opened, clip, tmp_path):
     (tmp_path / "clip.ts").write_bytes(clip)
     source = opened(tmp_path / "clip.ts", fps=2.0)
     until(lambda: source.ending is not None)
-    frames, times = source.take()
+    frames, times = source.waiting.take()
     assert times == pytest.approx([0.5 * i for i in range(12)])
     assert source.ending == ""
-    expected = decode_video(clip, times=[time + 0.01 for time in times], frame_transform=source._fit)
+    expected = decode_video(clip, times=[time + 0.01 for time in times], frame_transform=source.waiting._fit)
     assert torch.equal(torch.stack(frames), expected.frames)
-    assert source.take() == ([], [])
+    assert source.waiting.take() == ([], [])
 
 
 def test_a_file_is_followed_while_it_grows(opened, clip, tmp_path):
     path, half = tmp_path / "clip.ts", len(clip) // 376 * 188
     path.write_bytes(clip[:half])
     source = opened(path, silence_seconds=3.0)
-    until(lambda: source.num_received >= 2)
-    before = source.num_received
+    until(lambda: source.waiting.num_received >= 2)
+    before = source.waiting.num_received
     assert source.ending is None
     with path.open("ab") as file:
         file.write(clip[half:])
     until(lambda: source.ending is not None)
-    assert (before < 6, source.num_received, source.ending) == (True, 6, "")
+    assert (before < 6, source.waiting.num_received, source.ending) == (True, 6, "")
 
 
 def test_the_newest_frames_are_kept_and_the_dropped_are_counted(opened, clip, tmp_path, monkeypatch):
-    monkeypatch.setattr(live_source, "MAX_PENDING", 4)
+    monkeypatch.setattr(waiting_frames, "MAX_WAITING", 4)
     (tmp_path / "clip.ts").write_bytes(clip)
     source = opened(tmp_path / "clip.ts", fps=2.0)
     until(lambda: source.ending is not None)
-    _, times = source.take()
+    _, times = source.waiting.take()
     assert times == pytest.approx([4.0, 4.5, 5.0, 5.5])
-    assert (source.num_received, source.num_dropped, source.newest_seconds) == (12, 8, pytest.approx(5.5))
+    waiting = source.waiting
+    assert (waiting.num_received, waiting.num_dropped, waiting.newest_seconds) == (12, 8, pytest.approx(5.5))
 
 
 def test_a_clock_that_begins_anew_goes_on(opened, clip, tmp_path):
     (tmp_path / "clip.ts").write_bytes(clip + clip)
     source = opened(tmp_path / "clip.ts", fps=10.0)
     times = []
-    until(lambda: (times.extend(source.take()[1]), source.ending is not None)[1])
-    times += source.take()[1]
+    until(lambda: (times.extend(source.waiting.take()[1]), source.ending is not None)[1])
+    times += source.waiting.take()[1]
     assert (np.diff(times) > 0).all()
     assert max(times) > 5.8
 
@@ -157,7 +158,7 @@ def test_rubbish_after_good_pictures_ends_it_and_keeps_them(opened, clip, tmp_pa
     (tmp_path / "clip.ts").write_bytes(clip[: len(clip) // 376 * 188] + rubbish)
     source = opened(tmp_path / "clip.ts")
     until(lambda: source.ending is not None)
-    assert len(source.take()[0]) >= 2
+    assert len(source.waiting.take()[0]) >= 2
 
 
 # --- the network -----------------------------------------------------------------------------------------------------
@@ -202,13 +203,13 @@ def test_an_http_stream_that_ends_however_leaves_its_frames(opened, sender, end)
     address = f"http://127.0.0.1:{free_port()}"
     process = sender(*["-t", "3"] * (end == "stops"), *MPEGTS, "-listen", "1", address)
     source = patient(lambda: opened(address, allow_network=True, fps=5.0, silence_seconds=4.0))
-    until(lambda: source.num_received >= 5)
+    until(lambda: source.waiting.num_received >= 5)
     if end != "stops":
         process.send_signal(signal.SIGKILL if end == "dies" else signal.SIGSTOP)
     until(lambda: source.ending is not None)
     assert end != "stalls" or source.ending == "nothing came for 4 s"
-    assert source.num_received >= 5
-    assert source.take()[0]
+    assert source.waiting.num_received >= 5
+    assert source.waiting.take()[0]
 
 
 @needs_ffmpeg
@@ -227,8 +228,8 @@ def test_an_rtsp_stream_is_watched(opened, sender, monkeypatch):
         while waiting.is_alive() and process.poll() is None:
             waiting.join(0.1)
     [source] = found
-    until(lambda: source.num_received >= 5)
-    _, times = source.take()
+    until(lambda: source.waiting.num_received >= 5)
+    _, times = source.waiting.take()
     assert (np.diff(times) > 0.15).all()
     process.kill()
     until(lambda: source.ending is not None)
@@ -277,7 +278,7 @@ def test_the_state_says_what_is_dropped_damaged_and_silent(opened, clip, tmp_pat
     (tmp_path / "clip.ts").write_bytes(clip)
     source, live = opened(tmp_path / "clip.ts", fps=5.0), live_video(max_frames=8)
     until(lambda: source.ending is not None)
-    frames, times = source.take()
+    frames, times = source.waiting.take()
     live.add(torch.stack(frames[:10]), times[:10])
     source.num_damaged = 3
     assert watch.state(live, source) == ("8 frames seen, 8 kept, 14 dropped, 1.2 s behind, 3 packets damaged, ended")
@@ -303,7 +304,7 @@ def test_ctrl_c_ends_an_answer_and_then_the_command(opened, clip, tmp_path, type
     watch.watch(live, source, max_new_tokens=5)
     assert capsys.readouterr().out.split("\n")[0] == " (interrupted)"
     assert calls == ["What?", "What?"]
-    monkeypatch.setattr(source, "take", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(source.waiting, "take", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         watch.watch(live, source, max_new_tokens=5)
 

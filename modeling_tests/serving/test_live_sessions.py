@@ -16,9 +16,9 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 from factories import random_frames
+from transformers_crosslmm.asking import waiting_frames
 from transformers_crosslmm.asking.live import LiveVideo
 from transformers_crosslmm.checkpoints.load import load_model, load_processor
-from transformers_crosslmm.serving import live_sessions
 from transformers_crosslmm.serving.server import ServerSettings, build_app
 
 FRAMES = random_frames(6)
@@ -139,7 +139,7 @@ def test_max_frames_of_the_server_bounds_a_session(connect, with_settings, expec
 
 
 def test_the_newest_frames_are_kept_while_the_model_is_busy(app, connect, monkeypatch, expected):
-    monkeypatch.setattr(live_sessions, "MAX_PENDING", 2)
+    monkeypatch.setattr(waiting_frames, "MAX_WAITING", 2)
     busy = threading.Event()
     with connect() as session:
         app.state.service.model_thread.submit(busy.wait, 60)
@@ -173,7 +173,7 @@ def test_the_newest_frames_are_kept_while_the_model_is_busy(app, connect, monkey
         ({"type": "frame", "seconds": 1, "image": "http://127.0.0.1/a.png"}, "must be a whole JPEG"),
         ({"type": "frame", "seconds": 1, "image": picture(FRAMES[0])[:400]}, "must be a whole JPEG"),
         ({"type": "frame", "seconds": 1, "image": picture(FRAMES[0], "BMP")}, "must be a whole JPEG"),
-        ({"type": "frame", "seconds": 1, "image": picture(np.zeros((4097, 4096, 3), np.uint8))}, "at most 16777216"),
+        ({"type": "frame", "seconds": 1, "image": picture(np.zeros((4097, 8, 3), np.uint8))}, "at most 4096 x 4096"),
         ({"type": "ask"}, "`question` must be a text"),
         ({"type": "ask", "question": "?" * 10_001}, "`question` must be a text"),
         ({"type": "ask", "question": "?"}, "no frame to ask about"),

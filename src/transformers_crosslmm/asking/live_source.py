@@ -8,20 +8,17 @@ import os
 import stat
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import av
 import av.error
-import torch
 
 from ..processing_crosslmm import CrossLMMProcessor
 from ..video_decoding import _tensor
 from ..video_file import _FORMATS, _ONE_THREAD, LATE, Picture, _orientation, _refuse_to_open, _translated_errors
-from ..video_processing_crosslmm import _resize
 from ..video_source import DEFAULT_LIMITS, VideoLimitError, VideoOpenError, VideoTimeoutError, shown
+from .waiting_frames import WaitingFrames
 
 STREAMS = {
     "rtsp": {
@@ -38,15 +35,12 @@ STREAMS |= {
 """By scheme: how FFmpeg opens it. What leads on to further addresses (HLS, DASH, SDP) is not among the formats."""
 JUMP_SECONDS = 60.0
 """A clock that leaps by more, or back, was set anew; time then goes on as it passed here."""
-MAX_PENDING = 16
-"""Frames that may wait for the model; the next one takes the place of the oldest."""
 
 
 class LiveSource:
-    """Frames of a live video, sampled, resized to the encoder's size, newest kept.
+    """Frames of a live video, sampled.
 
-    num_received, num_dropped: frames sampled so far, and those of them that had to give way before they were taken.
-    num_damaged: packets that could not be decoded. newest_seconds: the time of the frame sampled last.
+    waiting: those that wait for the model. num_damaged: packets that could not be decoded.
     ending: why no more will come: None while more may, "" where the source has simply ended.
     Seconds count from the first picture, by the source's own clock.
     """
@@ -66,13 +60,9 @@ class LiveSource:
         Raises VideoError where it cannot be opened as a video, within `silence_seconds`.
         """
         self.fps, self.silence_seconds = fps, silence_seconds
-        self.num_received = self.num_dropped = self.num_damaged = 0
-        self.newest_seconds = 0.0
+        self.waiting, self.num_damaged = WaitingFrames(processor), 0
         self.ending: str | None = None
-        size, resample = processor.video_processor.size, processor.video_processor.resample
-        self._fit = partial(_resize, size=size, resample=resample)
-        self._pending: deque[tuple[torch.Tensor, float]] = deque(maxlen=MAX_PENDING)
-        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._stop = threading.Event()
         self._offset = self._last = self._due = (
             0.0  # from the source's clock to ours; of the last picture; of the next
         )
@@ -80,13 +70,6 @@ class LiveSource:
         self._container, self._stream = self._opened(source, allow_network=allow_network)
         self._thread = threading.Thread(target=self._read_to_the_end, name="live source", daemon=True)
         self._thread.start()
-
-    def take(self) -> tuple[list[torch.Tensor], list[float]]:
-        """The frames that wait, (3, S, S) uint8, and their times; none of them is given twice."""
-        with self._lock:
-            waiting = list(self._pending)
-            self._pending.clear()
-        return [frame for frame, _ in waiting], [seconds for _, seconds in waiting]
 
     @property
     def silent_seconds(self) -> float:
@@ -158,12 +141,12 @@ class LiveSource:
 
     def _offer(self, picture: av.VideoFrame) -> None:
         """Keeps the picture if its moment is one to look at."""
-        now = self._last + self.silent_seconds if self.num_received else 0.0
+        now = self._last + self.silent_seconds if self.waiting.num_received else 0.0
         clock = now - self._offset if picture.time is None else picture.time
-        if not self.num_received or not -1 < clock + self._offset - self._last <= JUMP_SECONDS:
+        if not self.waiting.num_received or not -1 < clock + self._offset - self._last <= JUMP_SECONDS:
             self._offset = now - clock
         seconds = clock + self._offset
-        if self.num_received and seconds <= self._last:
+        if self.waiting.num_received and seconds <= self._last:
             return
         self._last = seconds
         if seconds < self._due - LATE:
@@ -172,11 +155,7 @@ class LiveSource:
         rgb = picture.reformat(format="rgb24", **_ONE_THREAD)
         rows = memoryview(rgb.planes[0])
         upright = Picture(seconds, rows, rgb.width, rgb.height, rgb.planes[0].line_size, _orientation(picture), True)
-        frame = self._fit(_tensor(upright))
-        with self._lock:
-            self.num_dropped += len(self._pending) == MAX_PENDING
-            self._pending.append((frame, seconds))
-            self.num_received, self.newest_seconds = self.num_received + 1, seconds
+        self.waiting.put(_tensor(upright), seconds)
 
 
 class GrowingFile:

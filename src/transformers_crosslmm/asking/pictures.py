@@ -52,7 +52,7 @@ def clock_time(seconds: float) -> str:
 
 def draw_contact_sheet(frames: Sequence[Image.Image], labels: Sequence[str], *, side: int = 160) -> Image.Image:
     """Draws the frames in reading order, `side` pixels each, with their labels below."""
-    columns = min(len(frames), max(4, math.ceil(math.sqrt(1.6 * len(frames)))))
+    columns = _sheet_columns(len(frames))
     rows = math.ceil(len(frames) / columns)
     sheet = Image.new("RGB", (columns * side, rows * (side + LINE)), PAPER)
     pen = ImageDraw.Draw(sheet)
@@ -61,6 +61,18 @@ def draw_contact_sheet(frames: Sequence[Image.Image], labels: Sequence[str], *, 
         sheet.paste(_fitted(frame, side - 4), (left + 2, top + 2))
         pen.text((left + side // 2, top + side), label, INK, FONT, anchor="ma")
     return sheet
+
+
+def frame_on_contact_sheet(x: float, y: float, num_frames: int, *, side: int = 160) -> int | None:
+    """The frame that `draw_contact_sheet` drew at a point, its label included; None where there is none."""
+    columns = _sheet_columns(num_frames)
+    column, row = int(x // side), int(y // (side + LINE))
+    frame = row * columns + column
+    return frame if 0 <= column < columns and 0 <= frame < num_frames else None
+
+
+def _sheet_columns(num_frames: int) -> int:
+    return min(num_frames, max(4, math.ceil(math.sqrt(1.6 * num_frames))))
 
 
 def draw_timeline(
@@ -78,12 +90,11 @@ def draw_timeline(
     """
     if not len(tokens):
         raise ValueError("A timeline needs an answer with tokens; got none.")
-    share = math.ceil(len(frames) / 32)
+    share = _timeline_share(len(frames))
     weights = torch.stack([part.sum(-1) for part in weights.float().cpu().split(share, dim=1)], dim=1)
     frames, labels = frames[::share], labels[::share]
 
-    pieces = [token.strip() or repr(token) for token in tokens]  # repr makes whitespace visible
-    margin = 16 + math.ceil(max(FONT.getlength(piece) for piece in pieces))
+    pieces, margin = _timeline_margin(tokens)
     head, row_height = side + LINE + 4, LINE + 4
     sheet = Image.new("RGB", (margin + len(frames) * side, head + len(tokens) * row_height), PAPER)
     pen = ImageDraw.Draw(sheet)
@@ -104,9 +115,33 @@ def draw_timeline(
     return sheet
 
 
+def frame_on_timeline(x: float, num_frames: int, tokens: Sequence[str], *, side: int = 72) -> int | None:
+    """The frame whose column `draw_timeline` drew at `x`, of several the first; None where there is none."""
+    frame = int((x - _timeline_margin(tokens)[1]) // side) * _timeline_share(num_frames)
+    return frame if 0 <= frame < num_frames else None
+
+
+def _timeline_share(num_frames: int) -> int:
+    return math.ceil(num_frames / 32)
+
+
+def _timeline_margin(tokens: Sequence[str]) -> tuple[list[str], int]:
+    """The words on the left, and how wide they are."""
+    pieces = [token.strip() or repr(token) for token in tokens]  # repr makes whitespace visible
+    return pieces, 16 + math.ceil(max(FONT.getlength(piece) for piece in pieces))
+
+
 def _fitted(frame: Image.Image, side: int) -> Image.Image:
     small = max(frame.size) < side
     return frame.resize((side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
 
 
-__all__ = ["clock_time", "draw_contact_sheet", "draw_timeline", "frame_labels", "frame_pictures"]
+__all__ = [
+    "clock_time",
+    "draw_contact_sheet",
+    "draw_timeline",
+    "frame_labels",
+    "frame_on_contact_sheet",
+    "frame_on_timeline",
+    "frame_pictures",
+]

@@ -12,6 +12,7 @@ import torch
 from ..video_source import VideoOpenError
 from .live import LiveVideo
 from .live_source import LiveSource
+from .waiting_frames import WaitingFrames
 
 STATE_SECONDS = 10.0
 """How often the state is told where it is no terminal's line that changes."""
@@ -19,11 +20,7 @@ STATE_SECONDS = 10.0
 
 def state(live: LiveVideo, source: LiveSource) -> str:
     """What has been seen, in a line."""
-    seen = live.times[-1] if live.num_seen else 0.0
-    parts = [
-        f"{live.num_seen} frames seen, {len(live.times)} kept, {source.num_dropped} dropped",
-        f"{source.newest_seconds - seen:.1f} s behind",
-    ]
+    parts = [counts(live, source.waiting)]
     if source.num_damaged:
         parts.append(f"{source.num_damaged} packets damaged")
     if source.ending is not None:
@@ -33,6 +30,12 @@ def state(live: LiveVideo, source: LiveSource) -> str:
     return ", ".join(parts)
 
 
+def counts(live: LiveVideo, waiting: WaitingFrames, num_missed: int = 0) -> str:
+    """num_missed: frames that were dropped before they could wait."""
+    dropped, behind = waiting.num_dropped + num_missed, waiting.seconds_behind(live)
+    return f"{live.num_seen} frames seen, {len(live.times)} kept, {dropped} dropped, {behind:.1f} s behind"
+
+
 def watch(live: LiveVideo, source: LiveSource, *, max_new_tokens: int) -> None:
     """Lets the model see what comes, and answers lines of stdin, until stdin ends. Ctrl-C ends an answer, or else all.
 
@@ -40,12 +43,12 @@ def watch(live: LiveVideo, source: LiveSource, *, max_new_tokens: int) -> None:
     """
     questions, screen = typed_lines(), Screen()
     while True:
-        frames, times = source.take()
+        frames, times = source.waiting.take()
         if frames:
             live.add(torch.stack(frames), times)
         screen.show(state(live, source))
         if not live.num_seen:
-            if source.ending is not None and not source.num_received:
+            if source.ending is not None and not source.waiting.num_received:
                 raise VideoOpenError(f"The source ended before its first picture. {source.ending}".strip())
             time.sleep(0.05)
             continue  # a question waits for the first frame
@@ -123,4 +126,4 @@ class Screen:
         sys.stderr.flush()
 
 
-__all__ = ["state", "watch"]
+__all__ = ["counts", "state", "watch"]

@@ -8,10 +8,13 @@ import os
 import queue
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -19,8 +22,9 @@ from .. import TINY_CHECKPOINT
 from ..checkpoints.load import caution, load_model, load_processor
 from ..tiny.procedural_videos import random_generator, random_video, write_mp4
 from ..video_decoding import VideoLimits
-from .conversation import Answer
-from .pictures import draw_contact_sheet, draw_timeline, frame_labels
+from .conversation import Answer, VideoConversation
+from .live_page import PLAYER_CSS, PLAYER_HTML, PLAYER_JS, VIDEO_CSS, LiveVisit, LiveVisits
+from .pictures import draw_contact_sheet, draw_timeline, frame_labels, frame_on_contact_sheet, frame_on_timeline
 from .prefilled import VIDEO_FAILURES, IsolatedStream, PrefilledVideo
 
 MAX_UPLOAD_BYTES = 64 * 2**20
@@ -40,37 +44,43 @@ EXAMPLE_QUESTIONS = (
     "Is there a blue heart in the video?",
 )
 
+VIDEO_HTML = """<video controls muted playsinline src="${value}" ${value ? "" : "hidden"}></video>"""
+PLAY_FROM = """(second) => {
+  const video = document.querySelector("#player video");
+  if (second !== null) video.currentTime = second + 0.001;  // just behind the frame's beginning, however it is rounded
+}"""
+
 
 @dataclass
 class Visit:
-    """A visitor's video with its chat and its frames for the pictures.
-
-    thread: runs all questions, one at a time, so that each one follows the earlier ones in the chat.
-    """
+    """A visitor's video with its chat and its frames for the pictures. tokens: of the last answer."""
 
     conversation: PrefilledVideo
     frames: list[Image.Image]
-    labels: list[str]
     chat: list[dict[str, str]] = field(default_factory=list)
-    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
+    tokens: list[str] = field(default_factory=list)
 
-    def ask(self, question: str) -> Iterator[str | Answer]:
-        """Yields the answer's pieces as they are generated, then the `Answer`. Raises as `VideoConversation.ask`."""
-        pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        answer = self.thread.submit(
-            self.conversation.ask,
-            question,
-            max_new_tokens=MAX_NEW_TOKENS,
-            on_text=pieces.put,
-            with_frame_weights=True,
-        )
-        answer.add_done_callback(lambda _: pieces.put(None))
-        yield from iter(pieces.get, None)
-        yield answer.result()
+    @property
+    def times(self) -> list[float] | None:
+        return self.conversation.video.times
 
-    def close(self) -> None:
-        """Lets the thread end after the questions already asked; memory is freed with the last reference."""
-        self.thread.shutdown(wait=False)
+    @property
+    def labels(self) -> list[str]:
+        return frame_labels(len(self.frames), self.times)
+
+
+def answer_piecewise(
+    thread: Executor, conversation: VideoConversation, question: str, **options: Any
+) -> Iterator[tuple[str, Answer | None]]:
+    """Yields the answer's text so far as it is written, then with the `Answer`. Raises as `VideoConversation.ask`."""
+    pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    answer = thread.submit(conversation.ask, question, max_new_tokens=MAX_NEW_TOKENS, on_text=pieces.put, **options)
+    answer.add_done_callback(lambda _: pieces.put(None))
+    text = ""
+    for piece in iter(pieces.get, None):
+        text += piece
+        yield text, None
+    yield answer.result().text, answer.result()
 
 
 def build_page(model: str | os.PathLike = TINY_CHECKPOINT, *, device: str | None = None) -> Any:
@@ -82,56 +92,90 @@ def build_page(model: str | os.PathLike = TINY_CHECKPOINT, *, device: str | None
     gradio = _import_gradio()
     processor = load_processor(model)
     network = load_model(model, device=device)
+    # All work of the model, from all visitors, one piece after the other, so that memory is not exceeded.
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+    lives = LiveVisits(partial(LiveVisit, network, processor, thread), MAX_SESSIONS)
     folder = tempfile.TemporaryDirectory(prefix="crosslmm-demo-")
     sample = Path(folder.name) / "sample.mp4"
     write_mp4(random_video(random_generator(seed=0, split="heldout", index=0), split="heldout"), sample)
 
-    def look(path: str, earlier: Visit | None) -> tuple[Visit, Image.Image, list, None]:
+    def look(path: str) -> tuple[Visit, str, Image.Image, list, None]:
         name = os.path.basename(path)
-        try:
+
+        def begun() -> Visit:
             conversation = PrefilledVideo(network, processor, IsolatedStream(processor, path, limits=LIMITS))
-            frames = conversation.pictures()
+            return Visit(conversation, conversation.pictures())
+
+        try:
+            visit = thread.submit(begun).result()
         except VIDEO_FAILURES as error:
             reason = f"{name}: {str(error).replace(path, name)}"
             raise gradio.Error(reason, title="No video", print_exception=False) from error  # the earlier one stays
-        for frame in frames:
+        for frame in visit.frames:
             frame.thumbnail((THUMBNAIL, THUMBNAIL))
-        if earlier is not None:
-            earlier.close()
-        visit = Visit(conversation, frames, frame_labels(len(frames), conversation.video.times))
-        return visit, draw_contact_sheet(frames, visit.labels), [], None
+        played = f"gradio_api/file={quote(path)}"
+        return visit, played, draw_contact_sheet(visit.frames, visit.labels), [], None
 
-    def look_at_sample(earlier: Visit | None) -> tuple[Visit, Image.Image, list, None]:
-        return look(str(sample), earlier)
+    def look_at_sample() -> tuple[Visit, str, Image.Image, list, None]:
+        return look(str(sample))
 
-    def ask(question: str, visit: Visit | None) -> Iterator[tuple[list[dict[str, str]], Any, str]]:
-        if visit is None:
-            raise gradio.Error("Upload a video or use the sample; then ask.", title="No video", print_exception=False)
+    def answered(
+        conversation: VideoConversation, question: str, chat: list, **options: Any
+    ) -> Iterator[tuple[list, Answer | None]]:
         turn = {"role": "user", "content": question}
-        text, answer = "", None
         try:
-            for piece in visit.ask(question):
-                if isinstance(piece, Answer):
-                    answer = piece
-                else:
-                    text += piece
-                    yield [*visit.chat, turn, {"role": "assistant", "content": text}], None, ""
+            for text, answer in answer_piecewise(thread, conversation, question, **options):
+                yield [*chat, turn, {"role": "assistant", "content": text}], answer
         except VIDEO_FAILURES as error:
             raise gradio.Error(str(error), title="No answer", print_exception=False) from error
-        assert answer is not None
-        visit.chat += [turn, {"role": "assistant", "content": answer.text}]
+
+    def ask(question: str, visit: Visit | None) -> Iterator[tuple[list, Any, str]]:
+        if visit is None:
+            raise gradio.Error("Upload a video or use the sample; then ask.", title="No video", print_exception=False)
         timeline = None
-        if answer.tokens:
-            timeline = draw_timeline(visit.frames, visit.labels, answer.tokens, answer.frame_weights)  # type: ignore[arg-type]
-        yield list(visit.chat), timeline, ""
+        for chat, answer in answered(visit.conversation, question, visit.chat, with_frame_weights=True):
+            if answer is not None:
+                visit.chat, visit.tokens = chat, answer.tokens
+                if answer.tokens:
+                    timeline = draw_timeline(visit.frames, visit.labels, answer.tokens, answer.frame_weights)  # type: ignore[arg-type]
+            yield chat, timeline, ""
+
+    def second_on_sheet(visit: Visit | None, at: gradio.SelectData) -> float | None:  # type: ignore[name-defined]
+        frame = frame_on_contact_sheet(at.index[0], at.index[1], len(visit.frames)) if visit else None
+        return visit.times[frame] if frame is not None and visit.times else None
+
+    def second_on_timeline(visit: Visit | None, at: gradio.SelectData) -> float | None:  # type: ignore[name-defined]
+        frame = frame_on_timeline(at.index[0], len(visit.frames), visit.tokens) if visit and visit.tokens else None
+        return visit.times[frame] if frame is not None and visit.times else None
+
+    def see(frame: gradio.EventData, request: gradio.Request) -> str:  # type: ignore[name-defined]
+        shown = frame._data or {}
+        try:
+            if not request.session_hash:
+                raise ValueError("A live video belongs to a session; give `session_hash`.")
+            visit = lives.of_run(request.session_hash, shown.get("run"))
+            seen = visit.put(shown.get("image"), shown.get("seconds"), shown.get("number"))
+            with suppress(TimeoutError):  # the model is busy; the frame waits
+                seen.result(timeout=0.5)
+        except VIDEO_FAILURES as error:
+            raise gradio.Error(str(error), title="No frame", print_exception=False) from error
+        return visit.state
+
+    def ask_live(question: str, chat: list, request: gradio.Request) -> Iterator[tuple[list, str, str]]:  # type: ignore[name-defined]
+        visit = lives.get(request.session_hash or "")
+        if visit is None:
+            reason = "Use the camera or play a video; then ask."
+            raise gradio.Error(reason, title="No video", print_exception=False)
+        for said, _ in answered(visit.live, question, chat):
+            yield said, visit.state, ""
+
+    def leave(request: gradio.Request) -> None:  # type: ignore[name-defined]
+        lives.end(request.session_hash or "")
 
     with gradio.Blocks(title="CrossLMM", analytics_enabled=False, delete_cache=(IDLE_SECONDS, IDLE_SECONDS)) as page:
         page.sample_folder = folder  # kept as long as the page
-        state = gradio.State(time_to_live=IDLE_SECONDS, delete_callback=lambda visit: visit and visit.close())
         gradio.Markdown(
-            "# CrossLMM\nUpload a video once; then ask as often as you like. Frames count from 1. "
-            f"At most {MAX_UPLOAD_BYTES // 2**20} MiB. Model: `{Path(model).name}`. "
-            f"{caution(model, network.config) or ''}"
+            f"# CrossLMM\nFrames count from 1. Model: `{Path(model).name}`. {caution(model, network.config) or ''}"
         )
         picture: dict[str, Any] = {
             "show_label": False,
@@ -139,28 +183,64 @@ def build_page(model: str | os.PathLike = TINY_CHECKPOINT, *, device: str | None
             "interactive": False,
             "buttons": ["fullscreen", "download"],
         }
-        with gradio.Row():
-            with gradio.Column():
-                # Not `gradio.Video`, which would open the upload with FFmpeg outside of our limits.
-                upload = gradio.File(label="Video", file_types=["video"], elem_id="upload")
-                upload.async_move_resource_to_block_cache = _refuse_urls(upload.async_move_resource_to_block_cache)
-                take_sample = gradio.Button("Use the sample video", elem_id="sample")
-                gradio.Markdown("The frames that the model sees")
-                sheet = gradio.Image(elem_id="sheet", **picture)
-            with gradio.Column():
-                chat = gradio.Chatbot(label="Answers", render_markdown=False, buttons=["copy"], elem_id="chat")
-                question = gradio.Textbox(
-                    label="Question", max_length=MAX_QUESTION_CHARACTERS, submit_btn=True, elem_id="question"
-                )
-                gradio.Examples([[words] for words in EXAMPLE_QUESTIONS], [question], label="For example")
-        gradio.Markdown("Attention: the weight of each frame for each token of the last answer")
-        timeline = gradio.Image(elem_id="timeline", **picture)
-        # One request at a time, from all visitors together, so that memory is not exceeded.
+        chatbot: dict[str, Any] = {"label": "Answers", "render_markdown": False, "buttons": ["copy"]}
+        textbox: dict[str, Any] = {
+            "label": "Question",
+            "max_length": MAX_QUESTION_CHARACTERS,
+            "submit_btn": True,
+        }
         queued: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
-        seen = [state, sheet, chat, timeline]
-        upload.upload(look, [upload, state], seen, api_name="look", **queued)
-        take_sample.click(look_at_sample, [state], seen, api_name="look_at_sample", **queued)
+        with gradio.Tab("A video"):
+            state = gradio.State(time_to_live=IDLE_SECONDS)
+            gradio.Markdown(
+                f"Upload a video once, of at most {MAX_UPLOAD_BYTES // 2**20} MiB; then ask as often as you like."
+            )
+            with gradio.Row():
+                with gradio.Column():
+                    # Not `gradio.Video`, which would open the upload with FFmpeg outside of our limits.
+                    upload = gradio.File(label="Video", file_types=["video"], elem_id="upload")
+                    upload.async_move_resource_to_block_cache = _refuse_urls(upload.async_move_resource_to_block_cache)
+                    take_sample = gradio.Button("Use the sample video", elem_id="sample")
+                    player = gradio.HTML("", html_template=VIDEO_HTML, css_template=VIDEO_CSS, elem_id="player")
+                    gradio.Markdown("The frames that the model sees; click on one to play from there")
+                    sheet = gradio.Image(elem_id="sheet", **picture)
+                with gradio.Column():
+                    chat = gradio.Chatbot(elem_id="chat", **chatbot)
+                    question = gradio.Textbox(elem_id="question", **textbox)
+                    gradio.Examples([[words] for words in EXAMPLE_QUESTIONS], [question], label="For example")
+            gradio.Markdown("Attention: the weight of each frame for each token of the last answer")
+            timeline = gradio.Image(elem_id="timeline", **picture)
+            second = gradio.Number(visible=False)
+        with gradio.Tab("Live"):
+            gradio.Markdown(
+                "Ask while a video goes on: a camera, or a file that your browser plays. Nothing is uploaded but a "
+                "frame per second. An answer is about what was shown until then."
+            )
+            with gradio.Row():
+                with gradio.Column():
+                    live = gradio.HTML(
+                        "",
+                        html_template=PLAYER_HTML,
+                        css_template=VIDEO_CSS + PLAYER_CSS,
+                        js_on_load=PLAYER_JS,
+                        apply_default_css=False,
+                        elem_id="live",
+                    )
+                    seen = gradio.Textbox(container=False, interactive=False, elem_id="seen")
+                with gradio.Column():
+                    live_chat = gradio.Chatbot(elem_id="live_chat", **chatbot)
+                    live_question = gradio.Textbox(elem_id="live_question", **textbox)
+        looked = [state, player, sheet, chat, timeline]
+        upload.upload(look, [upload], looked, api_name="look", **queued)
+        take_sample.click(look_at_sample, None, looked, api_name="look_at_sample", **queued)
         question.submit(ask, [question, state], [chat, timeline, question], api_name="ask", **queued)
+        for image, second_on in ((sheet, second_on_sheet), (timeline, second_on_timeline)):
+            image.select(second_on, [state], second, api_visibility="private").then(None, second, None, js=PLAY_FROM)
+        live.frame(see, None, seen, api_name="see", queue=False, show_progress="hidden", trigger_mode="once")
+        live_question.submit(
+            ask_live, [live_question, live_chat], [live_chat, seen, live_question], api_name="ask_live", **queued
+        )
+        page.unload(leave)
     return page
 
 
@@ -173,6 +253,7 @@ def serve_page(page: Any, *, host: str = "127.0.0.1", port: int | None = None, w
         prevent_thread_lock=not wait,
         share=False,
         max_file_size=MAX_UPLOAD_BYTES,
+        allowed_paths=[page.sample_folder.name],
         state_session_capacity=MAX_SESSIONS,
         ssr_mode=False,
         footer_links=[],

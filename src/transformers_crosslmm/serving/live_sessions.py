@@ -9,34 +9,24 @@ A session takes the place of a request for as long as it lasts, and its work wai
 """
 
 import asyncio
-import base64
-import binascii
-import io
 import json
 import threading
 import time
 from collections import deque
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from ..asking.live import LONGEST_SECONDS, LiveVideo, most_frames
-from ..video_processing_crosslmm import _resize
+from ..asking.live import LiveVideo, most_frames
+from ..asking.waiting_frames import WaitingFrames
 from .admission import GoneError, Places, RefusedError, Visit, check_host, explained, too_late
 
-MAX_PENDING = 16
-"""Frames of a session that may wait for the model; the next one takes the place of the oldest."""
 MAX_QUESTIONS = 4
 MAX_QUESTION_CHARACTERS = 10_000
 MAX_MESSAGE_BYTES = 16 * 2**20
-MAX_PIXELS = 4096 * 4096
-FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 class StoppedError(Exception):
@@ -115,11 +105,9 @@ class LiveSession:
         network = service.model.model
         most = min(settings.max_frames or processor.video_processor.max_frames, most_frames(network, processor))
         self.live = LiveVideo(network, processor, most)
-        size, resample = processor.video_processor.size, processor.video_processor.resample
-        self.fit = partial(_resize, size=size, resample=resample)
-        self.pending: deque[tuple[torch.Tensor, float]] = deque()
+        self.waiting = WaitingFrames(processor)
         self.questions: deque[str] = deque()
-        self.num_dropped, self.newest, self.must_forget = 0, -1.0, False
+        self.must_forget = False
         self.stopped, self.wake = threading.Event(), asyncio.Event()
 
     async def run(self) -> None:
@@ -155,18 +143,7 @@ class LiveSession:
         message = json.loads(text) if text else None
         kind = message.get("type") if isinstance(message, dict) else None
         if kind == "frame":
-            seconds = message.get("seconds")
-            if not isinstance(seconds, int | float) or not self.newest < seconds < LONGEST_SECONDS:
-                raise ValueError(
-                    "`seconds` of a frame must be a number, larger than the one before and below "
-                    f"{LONGEST_SECONDS:g}; got {seconds!r:.40}."
-                )
-            frame = await self.visit.run(self._frame, message.get("image"))
-            if len(self.pending) == MAX_PENDING:
-                self.pending.popleft()
-                self.num_dropped += 1
-            self.pending.append((frame, float(seconds)))
-            self.newest = float(seconds)
+            await self.visit.run(self.waiting.put_file, message.get("image"), message.get("seconds"))
         elif kind == "ask":
             question = message.get("question")
             if not isinstance(question, str) or len(question) > MAX_QUESTION_CHARACTERS:
@@ -177,23 +154,10 @@ class LiveSession:
         elif kind == "stop":
             self.stopped.set()
         elif kind == "forget":
-            self.pending.clear()
-            self.must_forget, self.newest = True, -1.0
+            self.waiting.forget()
+            self.must_forget = True
         else:
             raise ValueError('A message is a JSON object whose "type" is "frame", "ask", "stop" or "forget".')
-
-    def _frame(self, image: Any) -> torch.Tensor:
-        if not isinstance(image, str):
-            raise ValueError("`image` of a frame must be a data: URL or base64.")
-        try:
-            data = base64.b64decode(image.rpartition(",")[2], validate=True)
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
-            if picture.width * picture.height > MAX_PIXELS:
-                raise ValueError(f"A frame has at most {MAX_PIXELS} pixels; got {picture.width} x {picture.height}.")
-            pixels = np.array(picture.convert("RGB"))
-        except (binascii.Error, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"`image` of a frame must be a whole {', '.join(FORMATS)} in base64.") from error
-        return self.fit(torch.from_numpy(pixels).permute(2, 0, 1))
 
     async def work(self) -> None:
         await self.visit.begin()
@@ -201,13 +165,12 @@ class LiveSession:
         while True:
             await self.wake.wait()
             self.wake.clear()
-            while self.must_forget or self.pending or self.questions:
+            while self.must_forget or self.waiting or self.questions:
                 if self.must_forget:
                     self.must_forget = False
                     self.live.forget()
-                elif self.pending:
-                    frames, times = zip(*self.pending, strict=True)
-                    self.pending.clear()
+                elif self.waiting:
+                    frames, times = self.waiting.take()
                     await self._on_model(self.live.add, torch.stack(frames), times)
                     self.service.metrics.frames.inc(len(times))
                 else:
@@ -251,10 +214,10 @@ class LiveSession:
             await self.client.tell("answer", text=answer.text, is_whole=True)
 
     async def _tell_state(self) -> None:
-        live = self.live
-        behind = max(self.newest - live.times[-1], 0.0) if live.times else 0.0
+        live, waiting = self.live, self.waiting
         counts = {"seen": live.num_seen, "kept": len(live.times), "forgotten": live.num_forgotten}
-        await self.client.tell("state", **counts, dropped=self.num_dropped, seconds_behind=round(behind, 3))
+        behind = round(waiting.seconds_behind(live), 3)
+        await self.client.tell("state", **counts, dropped=waiting.num_dropped, seconds_behind=behind)
 
 
 __all__ = ["LiveRoute"]
