@@ -107,11 +107,7 @@ class CrossLMMTemplate(Template):
                 "checkpoint answers with `crosslmm ask` or Transformers' `generate`."
             )
         record = inputs.extra_kwargs["record"]
-        ignored = [name for name in NOT_LEARNED_FROM if record.get(name)]
-        ignored += [
-            name for name in ("loss", "loss_scale") for turn in record["messages"] if turn.get(name) is not None
-        ]
-        if ignored:
+        if ignored := [name for name in NOT_LEARNED_FROM if record.get(name)]:
             raise ValueError(f"CrossLMM learns from `messages`, `images` and `videos` alone; take out {ignored[0]!r}.")
         if self.root_image_dir is None:
             raise ValueError("Set the environment variable ROOT_IMAGE_DIR to the folder of images and videos.")
