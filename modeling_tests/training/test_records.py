@@ -225,6 +225,14 @@ def test_llava_video_178k_is_read_as_it_is(media):
     assert "What happens in the video?" in words
 
 
+def test_ms_swift_is_read_as_it_is(media):
+    turns = [{"role": "user", "content": "<image><video>What?"}, {"role": "assistant", "content": "A."}]
+    written = {"system": "Be brief.", "messages": turns, "images": ["picture.png"], "videos": ["three.mp4"]}
+    frames, pictures, words = seen(written, media)
+    assert (frames, pictures) == ([3], 1)
+    assert words.startswith("system\nBe brief.\nuser\n")
+
+
 def test_moss_vl_is_read_as_it_is_and_each_segment_is_a_video(media):
     segments = [{"video_path": "five.mp4", "segments": [[0, 2], [2, 5]]}, {"video_path": "three.mp4"}, "three.mp4"]
     written = {"prompt": "Compare.", "response": "A.", "images": ["picture.png"], "videos": segments}
