@@ -1,7 +1,7 @@
 """Plugin for ms-swift 4: `swift sft --external_plugins …/ms_swift_plugin.py` fine-tunes a CrossLMM.
 
 Registers the model with its parts, a template that encodes records as `crosslmm train` does, and the optimiser
-`--optimizer crosslmm`, which gives gates their own rate and no weight decay. Media are read below the folder
+`--optimizer=crosslmm`, which gives gates their own rate and no weight decay. Media are read below the folder
 ROOT_IMAGE_DIR. `--model_kwargs` takes `num_frames` or `fps`, `max_frames`, `gate_learning_rate` and
 `language_model_learning_rate`, with the meaning that they have for `crosslmm train`.
 """
