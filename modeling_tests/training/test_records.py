@@ -75,6 +75,23 @@ def test_messages_take_media_from_their_parts_or_from_columns_in_order():
     assert parts_of({"messages": turns, "videos": None}) == expected
 
 
+def test_marks_in_a_prompt_are_the_places_of_its_media():
+    asked = {"prompt": "First <video>\nthen <|image|>.", "response": "A.", "video": "a.mp4", "image": "b.png"}
+    parts = ["First ", {"type": "video", "video": "a.mp4"}, "then ", {"type": "image", "image": "b.png"}, ".", "A."]
+    assert parts_of(asked) == parts
+    assert parts_of({"question": "What does <image> do?", "answer": "A."}) == ["What does <image> do?", "A."]
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+def test_a_system_prompt_beside_the_turns_begins_the_chat(name):
+    for written in (record("What?", "A."), {"prompt": "What?", "response": "A."}):
+        assert chat_of(written | {name: "Be brief."})[0] == {
+            "role": "system",
+            "content": [{"type": "text", "text": "Be brief."}],
+        }
+        assert [message["role"] for message in chat_of(written | {name: None})] == ["user", "assistant"]
+
+
 def test_a_table_of_chats_of_both_forms_gives_the_chat_of_either():
     """`datasets` fills in None for the names that the other form has."""
     llava = {"from": "human", "value": "<video>What?", "role": None, "content": None}
@@ -105,12 +122,24 @@ def test_a_table_of_chats_of_both_forms_gives_the_chat_of_either():
         ({"messages": [{"role": "user", "content": [3]}]}, "a string or an object; got int"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "surrogates not allowed"),
         ({"messages": [{"role": [], "content": "x"}]}, r"got \[\]"),
+        ({"messages": [{"role": "assistant", "content": "x", "loss": False}]}, "`loss` of a turn cannot be False"),
+        ({"conversations": [{"from": "gpt", "value": "x", "weight": 0.5}]}, "`weight` of a turn cannot be 0.5"),
+        ({"system": "A.", "messages": [{"role": "system", "content": "B."}]}, "two system prompts"),
+        ({"system": "A.", "system_prompt": "B.", "prompt": "x", "response": "y"}, "two system prompts"),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )
 def test_a_broken_record_says_what_is_wrong(broken, reason):
     with pytest.raises(UnusableSample, match=reason):
         chat_of(broken)
+
+
+def test_weights_that_say_what_is_learned_anyway_are_read():
+    asked, answered = record("What?", "A.")["conversations"]
+    assert parts_of({"conversations": [asked | {"weight": 0}, answered | {"weight": 1.0, "loss": True}]}) == [
+        "What?",
+        "A.",
+    ]
 
 
 @pytest.mark.parametrize("name", ["../secret.mp4", "/etc/hostname", "link.mp4", "folder/../../secret.mp4"])
@@ -194,6 +223,14 @@ def test_llava_video_178k_is_read_as_it_is(media):
     frames, pictures, words = seen(written, media)
     assert (frames, pictures) == ([3], 0)
     assert "What happens in the video?" in words
+
+
+def test_ms_swift_is_read_as_it_is(media):
+    turns = [{"role": "user", "content": "<image><video>What?"}, {"role": "assistant", "content": "A."}]
+    written = {"system": "Be brief.", "messages": turns, "images": ["picture.png"], "videos": ["three.mp4"]}
+    frames, pictures, words = seen(written, media)
+    assert (frames, pictures) == ([3], 1)
+    assert words.startswith("system\nBe brief.\nuser\n")
 
 
 def test_moss_vl_is_read_as_it_is_and_each_segment_is_a_video(media):

@@ -14,7 +14,6 @@ from transformers import (  # noqa: E402
     AutoProcessor,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # noqa: E402
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor  # noqa: E402
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil  # noqa: E402
 from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
@@ -43,8 +42,6 @@ AutoConfig.register("crosslmm", CrossLMMConfig, exist_ok=True)
 AutoModel.register(CrossLMMConfig, CrossLMMModel, exist_ok=True)
 AutoModelForImageTextToText.register(CrossLMMConfig, CrossLMMForConditionalGeneration, exist_ok=True)
 AutoModelForMultimodalLM.register(CrossLMMConfig, CrossLMMForConditionalGeneration, exist_ok=True)
-# A Trainer looks up the class name here to know that it must shift labels for label smoothing.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["crosslmm"] = CrossLMMForConditionalGeneration.__name__
 AutoProcessor.register(CrossLMMConfig, CrossLMMProcessor, exist_ok=True)
 AutoVideoProcessor.register(CrossLMMConfig, CrossLMMVideoProcessor, exist_ok=True)
 AutoImageProcessor.register(

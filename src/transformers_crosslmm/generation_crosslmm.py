@@ -107,7 +107,9 @@ class CrossLMMGenerationMixin(GenerationMixin):
         """Generates as in Transformers, for text only. Raises ValueError for media or their placeholders."""
         media = [name for name in MEDIA_ARGUMENTS if name in kwargs]
         placeholders = {self.config.image_token_id, self.config.video_token_id}
-        media += [f"placeholders in `inputs[{i}]`" for i, ids in enumerate(inputs) if not placeholders.isdisjoint(ids)]
+        for i, ids in enumerate(inputs):
+            if not placeholders.isdisjoint(map(int, ids)):  # `ids` may be a tensor
+                media.append(f"placeholders in `inputs[{i}]`")
         if media:
             raise ValueError(
                 f"`generate_batch` is for text only; got {', '.join(media)}. Use `generate` for images and videos."

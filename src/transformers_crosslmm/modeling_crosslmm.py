@@ -36,6 +36,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from .attention_crosslmm import Segments
@@ -611,5 +612,8 @@ class CrossLMMForConditionalGeneration(CrossLMMPreTrainedModel, CrossLMMGenerati
             **cache_argument(cache_of(outputs)),
         )
 
+
+# A Trainer looks up the class name here to know that it must shift labels for label smoothing; also of remote code.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["crosslmm"] = CrossLMMForConditionalGeneration.__name__
 
 __all__ = ["CrossLMMForConditionalGeneration", "CrossLMMModel", "CrossLMMPreTrainedModel"]

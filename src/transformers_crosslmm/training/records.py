@@ -238,10 +238,11 @@ def chat_of(record: Any) -> list[dict[str, Any]]:
         and its `response`, or a `question` and its `answer`. Media are in the parts, with options (`VIDEO_OPTIONS`),
         or in `image`, `images`, `video` and `videos`, one or a list. The latter are put, in order, into parts without
         a source, or else at the marks `<image>` and `<video>` of user messages, or before a prompt. (LLaVA writes
-        `<image>` for videos too. The line break next to a mark is dropped: our templates have none there.) A video may
-        be an object with `video_path` and `segments`, pairs of seconds, each of which becomes a video. A record with
-        no turns may have one `video` and `segments`, each [start, end, text] or an object of these, in seconds from
-        the beginning of the file. Each becomes a turn: 'When does this happen: "A door opens."', "3.4 to 7.0 seconds".
+        `<image>` for videos too. The line break next to a mark is dropped: our templates have none there.) A system
+        prompt may be in `system` or `system_prompt`. A video may be an object with `video_path` and `segments`, pairs
+        of seconds, each of which becomes a video. A record with no turns may have one `video` and `segments`, each
+        [start, end, text] or an object of these, in seconds from the beginning of the file. Each becomes a turn: 'When
+        does this happen: "A door opens."', "3.4 to 7.0 seconds".
     Raises UnusableSample for other records, and if the numbers of media and of their places differ.
     """
     if not isinstance(record, Mapping):
@@ -255,6 +256,10 @@ def chat_of(record: Any) -> list[dict[str, Any]]:
     if not isinstance(turns, list | tuple) or not turns:
         raise UnusableSample("a record needs `conversations` or `messages`, a list of at least one turn.")
     chat = [_message(turn) for turn in turns]
+    systems = [record[name] for name in ("system", "system_prompt") if record.get(name)]
+    if len(systems) + (chat[0]["role"] == "system") > 1:
+        raise UnusableSample("two system prompts: the turns' own, `system` or `system_prompt`; take one out.")
+    chat[:0] = [_message({"role": "system", "content": system}) for system in systems]
     places = _places(chat)
     if not places and (any(given.values()) or record.get("conversations")):
         for message in chat:
@@ -311,15 +316,11 @@ def _segments(medium: Any) -> list[Any]:
 
 def _prompt_and_response(record: Mapping, num_media: Mapping[str, int]) -> list[dict[str, Any]] | None:
     prompt, response = record.get("prompt", record.get("question")), record.get("response", record.get("answer"))
-    system = record.get("system_prompt")
     if not isinstance(prompt, str) or not isinstance(response, str):
         return None
-    media = [{"type": kind} for kind, number in num_media.items() for _ in range(number)]
-    turns: list[dict[str, Any]] = [
-        {"role": "user", "content": [*media, prompt]},
-        {"role": "assistant", "content": response},
-    ]
-    return [{"role": "system", "content": system}, *turns] if system else turns
+    is_marked = any(num_media.values()) and MARK.search(prompt)
+    media = [{"type": kind} for kind, number in num_media.items() for _ in range(number) if not is_marked]
+    return [{"role": "user", "content": [*media, prompt]}, {"role": "assistant", "content": response}]
 
 
 def _about_segments(record: Mapping, num_media: Mapping[str, int]) -> list[dict[str, Any]] | None:
@@ -357,6 +358,12 @@ def _message(turn: Any) -> dict[str, Any]:
     )
     if not isinstance(role, str) or role not in ROLES:
         raise UnusableSample(f"a turn's role must be one of {', '.join(ROLES)}; got {role!r}.")
+    for name in ("loss", "loss_scale", "weight"):
+        if turn.get(name) not in (None, ROLES[role] == "assistant"):
+            raise UnusableSample(
+                f"`{name}` of a turn cannot be {repr(turn[name])[:40]}: every turn of the assistant is learned, "
+                "with weight 1, and no other. Leave it out."
+            )
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list | tuple):
