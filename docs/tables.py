@@ -244,8 +244,8 @@ def laptop() -> str:
     steps = sum(run["steps"] for run in results["runs"].values())
     head = ["question", "asked", "right", "gates shut", "chance"]
     return (
-        f"{markdown(head, rows)}\nThe commands of the road as of commit {results['commit']}: {steps} steps in "
-        f"{minutes:.0f} minutes, one thread of an {results['machine']} CPU with AMX that had other work; torch "
+        f"{markdown(head, rows)}\n{steps} steps of 8 chats in {minutes:.0f} minutes, one thread of an "
+        f"{results['machine']} CPU with AMX that had other work. Commit {results['commit']}, torch "
         f"{results['versions']['torch']}.\n"
     )
 

@@ -35,7 +35,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def test_the_written_answers_are_right_as_they_are_measured_and_others_are_not(tmp_path, monkeypatch):
-    write_clips(monkeypatch, tmp_path, 0, 0, 0, 0)
+    write_clips(monkeypatch, tmp_path, 0, 0, 0)
     is_right = runpy.run_path(str(LAPTOP / "measure.py"))["is_right"]
     records = read_lines(tmp_path / "clips" / "test-8.jsonl")
     assert {record["kind"] for record in records} == set(KINDS)
@@ -46,18 +46,20 @@ def test_the_written_answers_are_right_as_they_are_measured_and_others_are_not(t
     assert not any(is_right(record, "I do not know.") for record in records)
 
 
-def test_no_training_chat_speaks_of_an_unseen_pair_or_of_a_thing_twice(tmp_path, monkeypatch):
-    write_clips(monkeypatch, tmp_path, 12, 12, 12, 12)
+def test_no_training_chat_speaks_of_an_unseen_pair_or_describes_a_thing_twice(tmp_path, monkeypatch):
+    write_clips(monkeypatch, tmp_path, 12, 12, 24)
     unseen = {str(thing) for thing in HELD_OUT_THINGS}
-    num_turns = 0
-    for seconds in (1, 2, 4, 8):
-        records = read_lines(tmp_path / "clips" / f"train-{seconds}.jsonl")
-        assert len(records) == 12
+    num_described = 0
+    for level, num_records in (("1", 12), ("4", 12), ("8", 24)):
+        records = read_lines(tmp_path / "clips" / f"train-{level}.jsonl")
+        assert len(records) == num_records
         for record in records:
-            asked = " ".join(turn["value"] for turn in record["conversations"][::2])
-            assert not any(re.search(rf"\b{thing}\b", asked) for thing in unseen)
-            num_turns += len(record["conversations"]) // 2
-    assert num_turns > 2 * 48, "most chats have several turns"
+            said = [turn["value"] for turn in record["conversations"]]
+            assert not any(re.search(rf"\b{thing}\b", " ".join(said)) for thing in unseen)
+            things = re.findall(r"Second \d: (\w+ \w+),", said[1]) if level == "8" else []
+            assert len(set(things)) == len(things)
+            num_described += len(things)
+    assert num_described > 12, "most clips of 8 seconds are described"
 
 
 @pytest.mark.slow
@@ -71,7 +73,7 @@ def test_a_language_model_learns_to_see_and_keeps_its_words(tmp_path, monkeypatc
     run(monkeypatch, "parts.py", "vision", "text", "--output_dir", tmp_path)
     fields = {"flavour": "recommended", "pooled_grid_size": 1}
     write_checkpoint(compose(tmp_path / "vision", tmp_path / "text", **fields), tmp_path / "composed")
-    write_clips(monkeypatch, tmp_path, 160, 0, 0, 0)
+    write_clips(monkeypatch, tmp_path, 160, 0, 0)
     options = ["--train_data", tmp_path / "clips" / "train-1.jsonl", "--media_root", tmp_path / "clips"]
     options += ["--model", tmp_path / "composed", "--output_dir", tmp_path / "out", "--max_steps", 20]
     options += ["--global_batch_size", 8, "--save_strategy", "no"]

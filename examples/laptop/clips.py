@@ -1,17 +1,24 @@
-"""Clips of 1, 2, 4 and 8 seconds with chats about them, for a model that answers in sentences.
+"""Clips of 1, 2 to 4, and 8 seconds with chats about them, for a model that answers in sentences.
 
     python examples/laptop/clips.py --talk runs/laptop/talk.json --output_dir runs/laptop/clips
 
-writes H.264 files, `train-1.jsonl` … `train-8.jsonl`, and `test-1.jsonl` and `test-8.jsonl`: a question each, about
-pairs of colour and shape that no training clip shows. `crosslmm train` reads all of them as they are.
+writes H.264 files and, for `crosslmm train`, a file of chats for each level:
 
-An answer names the thing and the second before it says something new: the text looks back at the video from its own
-last words, and a language model that stays frozen brings nothing else there.
+    train-1.jsonl   one thing: its colour, shape and place, in few words
+    train-4.jsonl   up to 4 seconds: what is in each of them, in order
+    train-8.jsonl   8 seconds with two or four things, each of which stays: what is in some seconds, and free wordings
+
+and for `measure.py` a question each, about pairs of colour and shape that no training clip shows: `test-1.jsonl`,
+`test-halves.jsonl` (8 seconds, two things, four seconds each) and `test-8.jsonl` (another thing each second).
+
+Many facts to a chat: a step costs what its words cost, and most of them are the chat's frame.
 """
 
 import argparse
 import json
 import re
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +27,6 @@ from transformers_crosslmm.tiny.procedural_videos import (
     KINDS,
     ProceduralVideo,
     Question,
-    Split,
     Thing,
     ask,
     random_generator,
@@ -28,9 +34,11 @@ from transformers_crosslmm.tiny.procedural_videos import (
     write_mp4,
 )
 
-LENGTHS = (1, 2, 4, 8)
+LEVELS = (1, 4, 8)
 TURNS = 4
 TALK_SHARE = 0.1
+NAMING_SHARE = 1 / 6
+"""Share of the chats of later levels that are about clips of one second, lest it be forgotten."""
 SIZE, FPS = 120, 4
 
 # Asked of clips of one second, with one thing in them. Short answers: where a fact is one word in ten, sentences are
@@ -134,31 +142,51 @@ def turns_about(rng: np.random.Generator, video: ProceduralVideo) -> list[tuple[
     return list(turns.values())
 
 
-def write_split(folder: Path, *, split: Split, num_seconds: int, num_videos: int, talk: list[dict]) -> None:
-    """Clips and the file of chats about them. A third of the training clips of a length are shorter."""
+def described(video: ProceduralVideo, seconds: Iterable[int]) -> str:
+    """What is in these seconds, in as few words as name it: three facts in ten tokens."""
+    scenes = {k: video.scenes[k - 1] for k in seconds}
+    words = {
+        k: f"{scene[0].thing}, {scene[0].place.replace('-', ' ')}" if scene else "nothing"
+        for k, scene in scenes.items()
+    }
+    return " ".join(f"Second {k}: {said}." for k, said in words.items())
+
+
+def each_second(rng: np.random.Generator, video: ProceduralVideo) -> list[tuple[str, str]]:
+    asked = ("What do you see in each second?", "Describe the video, second by second.", "What happens in the video?")
+    return [(str(rng.choice(asked)), described(video, range(1, video.num_seconds + 1)))]
+
+
+def some_seconds(rng: np.random.Generator, video: ProceduralVideo) -> list[tuple[str, str]]:
+    """A second of each thing, in any order: neither the text before nor the order tells what is in it."""
+    seconds = [str(rng.choice(video.seconds_of(thing))) for thing in video.things]
+    seconds = [seconds[index] for index in rng.permutation(len(seconds))]
+    listed = " and ".join(filter(None, (", ".join(seconds[:-1]), seconds[-1])))
+    named = f"second{'s' * (len(seconds) > 1)} {listed}"
+    asked = (f"What do you see in {named}?", f"Describe {named}.")
+    return [(str(rng.choice(asked)), described(video, map(int, seconds)))]
+
+
+def slowed(video: ProceduralVideo, times: int) -> ProceduralVideo:
+    """Every second of it `times` times. Times far apart are told apart before neighbouring ones are."""
+    return replace(video, scenes=tuple(scene for scene in video.scenes for _ in range(times)))
+
+
+def write_level(folder: Path, *, level: int, num_videos: int, talk: list[dict]) -> None:
+    """Training clips and the file of chats about them."""
     lines = []
     for index in range(num_videos):
-        rng = random_generator(seed=num_seconds, split=split, index=index)
-        shorter = [length for length in LENGTHS if length < num_seconds]
-        is_shorter = split == "train" and shorter and rng.random() < 1 / 3
-        length = int(rng.choice(shorter)) if is_shorter else num_seconds
-        video = random_video(rng, num_seconds=length, split=split)
-        name = f"{split}-{num_seconds}-{index:05d}.mp4"
-        write_mp4(video, folder / name, size=SIZE, fps=FPS)
-        if split == "heldout" and num_seconds == 1:
-            lines += [{"video": name} | turn for turn in naming(rng, video)]
-            continue
-        if split == "heldout":
-            for kind in KINDS:
-                if (question := ask(rng, video, kind=kind, split=split)) is not None:
-                    asked, answered = in_words(rng, video, question)
-                    record = {"video": name, "question": asked, "answer": answered}
-                    lines.append(record | {"kind": kind, "key": question.answer})
-            continue
-        if length == 1:
+        rng = random_generator(seed=level, split="train", index=index)
+        if level == 1 or rng.random() < NAMING_SHARE:
+            video = random_video(rng, num_seconds=1)
             turns = [(turn["question"], turn["answer"]) for turn in naming(rng, video)]
+        elif level == 4:
+            video = random_video(rng, num_seconds=int(rng.choice((2, 2, 3, 4))))
+            turns = each_second(rng, video)
         else:
-            turns = turns_about(rng, video)
+            times = int(rng.choice((4, 4, 2)))
+            video = slowed(random_video(rng, num_seconds=8 // times, filled=1.0), times)
+            turns = some_seconds(rng, video) if rng.random() < 2 / 3 else turns_about(rng, video)
         if not turns or rng.random() < TALK_SHARE:
             chosen = talk[int(rng.integers(len(talk)))]
             turns = [(chosen["question"], chosen["answer"])]
@@ -168,26 +196,50 @@ def write_split(folder: Path, *, split: Split, num_seconds: int, num_videos: int
             for speaker, words in zip(("human", "gpt"), turn, strict=True)
         ]
         said[0]["value"] = "<video>\n" + said[0]["value"]
+        name = f"train-{level}-{index:05d}.mp4"
+        write_mp4(video, folder / name, size=SIZE, fps=FPS)
         lines.append({"video": name, "conversations": said})
-    path = folder / f"{'test' if split == 'heldout' else split}-{num_seconds}.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    print(f"{path}: {len(lines)} records about {num_videos} clips", flush=True)
+    write_lines(folder / f"train-{level}.jsonl", lines)
+
+
+def write_test(folder: Path, *, name: str, num_seconds: int, times: int, num_videos: int) -> None:
+    """Clips of unseen pairs, with a record for each question."""
+    lines = []
+    for index in range(num_videos):
+        rng = random_generator(seed=num_seconds, split="heldout", index=index)
+        video = slowed(random_video(rng, num_seconds=num_seconds, split="heldout", filled=1.0), times)
+        file = f"heldout-{name}-{index:05d}.mp4"
+        write_mp4(video, folder / file, size=SIZE, fps=FPS)
+        if video.num_seconds == 1:
+            lines += [{"video": file} | turn for turn in naming(rng, video)]
+            continue
+        for kind in KINDS:
+            if (question := ask(rng, video, kind=kind, split="heldout")) is not None:
+                asked, answered = in_words(rng, video, question)
+                record = {"video": file, "question": asked, "answer": answered}
+                lines.append(record | {"kind": kind, "key": question.answer})
+    write_lines(folder / f"test-{name}.jsonl", lines)
+
+
+def write_lines(path: Path, records: list[dict]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    print(f"{path}: {len(records)} records", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes clips, and chats about them.")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--talk", type=Path, required=True, help="what talk.py wrote")
-    parser.add_argument("--num_videos", type=int, nargs=4, default=(1600, 800, 1280, 1600), help="of each length")
+    parser.add_argument("--num_videos", type=int, nargs=3, default=(960, 600, 3200), help="of each level")
     parser.add_argument("--num_test_videos", type=int, default=100)
     arguments = parser.parse_args()
     folder = arguments.output_dir
     folder.mkdir(parents=True, exist_ok=True)
     talk = json.loads(arguments.talk.read_text())
-    for num_seconds in (1, 8):
-        write_split(folder, split="heldout", num_seconds=num_seconds, num_videos=arguments.num_test_videos, talk=talk)
-    for num_seconds, num_videos in zip(LENGTHS, arguments.num_videos, strict=True):
-        write_split(folder, split="train", num_seconds=num_seconds, num_videos=num_videos, talk=talk)
+    for name, num_seconds, times in (("1", 1, 1), ("halves", 2, 4), ("8", 8, 1)):
+        write_test(folder, name=name, num_seconds=num_seconds, times=times, num_videos=arguments.num_test_videos)
+    for level, num_videos in zip(LEVELS, arguments.num_videos, strict=True):
+        write_level(folder, level=level, num_videos=num_videos, talk=talk)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What the trained model answers, about clips of pairs it has never seen and about everything else.
 
-    python examples/laptop/measure.py --model runs/laptop/seconds-8 --text runs/laptop/text \
-        --clips runs/laptop/clips --output_file runs/laptop/measured.json
+    python examples/laptop/measure.py --model runs/laptop/level-8 --text runs/laptop/text \
+        --clips runs/laptop/clips --test test-halves.jsonl --output_file runs/laptop/measured-halves.json
 
-Videos: `test-8.jsonl` of clips.py, one frame per second, with gates as trained and shut. An answer is right where the
+Videos: a test of clips.py, one frame per second, with gates as trained and shut. An answer is right where the
 last colour, name, place, number or pair that it names is the true one. Text: the logits against the language model's
 own. Beside a video: ordinary questions that training did not have, against the answers without one.
 """
@@ -149,7 +149,7 @@ def main() -> None:
         for name, gate in model.named_parameters()
         if name.endswith("2v.gate.weight")
     }
-    report["runs"] = {path.name: run_of(path) for path in sorted(arguments.model.parent.glob("seconds-*"))}
+    report["runs"] = {path.name: run_of(path) for path in sorted(arguments.model.parent.glob("level-*"))}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     report |= {
         "commit": commit,

@@ -18,10 +18,13 @@ text=${TEXT:-$folder/text}
 [ -f "$folder/clips/train-8.jsonl" ] || python "$here/clips.py" --talk "$folder/talk.json" --output_dir "$folder/clips"
 
 model=$folder/composed
-for seconds in 1 2 4 8; do
-  out=$folder/seconds-$seconds
+for level in 1 4 8; do
+  out=$folder/level-$level
   [ -f "$out/trainer_state.json" ] || crosslmm train "$here/recipe.yaml" --model "$model" \
-    --train_data "$folder/clips/train-$seconds.jsonl" --media_root "$folder/clips" --output_dir "$out"
+    --train_data "$folder/clips/train-$level.jsonl" --media_root "$folder/clips" --output_dir "$out"
   model=$out
 done
-python "$here/measure.py" --model "$model" --text "$text" --clips "$folder/clips" --output_file "$folder/measured.json"
+for test in halves 8; do
+  python "$here/measure.py" --model "$model" --text "$text" --clips "$folder/clips" --test "test-$test.jsonl" \
+    --output_file "$folder/measured-$test.json"
+done
