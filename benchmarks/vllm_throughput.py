@@ -33,16 +33,16 @@ import psutil
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "modeling_tests"))
 RESULTS = HERE / "vllm_throughput.json"
-BATCH, AT_ONCE, ROUNDS, TOKENS = 16, (1, 4, 16), 5, 32
+BATCH, AT_ONCE, ROUNDS, TOKENS = 16, (1, 4, 16), 3, 32
 AGAIN = "16, a second question"
 MODELS = {
     "tiny": {"frames": 16, "text_config": {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}},
     "mid-size": {
-        "frames": 8,
+        "frames": 4,
         "text_config": {
             "hidden_size": 512,
             "intermediate_size": 1536,
-            "num_hidden_layers": 12,
+            "num_hidden_layers": 8,
             "num_attention_heads": 8,
             "num_key_value_heads": 2,
         },
@@ -170,7 +170,7 @@ def running(command: list[str], log: Path, **pipes: Any) -> Iterator[subprocess.
             yield process
         finally:
             process.terminate()
-            process.wait(timeout=60)
+            process.wait(timeout=120)
 
 
 def start(stack: ExitStack, folder: Path, videos: Path) -> dict[str, Any]:
@@ -193,6 +193,7 @@ def start(stack: ExitStack, folder: Path, videos: Path) -> dict[str, Any]:
     ]
     vllm += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16"]
     vllm += ["--allowed-local-media-path", str(videos), "--max-model-len", "1024", "--served-model-name", "m"]
+    vllm += ["--num-gpu-blocks-override", "256"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     one_by_one = [sys.executable, str(Path(__file__).resolve()), "--generate", str(folder)]
     ways = {
