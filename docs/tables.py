@@ -404,7 +404,7 @@ def vllm_throughput() -> str:
             counts = [f"{ways[way][which]:.2f}" for which in (1, 0) for way in ("crosslmm serve", "vLLM")]
             rows.append([f"{name}, {model['parameters'] / 1e6:.1f} M parameters", at_once, *counts])
         about.append(
-            f"{name}: {model['frames']} frames, {len(model['rounds'])} rounds of {model['batch']} questions, answers "
+            f"{name}: {model['frames']} frames, rounds of {model['batch']} questions: {len(model['rounds'])}, answers "
             f"unlike those of `generate`: {model['different_answers']}, commit {model['commit']}, {model['machine']}. "
         )
     versions = ", ".join(f"{package} {version}" for package, version in model["versions"].items())
