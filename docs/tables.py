@@ -24,6 +24,7 @@ PAGES = [
         "memory-and-speed.md",
         "video-decoding.md",
         "serving.md",
+        "vllm.md",
     )
 ] + [ROOT / "README.md", ROOT / "src" / "transformers_crosslmm" / "tiny" / "crosslmm-tiny" / "README.md"]
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -361,6 +362,54 @@ def serving_load() -> str:
         f"hostile ones, {about['at_once']} at once. `{about['command']}`, commit {about['commit'][:7]}, "
         f"{about['machine']}, cores: {about['cores']}.\n"
     )
+
+
+def vllm_memory() -> str:
+    results = kept("vllm_memory.json")
+    rows = []
+    for name, model in results["models"].items():
+        slot = model.get("slot", {"original_tokens": 0, "language_model": model["text_token"]})
+        row = [name, f"{model['frame'] / 1e6:.2f} MB", f"{slot['language_model'] / 1e3:.1f} kB"]
+        row += [f"{slot['original_tokens'] / 1e3:.1f} kB", f"{model['text_token'] / 1e3:.1f} kB"]
+        rows.append(row + [f"{count:,}" for count in model["frames"].values()])
+    head = ["", "a frame", "keys and values of a token", "its share of patches", "a token of text"]
+    return markdown([*head, *(f"frames in {size} GB" for size in model["frames"])], rows)
+
+
+def vllm_requests() -> str:
+    results = kept("vllm_memory.json")
+    own, other = (results["models"][name] for name in ("CrossLMM-7B", "Qwen2.5-VL-7B"))
+    rows = [
+        [
+            f"{frames:,} frames, {tokens:,} tokens of text",
+            f"{bytes_ / 1e6:,.0f} MB",
+            share(lost),
+            f"{theirs / 1e6:,.0f} MB",
+        ]
+        for (frames, tokens), bytes_, lost, theirs in zip(
+            results["requests"], own["requests"], own["text_for_nothing"], other["requests"], strict=True
+        )
+    ]
+    about = results["about"]
+    return (
+        f"{markdown(['', 'CrossLMM-7B', 'of it, patches of text', 'Qwen2.5-VL-7B'], rows)}\n`{about['command']}`, "
+        f"commit {about['commit']}, {about['machine']}; vLLM {about['vllm']}.\n"
+    )
+
+
+def vllm_throughput() -> str:
+    rows, about = [], []
+    for name, model in kept("vllm_throughput.json").items():
+        for at_once, ways in model["times_as_fast"].items():
+            counts = [f"{ways[way][which]:.2f}" for which in (1, 0) for way in ("crosslmm serve", "vLLM")]
+            rows.append([f"{name}, {model['parameters'] / 1e6:.1f} M parameters", at_once, *counts])
+        about.append(
+            f"{name}: {model['frames']} frames, rounds of {model['batch']} questions: {len(model['rounds'])}, answers "
+            f"unlike those of `generate`: {model['different_answers']}, commit {model['commit']}, {model['machine']}. "
+        )
+    versions = ", ".join(f"{package} {version}" for package, version in model["versions"].items())
+    head = ["model", "requests at once", "CPU time, `crosslmm serve`", "vLLM", "time, `crosslmm serve`", "vLLM"]
+    return f"{markdown(head, rows)}\n`python benchmarks/vllm_throughput.py`. {''.join(about)}{versions}.\n"
 
 
 def conversion_memory() -> str:
@@ -777,6 +826,9 @@ TABLES: dict[str, Callable[[], str]] = {
         video_conformance,
         streaming_memory,
         serving_load,
+        vllm_memory,
+        vllm_requests,
+        vllm_throughput,
         conversion_memory,
         cost_counted,
         cost_closed_form,

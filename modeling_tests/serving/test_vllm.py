@@ -4,6 +4,7 @@ import base64
 import functools
 import http.server
 import io
+import shutil
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -490,10 +491,31 @@ class CountedOperations(TorchDispatchMode):
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
         ({"enable_mm_embeds": True}, "enable_mm_embeds"),
         ({"enable_prompt_embeds": True}, "enable_prompt_embeds"),
+        ({"kv_cache_dtype": "int8_per_token_head"}, "kv_cache_dtype"),
+        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "KV transfer"),
+        ({"enable_dbo": True}, "dual batch overlap"),
+        ({"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, "context parallelism"),
+        ({"mm_encoder_attn_dtype": "fp8"}, "mm_encoder_attn_dtype"),
+        ({"mm_encoder_attn_backend": "TORCH_SDPA"}, "mm_encoder_attn_backend"),
+        ({"video_pruning_rate": 0.5}, "video_pruning_rate"),
     ],
 )
 def test_settings_that_would_change_answers_are_refused(folder, settings, said):
     with pytest.raises(Exception, match=said), engine(folder, **settings):
+        pass
+
+
+def test_speculation_by_a_draft_model_is_refused(folder):
+    draft = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 2}
+    with pytest.raises(Exception, match="speculation by 'draft_model'"), engine(folder, speculative_config=draft):
+        pass
+
+
+@pytest.mark.parametrize("setting", ["time_instruction", "add_timestamps"])
+def test_processors_that_write_times_into_prompts_are_refused(folder, tmp_path, setting):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    CrossLMMProcessor.from_pretrained(folder, **{setting: True}).save_pretrained(tmp_path)
+    with pytest.raises(Exception, match=f"`{setting}`.*crosslmm serve"), engine(tmp_path):
         pass
 
 

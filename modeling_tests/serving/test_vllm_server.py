@@ -1,6 +1,7 @@
-"""vLLM's own server with the plugin, on this machine: a load run. An environment of its own, see test_vllm."""
+"""vLLM's own server with the plugin: a load run, and killed workers. An environment of its own, see test_vllm."""
 
 import base64
+import http.client
 import json
 import os
 import socket
@@ -9,8 +10,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +22,7 @@ from factories import mp4_of, random_frames
 
 pytest.importorskip("vllm", reason="needs vLLM: `make vllm-environment`")
 
+import psutil
 from vllm_cases import answer_to_chat, save
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -28,22 +33,22 @@ def folder(tmp_path_factory) -> Path:
     return save("qwen2", tmp_path_factory.mktemp("checkpoint"))
 
 
-@pytest.fixture(scope="module")
-def address(folder):
-    """vLLM's server in a process of its own, found through the entry point."""
+@contextmanager
+def served(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """vLLM's server in a process of its own, found through the entry point: its address and the process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "1024", "--max-num-seqs", "16", "--served-model-name", "m"]
+    command += ["--max-model-len", "1024", "--max-num-seqs", "16", "--served-model-name", "m", *options]
     log = folder.parent / "server.log"
     with open(log, "wb") as output:
         server = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
         )
         try:
-            deadline = time.monotonic() + 400
+            deadline = time.monotonic() + 900
             while time.monotonic() < deadline and server.poll() is None:
                 try:
                     urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
@@ -52,37 +57,71 @@ def address(folder):
                     time.sleep(1)
             else:
                 pytest.fail(log.read_text()[-3000:])
-            yield f"http://127.0.0.1:{port}"
+            yield f"http://127.0.0.1:{port}", server
         finally:
             server.terminate()
             server.wait(timeout=60)
 
 
-def test_a_thousand_requests_are_answered_and_none_is_mixed_up(folder, address):
-    chats = []
+@pytest.fixture(scope="module")
+def chats(folder) -> list[tuple[list[dict[str, Any]], list[int]]]:
+    """25 messages, most of them with a video, and what `generate` answers."""
+    found = []
     for number in range(25):
         content = [{"type": "text", "text": f"Question {number}: what is there? <|video_pad|>"}]
         if number % 5:
             data = base64.b64encode(mp4_of(random_frames(1 + number % 7, seed=number % 8), fps=1)).decode()
             content.insert(0, {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{data}"}})
-        chats.append(content)
-    expected = [answer_to_chat(folder, content)[1] for content in chats]
+        found.append((content, answer_to_chat(folder, content)[1]))
+    return found
 
-    def answer(number: int) -> list[int]:
-        body = {
-            "model": "m",
-            "messages": [{"role": "user", "content": chats[number % 25]}],
-            "temperature": 0,
-            "max_tokens": 12,
-            "ignore_eos": True,
-            "return_token_ids": True,
-        }
-        request = urllib.request.Request(
-            f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+
+def answer(address: str, content: list[dict[str, Any]]) -> list[int]:
+    body = {"model": "m", "messages": [{"role": "user", "content": content}], "return_token_ids": True}
+    body |= {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=300) as response:
+        return json.load(response)["choices"][0]["token_ids"]
+
+
+def test_a_thousand_requests_are_answered_and_none_is_mixed_up(folder, chats):
+    with served(folder) as (address, _), ThreadPoolExecutor(16) as pool:
+        written = list(pool.map(lambda number: answer(address, chats[number % 25][0]), range(1000)))
+    assert written == [chats[number % 25][1] for number in range(1000)]
+
+
+@pytest.mark.parametrize(
+    ("options", "worker"), [((), "EngineCore"), (("--tensor-parallel-size", "2"), "Worker_TP1")], ids=["one", "two"]
+)
+def test_a_killed_worker_costs_answers_and_spoils_none(folder, chats, options, worker):
+    """What was being answered fails, at once; vLLM's server ends, and one that is started anew answers rightly."""
+    counts = {"right": 0, "failed": 0}
+    with served(folder, *options) as (address, server), ThreadPoolExecutor(8) as pool:
+
+        def ask(number: int) -> None:
+            content, expected = chats[number % 25]
+            try:
+                written = answer(address, content)
+            except (OSError, http.client.HTTPException):
+                counts["failed"] += 1
+            else:
+                assert written == expected
+                counts["right"] += 1
+
+        asked = [pool.submit(ask, number) for number in range(200)]
+        while counts["right"] < 20:
+            assert server.poll() is None
+            time.sleep(0.05)
+        (killed,) = (
+            one for one in psutil.Process(server.pid).children(recursive=True) if worker in " ".join(one.cmdline())
         )
-        with urllib.request.urlopen(request, timeout=300) as response:
-            return json.load(response)["choices"][0]["token_ids"]
-
-    with ThreadPoolExecutor(16) as pool:
-        written = list(pool.map(answer, range(1000)))
-    assert written == [expected[number % 25] for number in range(1000)]
+        killed.kill()
+        for one in asked:
+            one.result(timeout=120)
+        assert counts["right"] >= 20
+        assert counts["failed"] > 0
+        assert server.wait(timeout=120) is not None
+    with served(folder, *options) as (address, _):
+        assert [answer(address, content) for content, _ in chats] == [expected for _, expected in chats]

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,7 +164,13 @@ def engine(folder: Path, **settings: Any) -> Iterator[Any]:
         "disable_log_stats": False,
         "seed": 0,
     }
-    llm = LLM(str(folder), **defaults | settings)
+    # Once n-grams have imported llvmlite, vLLM stumbles over this module when it looks through all for its kernels.
+    hidden = sys.modules.pop("llvmlite.binding.ffi", None)
+    try:
+        llm = LLM(str(folder), **defaults | settings)
+    finally:
+        if hidden is not None:
+            sys.modules["llvmlite.binding.ffi"] = hidden
     try:
         yield llm
     finally:

@@ -45,6 +45,9 @@ class CrossLMMRules(VerifyAndUpdateConfig):
             "encoded media (`enable_mm_embeds`)": bool(multimodal and multimodal.enable_mm_embeds),
             "embedded prompts (`enable_prompt_embeds`)": vllm_config.model_config.enable_prompt_embeds,
         }
+        # vLLM would ignore these, because the encoder is the package's.
+        for option in ("mm_encoder_attn_backend", "mm_encoder_attn_dtype", "mm_encoder_only", "video_pruning_rate"):
+            refused[f"`{option}`"] = bool(getattr(multimodal, option, None))
         for setting, is_asked in refused.items():
             if is_asked:
                 raise ValueError(f"A CrossLMM in vLLM does not work with {setting}. Leave it out.")
