@@ -124,6 +124,7 @@ def test_a_table_of_chats_of_both_forms_gives_the_chat_of_either():
         ({"messages": [{"role": [], "content": "x"}]}, r"got \[\]"),
         ({"messages": [{"role": "assistant", "content": "x", "loss": False}]}, "`loss` of a turn cannot be False"),
         ({"conversations": [{"from": "gpt", "value": "x", "weight": 0.5}]}, "`weight` of a turn cannot be 0.5"),
+        ({"tools": [{"name": "zoom"}], "prompt": "x", "response": "y"}, "`tools` are not put into the chat"),
         ({"system": "A.", "messages": [{"role": "system", "content": "B."}]}, "two system prompts"),
         ({"system": "A.", "system_prompt": "B.", "prompt": "x", "response": "y"}, "two system prompts"),
     ],

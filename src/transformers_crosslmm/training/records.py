@@ -249,6 +249,10 @@ def chat_of(record: Any) -> list[dict[str, Any]]:
         raise UnusableSample(
             f"a record must be an object with `conversations` or `messages`; got {type(record).__name__}."
         )
+    if record.get("tools"):
+        raise UnusableSample(
+            "`tools` are not put into the chat, so an answer that uses them would be wrong. Leave it out."
+        )
     waiting = {kind: _listed(record, kind) for kind in ("image", "video")}
     given = {kind: len(media) for kind, media in waiting.items()}
     turns = record.get("conversations") or record.get("messages") or _prompt_and_response(record, given)
