@@ -195,11 +195,12 @@ def test_another_models_folder_is_refused(run, tmp_path):
 def test_a_model_that_is_nowhere_is_named_with_what_to_check(run, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # so that nothing is tried again
     for name in ("somebody/nothing", "notes.mp4"):
-        for arguments in (("look", "clip.mp4", "--model", name), ("info", name)):
+        for arguments in (("look", "clip.mp4", "--model", name), ("info", "--model", name)):
             result = run(*arguments)
             assert result.exit_code == 1
             assert f"{name!r} is not a folder, and the Hub has no such model" in result.stderr
             assert "Check the name, the connection" in result.stderr
+    assert "cannot open this as a video" in run("info", "notes.mp4").stderr
 
 
 def test_a_folder_without_a_config_is_no_checkpoint(run, tmp_path):
