@@ -372,18 +372,18 @@ def test_info_counts_what_a_real_model_has(run, checkpoint, model):
 
 
 def test_info_counts_a_videos_distinct_frames_and_what_they_take(run, checkpoint, folder):
-    """Five frames: the second and third repeat the first, and the last differs from the fourth by about 5 levels."""
+    """Five frames, of which the second and third repeat the first."""
     grey = np.array([40, 40, 40, 200, 205], dtype=np.uint8)
     (folder / "still.mp4").write_bytes(mp4_of(np.tile(grey[:, None, None, None], (1, 60, 60, 3)), fps=1))
     record = json.loads(run("info", str(folder / "still.mp4"), "--model", checkpoint, "--json").stdout)
-    assert (record["frames"], record["distinct_frames"]) == (5, {"0": 3, "8": 2})
+    assert (record["frames"], record["distinct_frames"]) == (5, 3)
     costs = count_costs(CrossLMMConfig.from_pretrained(checkpoint))
     assert record["positions"] == 5 * 9
     for form, size in costs.cache_bytes_per_frame.items():
         assert (record["cache_bytes"][form], record["cache_bytes_skipping"][form]) == (5 * size, 3 * size)
     text = run("info", str(folder / "still.mp4"), "--model", "2B").stdout
     assert "5 frames at 1 fps, the last at 4.0 s" in text
-    assert "distinct: 3, or 2 if 8 grey levels" in text
+    assert "distinct: 3\n" in text
 
 
 @pytest.mark.parametrize("form", ["kv", "features"])

@@ -210,9 +210,6 @@ def info(
     typer.echo(f"Memory: {memory:g} GiB less the weights, at the end of the prefill. Activations are not counted.")
 
 
-NEARLY_EQUAL = 8.0  # grey levels
-
-
 def print_video_info(video: str, model: str | None, *, fps: float, as_json: bool) -> None:
     """Frames, distinct frames, and what they take with and without `skip_unchanged`."""
     with Steps() as steps:
@@ -230,34 +227,30 @@ def print_video_info(video: str, model: str | None, *, fps: float, as_json: bool
             processor = load_processor(chosen_checkpoint(model)).video_processor
         costs = count_costs(config)
         steps.begin(f"Reading {video}")
-        distinct = {}
-        for level in (0.0, NEARLY_EQUAL):
-            [seen] = processor.stream([video], fps=fps, skip_unchanged=level)
-            distinct[level] = sum(map(len, seen))
-    frames, equal = seen.num_frames, distinct[0.0]
+        [seen] = processor.stream([video], fps=fps, skip_unchanged=True)
+        distinct = sum(map(len, seen))
+    frames = seen.num_frames
     if as_json:
         print_json(
             {
                 "frames": frames,
                 "frame_times": seen.times,
-                "distinct_frames": {f"{level:g}": count for level, count in distinct.items()},
+                "distinct_frames": distinct,
                 "positions": frames * costs.tokens_per_frame,
                 "language_bytes": frames * costs.language_bytes_per_frame,
                 "cache_bytes": {form: frames * size for form, size in costs.cache_bytes_per_frame.items()},
-                "cache_bytes_skipping": {form: equal * size for form, size in costs.cache_bytes_per_frame.items()},
+                "cache_bytes_skipping": {form: distinct * size for form, size in costs.cache_bytes_per_frame.items()},
             }
         )
         return
     last = clock_time(seen.times[-1]) if seen.times else "an unknown time"
     own = size_of(frames * costs.language_bytes_per_frame)
     typer.echo(f"{video}: {frames} frames at {fps:g} fps, the last at {last}")
-    typer.echo(
-        f"distinct: {equal}, or {distinct[NEARLY_EQUAL]} if {NEARLY_EQUAL:g} grey levels count as no difference"
-    )
+    typer.echo(f"distinct: {distinct}")
     typer.echo(f"positions: {frames * costs.tokens_per_frame:,} of {costs.max_positions:,}")
     typer.echo(f"language model's cache: {own}")
     for form, size in costs.cache_bytes_per_frame.items():
-        typer.echo(f"visual cache, {form}: {size_of(frames * size)}; with skip_unchanged {size_of(equal * size)}")
+        typer.echo(f"visual cache, {form}: {size_of(frames * size)}; with skip_unchanged {size_of(distinct * size)}")
 
 
 def size_of(num_bytes: float) -> str:

@@ -63,9 +63,7 @@ class LiveSource:
         self.waiting, self.num_damaged = WaitingFrames(processor), 0
         self.ending: str | None = None
         self._stop = threading.Event()
-        self._offset = self._last = self._due = (
-            0.0  # from the source's clock to ours; of the last picture; of the next
-        )
+        self._offset = self._last = self._due = 0.0  # from its clock to ours; of the last picture; of the next
         self._heard = time.monotonic()
         self._container, self._stream = self._opened(source, allow_network=allow_network)
         self._thread = threading.Thread(target=self._read_to_the_end, name="live source", daemon=True)
