@@ -9,16 +9,14 @@ medians, the forms in turn. A step is one token, a second question QUESTION_TOKE
 """
 
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
+from origin import origin
 from transformers import DynamicCache
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
@@ -110,12 +108,7 @@ def seconds_of(ways: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
-    results = {
-        "command": "python benchmarks/cache_forms.py",
-        "commit": commit.stdout.strip(),
-        "machine": f"{platform.machine()}, one of {os.cpu_count()} cores",
-        "torch": torch.__version__,
+    results = origin(__file__) | {
         "counted": {frames: counted(frames) for frames in COUNTED},
         "seconds": measure(),
     }

@@ -12,12 +12,12 @@ around a centre for each frame, with queries of several sizes.
 """
 
 import json
-import subprocess
 from collections import defaultdict
 from pathlib import Path
 from unittest import mock
 
 import torch
+from origin import origin
 
 from transformers_crosslmm import TINY_CHECKPOINT, cross_attention_crosslmm
 from transformers_crosslmm.asking.conversation import VideoConversation, read_video
@@ -111,11 +111,7 @@ def random_keys(spread: float, size: float) -> dict:
 
 def main() -> None:
     torch.set_num_threads(1)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
-    results = {
-        "command": "python benchmarks/frame_bounds.py",
-        "commit": commit.stdout.strip(),
-        "torch": torch.__version__,
+    results = origin(__file__) | {
         "tiny checkpoint": tiny_checkpoint(),
     }
     for spread, size in ((0, 1), (0, 4), (1, 1), (1, 4), (3, 4)):

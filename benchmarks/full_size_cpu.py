@@ -14,13 +14,13 @@ import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import torch
+from origin import origin
 from tqdm import tqdm
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
@@ -95,12 +95,8 @@ def main() -> None:
         }
         for name, found in rounds.items()
     ]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
-    about = {
-        "command": "python benchmarks/full_size_cpu.py",
-        "commit": commit.stdout.strip(),
+    about = origin(__file__) | {
         "machine": f"{platform.machine()} with AMX, one of {os.cpu_count()} cores",
-        "torch": torch.__version__,
         "frames": FRAMES,
         "text_tokens": TEXT_TOKENS,
         "rounds": ROUNDS,

@@ -17,10 +17,7 @@ bundled checkpoint to questions about held-out H.264 files of 8 seconds, at 2 fr
 
 import io
 import json
-import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +26,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from origin import origin
 from transformers import DynamicCache
 from transformers.utils import logging
 
@@ -227,14 +225,7 @@ def answers_of_the_tiny_checkpoint(videos: int = 30, num_frames: int = 16) -> di
 def main() -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
-    about = {
-        "command": "python benchmarks/unchanged_frames.py",
-        "commit": commit.stdout.strip(),
-        "machine": f"{platform.machine()}, one of {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "av": av.__version__,
-    }
+    about = origin(__file__) | {"av": av.__version__}
     watcher, videos = Watcher("toy"), {}
     for name, (draw, options) in VIDEOS.items():
         clip = encoded(draw, options)
