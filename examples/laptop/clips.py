@@ -104,11 +104,11 @@ def in_words(rng: np.random.Generator, video: ProceduralVideo, question: Questio
         fields |= {"yes": question.answer.capitalize(), "not_": "" if question.answer == "yes" else "not "}
     elif question.kind == "order":
         one, other = question.things
-        first_seconds = [f"the {thing} in second {video.seconds_of(thing)[0]}" for thing in question.things]
+        first_seconds = [f"the {thing} in second {video.scenes_of(thing)[0]}" for thing in question.things]
         times = " and ".join(first_seconds)
         fields |= {"one": one, "other": other, "earlier": question.answer, "times": times[0].upper() + times[1:]}
     else:
-        seconds = video.seconds_of(thing)
+        seconds = video.scenes_of(thing)
         fields |= {"all": ", ".join(map(str, seconds)), "n": question.answer}
     wordings = WORDINGS[question.kind]
     asked, answered = wordings[int(rng.integers(len(wordings)))]

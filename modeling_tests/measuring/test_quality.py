@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_crosslmm import TINY_CHECKPOINT, CrossLMMForConditionalGeneration, CrossLMMProcessor
-from transformers_crosslmm.measuring.quality import closed_gates, evaluate, interval, read_questions
-from transformers_crosslmm.tiny.procedural_videos import write_videos
+from transformers_crosslmm.measuring.quality import closed_gates, evaluate, interval, move_timestamps, read_questions
+from transformers_crosslmm.tiny.procedural_videos import write_timed_videos, write_videos
 from transformers_crosslmm.tiny.train import build_tokenizer, tiny_config
 
 SAMPLES = Path(__file__).parents[2] / "samples"
@@ -22,11 +22,11 @@ def videos(tmp_path_factory):
     return folder
 
 
-def untrained(**options):
+def untrained(*, add_timestamps=False, **options):
     tokenizer = build_tokenizer()
     config = tiny_config(tokenizer, **options)
     model = CrossLMMForConditionalGeneration(config).eval()
-    return model, CrossLMMProcessor.from_config(config, tokenizer)
+    return model, CrossLMMProcessor.from_config(config, tokenizer, add_timestamps=add_timestamps)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,53 @@ def test_a_checkpoint_is_scored_with_and_without_cross_attention(videos):
     assert set(scores) == {"as_trained", "gates_0"}
     asked = sum(scores["gates_0"][name]["asked"] for name in ("fine_detail", "order_and_count"))
     assert asked == len(read_questions(videos))
+
+
+def prompts(processor, chats, **options):
+    return processor.apply_chat_template(
+        chats,
+        tokenize=True,
+        return_dict=True,
+        processor_kwargs={"padding": True, "padding_side": "left", "return_tensors": "pt", **options},
+    )
+
+
+def test_moved_timestamps_are_those_of_the_frames_half_the_video_further_on(tmp_path):
+    write_timed_videos(tmp_path, num_videos=1, seed=3, split="heldout", size=64, fps=8)
+    _, processor = untrained(add_timestamps=True)
+    path = str(tmp_path / "00000.mp4")
+    chats = [
+        [{"role": "user", "content": [{"type": "video", "path": path}, {"type": "text", "text": text}]}]
+        for text in ("When?", "Is 1 < 2? <3.4 seconds>")
+    ]
+    times = [1.0, 2.0, 3.5, 10.0, 11.5]  # two lengths of numbers
+    inputs = prompts(processor, chats, times=times)
+    moved = move_timestamps(inputs, processor)
+    before, after = (processor.batch_decode(each["input_ids"]) for each in (inputs, moved))
+    order = [3.5, 10.0, 11.5, 1.0, 2.0]
+    for old, new in zip(before, after, strict=True):
+        old_video, new_video = ("".join(f"<{t:.1f} seconds><|video_pad|>" for t in each) for each in (times, order))
+        assert old.count(old_video) == 1
+        assert new == old.replace(old_video, new_video)
+    assert moved["pixel_values_videos"] is inputs["pixel_values_videos"]
+
+
+def test_frames_are_those_at_the_times_of_the_record_and_moved_timestamps_are_scored(tmp_path, monkeypatch):
+    write_timed_videos(tmp_path, num_videos=2, seed=3, split="heldout", size=64, fps=8)
+    model, processor = untrained(add_timestamps=True)
+    questions = read_questions(tmp_path)
+    seen = []
+
+    def told(_model, inputs, processor):
+        seen.append(processor.batch_decode(inputs["input_ids"][:1])[0])
+        return [""] * len(inputs["input_ids"])
+
+    monkeypatch.setattr("transformers_crosslmm.measuring.quality.answer_questions", told)
+    scores = evaluate(model, processor, questions)
+    assert set(scores) == {"as_trained", "gates_0", "timestamps_moved"}
+    assert scores["timestamps_moved"]["times"]["asked"] == sum(q.kind in ("frame_time", "when") for q in questions) > 2
+    assert "".join(f"<{t:.1f} seconds><|video_pad|>" for t in questions[0].times) in seen[0]
+    assert seen[0] == seen[1] != seen[2]
 
 
 def test_the_shipped_checkpoint_answers_the_five_questions_about_the_sample_video():

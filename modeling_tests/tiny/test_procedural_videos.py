@@ -1,10 +1,11 @@
 """The generator's promises: repeatable, true, fair, and without a trace of the held-out combinations in training."""
 
+import dataclasses
 import io
 import json
 import re
 from collections import Counter
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import av
@@ -20,13 +21,16 @@ from transformers_crosslmm.tiny.procedural_videos import (
     NAMES,
     OUTLINES,
     PLACES,
-    ProceduralVideo,
+    TIMED_KINDS,
     ask,
     draw_contact_sheet,
     random_generator,
+    random_moments,
+    random_timed_video,
     random_video,
     render_frame,
     write_mp4,
+    write_timed_videos,
     write_videos,
 )
 
@@ -91,7 +95,7 @@ def things_seen(
     return seen
 
 
-def answer_from(seen: list[dict[tuple[str, str], str]], kind: str, text: str) -> str:
+def answer_from(seen: list[dict[tuple[str, str], str]], kind: str, text: str, moments: list[float]) -> str:
     colours = re.findall(rf"\b({'|'.join(COLOURS)})\b", text)
     names = re.findall(rf"\b({'|'.join(NAMES)})\b", text)
     if kind == "order":
@@ -105,6 +109,11 @@ def answer_from(seen: list[dict[tuple[str, str], str]], kind: str, text: str) ->
         if kind == "shape":
             return next(name for colour, name in scene if colour == colours[0])
         return next(place for (colour, name), place in scene.items() if name == names[0] and {colour} >= set(colours))
+    if kind == "frame_time":
+        return f"{moments[int(re.search(r'[0-9]+', text).group()) - 1]:.1f} seconds"
+    if kind == "when":
+        first = next(second for second, scene in zip(moments, seen, strict=True) if (colours[0], names[0]) in scene)
+        return f"{first:.1f} seconds"
     shown = [k for k, scene in enumerate(seen, start=1) if (colours[0], names[0]) in scene]
     if kind == "exists":
         return "yes" if shown else "no"
@@ -120,11 +129,53 @@ def test_the_answers_are_what_the_pixels_show(split):
     asked = Counter()
     for index in range(6):
         video, questions = video_and_questions(index, split=split)
-        seen = [things_seen(render_frame(video, k + 0.5, size=200), templates) for k in range(video.num_seconds)]
+        middles = [k + 0.5 for k in range(video.num_scenes)]
+        seen = [things_seen(render_frame(video, moment, size=200), templates) for moment in middles]
         for question in questions:
-            assert answer_from(seen, question.kind, question.text) == question.answer, (index, question)
+            assert answer_from(seen, question.kind, question.text, middles) == question.answer, (index, question)
             asked[question.kind] += 1
     assert set(asked) == set(KINDS)
+
+
+def seconds_between(video) -> list[float]:
+    return [end - start for start, end in pairwise((0.0, *video.ends))]
+
+
+def test_timed_videos_take_4_to_40_seconds_in_8_to_16_scenes_of_any_length():
+    videos = [random_timed_video(random_generator(seed=3, split="train", index=index)) for index in range(300)]
+    lengths = [video.num_seconds for video in videos]
+    assert 4 <= min(lengths) < 6
+    assert 38 < max(lengths) <= 40
+    assert {video.num_scenes for video in videos} == set(range(8, 17))
+    assert min(min(seconds_between(video)) for video in videos) >= 0.25
+    assert all(video.is_timed for video in videos)
+    # Scenes as long as each other would make the time of a frame a matter of counting.
+    assert np.median([max(seconds_between(video)) / np.mean(seconds_between(video)) for video in videos]) > 2
+
+
+def test_every_scene_of_a_timed_video_is_looked_at_once():
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        video = random_timed_video(rng)
+        moments = random_moments(rng, video)
+        assert [sum(end <= moment for end in video.ends) for moment in moments] == list(range(video.num_scenes))
+
+
+def test_the_file_of_a_timed_video_answers_at_the_times_that_its_questions_name(tmp_path):
+    write_timed_videos(tmp_path, num_videos=3, seed=1, split="heldout", size=128, fps=8)
+    asked = Counter()
+    for record in map(json.loads, (tmp_path / "questions.jsonl").read_text().splitlines()):
+        with av.open(str(tmp_path / record["video"])) as container:
+            frames = {float(f.time): f.to_ndarray(format="rgb24") for f in container.decode(video=0)}
+        seen = [things_seen(frames[second], outline_templates(), tolerance=30) for second in record["times"]]
+        assert answer_from(seen, record["kind"], record["question"], record["times"]) == record["answer"]
+        asked[record["kind"]] += 1
+    assert set(asked) == set(TIMED_KINDS)
+
+
+def test_a_rate_at_which_scenes_begin_between_two_frames_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`fps` must be a multiple of 8, so that scenes begin with a frame; got 12"):
+        write_timed_videos(tmp_path, num_videos=1, seed=0, split="train", size=64, fps=12)
 
 
 def test_the_truths_about_the_sample_video_are_what_its_file_shows():
@@ -135,7 +186,8 @@ def test_the_truths_about_the_sample_video_are_what_its_file_shows():
     # The codec moves colours by a few levels.
     seen = [things_seen(frame, outline_templates(), tolerance=30) for frame in middles]
     for question in sample["questions"]:
-        assert answer_from(seen, question["kind"], question["question"]) == question["answer"]
+        moments = [k + 0.5 for k in range(sample["num_frames"])]
+        assert answer_from(seen, question["kind"], question["question"], moments) == question["answer"]
 
 
 def test_the_same_numbers_give_the_same_video_questions_and_pixels():
@@ -172,7 +224,7 @@ def test_every_held_out_question_is_about_a_held_out_combination():
                     a for a in scene if a.thing.name in words or (a.thing.colour in words and question.kind == "shape")
                 ]
                 assert asked.thing in HELD_OUT_THINGS
-            else:
+            elif question.kind != "frame_time":
                 assert any(str(thing) in question.text for thing in HELD_OUT_THINGS)
 
 
@@ -200,12 +252,12 @@ def test_no_answer_is_more_likely_than_chance_says():
         assert max(counts.values()) / asked <= bound, (kind, counts)
 
 
-def test_a_thing_is_on_screen_in_seconds_that_follow_each_other():
+def test_a_thing_is_on_screen_in_scenes_that_follow_each_other():
     for index in range(50):
         video, _ = video_and_questions(index)
         for thing in video.things:
-            seconds = video.seconds_of(thing)
-            assert seconds == tuple(range(seconds[0], seconds[-1] + 1))
+            scenes = video.scenes_of(thing)
+            assert scenes == tuple(range(scenes[0], scenes[-1] + 1))
 
 
 def test_things_stay_in_a_quarter_of_their_own():
@@ -225,7 +277,7 @@ def test_things_and_background_move_within_a_second():
     video, _ = video_and_questions(0)
     scene = next(k for k, appearances in enumerate(video.scenes) if appearances)
     early, late = (render_frame(video, scene + share, size=90).astype(int) for share in (0.05, 0.95))
-    empty = ProceduralVideo(scenes=((),) * 8, background_seed=video.background_seed)
+    empty = dataclasses.replace(video, scenes=((),) * 8)
     background = [render_frame(empty, scene + share, size=90).astype(int) for share in (0.05, 0.95)]
     assert np.abs(early - late).mean() > 1
     assert np.abs(background[0] - background[1]).mean() > 0.5

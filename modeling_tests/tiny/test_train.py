@@ -8,25 +8,32 @@ import numpy as np
 import pytest
 import torch
 
-from transformers_crosslmm import CrossLMMProcessor
+from transformers_crosslmm import TINY_CHECKPOINT, CrossLMMForConditionalGeneration, CrossLMMProcessor
 from transformers_crosslmm.processing_crosslmm import CHAT_TEMPLATE
 from transformers_crosslmm.tiny.procedural_videos import (
     COLOURS,
-    KINDS,
     NAMES,
     PLACES,
+    TIMED_KINDS,
     Question,
     random_generator,
+    random_moments,
+    random_timed_video,
     random_video,
     render_frame,
 )
 from transformers_crosslmm.tiny.train import (
+    CLIP_KINDS,
+    STILL_KINDS,
+    TIMED_LEVELS,
     Curriculum,
     PatchLabelFrames,
     TinyArguments,
     VideoChats,
     build_tokenizer,
     degrade,
+    load_frames,
+    make_ready_for_times,
     repaint,
     tiny_config,
 )
@@ -55,16 +62,19 @@ def test_any_text_survives_the_tokenizer(tokenizer, text):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_a_training_sample_is_what_the_processor_makes_of_the_same_chat(chats, tokenizer):
+@pytest.mark.parametrize("add_timestamps", [False, True], ids=["no times", "times"])
+def test_a_training_sample_is_what_the_processor_makes_of_the_same_chat(chats, tokenizer, add_timestamps):
     video = random_video(random_generator(seed=1, split="train", index=0), num_seconds=5)
     size = chats.config.vision_config.image_size
+    # At 0.4 frames per second: the last number has a digit more.
     frames = np.stack([render_frame(video, k + 0.5, size=size) for k in range(5)])
+    moments = [2.5 * k for k in range(5)]
     questions = [
         Question("colour", "What colour is the seven in frame 2?", "red", ()),
         Question("order", "Which comes first, the red star or the blue two?", "blue two", ()),
     ]
-    sample = chats.sample(questions, frames)
-    processor = CrossLMMProcessor.from_config(chats.config, tokenizer)
+    sample = chats.sample(questions, frames, moments if add_timestamps else None)
+    processor = CrossLMMProcessor.from_config(chats.config, tokenizer, add_timestamps=add_timestamps)
     batch = CrossLMMDataCollator(processor)([sample])
     chat = [
         {"role": "user", "content": [{"type": "video", "video": frames}, {"type": "text", "text": questions[0].text}]},
@@ -76,7 +86,7 @@ def test_a_training_sample_is_what_the_processor_makes_of_the_same_chat(chats, t
         chat,
         tokenize=True,
         return_dict=True,
-        processor_kwargs={"do_sample_frames": False, "return_tensors": "pt"},
+        processor_kwargs={"do_sample_frames": False, "fps": 0.4, "return_tensors": "pt"},
     )
     assert torch.equal(batch["input_ids"], inputs["input_ids"])
     assert torch.equal(batch["video_num_frames"], inputs["video_num_frames"])
@@ -105,9 +115,10 @@ def test_a_placeholder_is_repeated_for_every_token_of_its_medium(tokenizer):
 
 def test_a_batch_pads_text_and_joins_videos(chats, tokenizer):
     frames = [np.full((2, 7, 7, 3), 255, np.uint8), np.zeros((3, 7, 7, 3), np.uint8)]
+    asked = [Question("exists", "A star?", "yes", ())]
     samples = [
-        chats.sample([], frames[0]) | {"input_ids": [4, 5, 6], "labels": [IGNORED, 5, 6]},
-        chats.sample([], frames[1]) | {"input_ids": [9], "labels": [9]},
+        chats.sample(asked, frames[0]) | {"input_ids": [4, 5, 6], "labels": [IGNORED, 5, 6]},
+        chats.sample(asked, frames[1]) | {"input_ids": [9], "labels": [9]},
     ]
     batch = CrossLMMDataCollator(CrossLMMProcessor.from_config(chats.config, tokenizer))(samples)
     padding = tokenizer.pad_token_id
@@ -162,7 +173,7 @@ def test_questions_about_time_come_one_level_after_the_other(chats):
     assert [sorted(after - before) for before, after in pairwise(kinds)] == [
         ["which_frame"], ["count"], ["order"], []
     ]  # fmt: skip
-    assert kinds[-1] == set(KINDS)
+    assert kinds[-1] == set(CLIP_KINDS)
 
 
 def test_stills_hold_several_things_and_are_not_asked_about_time(chats):
@@ -188,13 +199,13 @@ class Parrot(torch.nn.Module):
         return SimpleNamespace(logits=torch.nn.functional.one_hot(said, self.vocab_size).float())
 
 
-def steps_at_each_level(chats, tokenizer, *, is_right: bool, steps: int) -> Counter:
+def steps_at_each_level(chats, tokenizer, *, is_right: bool, steps: int, of: int = 150) -> Counter:
     collator = CrossLMMDataCollator(CrossLMMProcessor.from_config(chats.config, tokenizer))
-    curriculum = Curriculum(chats, collator, every=5, num_videos=6)
+    curriculum = Curriculum(chats, collator, steps=of, every=5, num_videos=12)
     model = Parrot(len(tokenizer), is_right=is_right)
     levels = Counter()
     for step in range(1, steps + 1):
-        levels[chats.level] += 1
+        levels[chats.time_level if chats.with_times else chats.level] += 1
         curriculum.on_step_end(None, SimpleNamespace(global_step=step), None, model=model)
     return levels
 
@@ -204,7 +215,6 @@ def test_the_level_goes_up_when_the_answers_are_right(chats, tokenizer):
 
 
 def test_the_level_goes_up_after_a_fifteenth_of_the_steps_where_they_are_wrong(chats, tokenizer):
-    chats.arguments.steps = 150
     assert steps_at_each_level(chats, tokenizer, is_right=False, steps=30) == {1: 10, 2: 10, 3: 10}
 
 
@@ -212,10 +222,10 @@ def test_kinds_that_are_mistaken_are_asked_more(chats):
     rng = np.random.default_rng(5)
     videos = [random_video(rng) for _ in range(60)]
     chats.level = 9
-    chats.mistakes = dict.fromkeys(KINDS, 0.1) | {"place": 0.9}
+    chats.mistakes = dict.fromkeys(CLIP_KINDS, 0.1) | {"place": 0.9}
     kinds = Counter(question.kind for video in videos for question in chats.questions(rng, video))
     assert kinds["place"] == max(kinds.values())
-    assert set(kinds) == set(KINDS)
+    assert set(kinds) == set(CLIP_KINDS)
 
 
 def test_no_thing_and_no_kind_comes_up_in_two_questions_of_a_chat(chats):
@@ -260,3 +270,144 @@ def test_degraded_frames_stay_recognisable():
         assert changed.dtype == np.uint8
         # Contrast within 10 %, brightness and tint within 15 levels, noise within 8.
         assert np.abs(changed.astype(float) - frames).max() <= 0.1 * 68 + 15 + 8 + 1
+
+
+# --- times ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def timed_chats(tokenizer):
+    arguments = TinyArguments(output_dir="", batch_size=8, questions_per_video=4)
+    return VideoChats(arguments=arguments, tokenizer=tokenizer, config=tiny_config(tokenizer), with_times=True)
+
+
+def test_a_time_is_one_token_before_a_frame_and_in_an_answer(tokenizer):
+    assert tokenizer.tokenize("<12.3 seconds>") == ["<", "12.3", "Ġseconds>"]
+    assert tokenizer.tokenize("0.0 seconds") == ["0.0", "Ġseconds"]
+    assert tokenizer.tokenize("in frame 3.") == ["in", "Ġframe", "Ġ3", "."]
+
+
+def test_when_is_answered_by_the_time_before_the_first_frame_that_shows_the_thing(timed_chats):
+    rng = np.random.default_rng(8)
+    asked = 0
+    while asked < 30:
+        video = random_timed_video(rng)
+        moments = random_moments(rng, video)
+        stamps = [f"{seconds:.1f} seconds" for seconds in moments]
+        for question in timed_chats.questions(rng, video, moments):
+            if question.kind == "when":
+                first = next(
+                    k for k, scene in enumerate(video.scenes) if {a.thing for a in scene} & {*question.things}
+                )
+                assert question.answer == stamps[first]
+                asked += 1
+    sample = timed_chats.sample([question], np.zeros((len(stamps), 4, 4, 3), np.uint8), moments)
+    text = timed_chats.tokenizer.decode(sample["input_ids"])
+    assert "".join(f"<{stamp}><|video_pad|>" for stamp in stamps) in text
+
+
+def test_with_times_the_number_of_frames_grows_when_when_is_answered(timed_chats, tokenizer):
+    rng = np.random.default_rng(4)
+    scenes = []
+    for timed_chats.time_level in range(len(TIMED_LEVELS)):
+        scenes.append({v.num_scenes for v in (timed_chats.video(rng) for _ in range(150)) if v.is_timed})
+    assert scenes == [{2, 3, 4}, set(range(2, 9)), set(range(8, 17))]
+    timed_chats.time_level = 0
+    assert steps_at_each_level(timed_chats, tokenizer, is_right=True, steps=20) == {0: 5, 1: 5, 2: 10}
+    timed_chats.time_level = 0
+    assert steps_at_each_level(timed_chats, tokenizer, is_right=False, steps=35, of=60) == {0: 10, 1: 10, 2: 15}
+
+
+def test_times_are_asked_for_often_until_they_are_known_and_none_twice_in_a_chat(timed_chats):
+    rng = np.random.default_rng(7)
+    most = []
+    for timed_chats.time_level in range(len(TIMED_LEVELS)):
+        chats = [timed_chats.questions(rng, v, random_moments(rng, v)) for v in map(random_timed_video, [rng] * 30)]
+        most.append(max(map(len, chats)))
+        for questions in chats:
+            answers = [q.answer for q in questions if q.kind in ("frame_time", "when", "count")]
+            assert len(answers) == len(set(answers))
+    assert most == [8, 8, 6]
+
+
+def test_a_frame_is_asked_for_the_time_before_it(timed_chats, tokenizer):
+    question = Question("when", "When does the red star first appear?", "10.3 seconds", ())
+    said = [0.2, 10.3, 27.0]
+    plain = timed_chats.sample([question], np.zeros((3, 4, 4, 3), np.uint8), said)
+    sample = timed_chats.with_copies(plain)
+    length = len(plain["input_ids"])
+    assert len(sample["input_ids"]) % 16 == len(sample["labels"]) % 16 == 0
+    assert sample["input_ids"][:length] == plain["input_ids"]
+    assert set(sample["input_ids"][length:]) <= {tokenizer.pad_token_id}
+    asked = {
+        place: tokenizer.convert_ids_to_tokens(sample["labels"][place + 1])
+        for place, token in enumerate(sample["input_ids"])
+        if token == timed_chats.config.video_token_id
+    }
+    assert list(asked.values()) == ["0.2", "10.3", "27.0"]
+    differs = [i for i in range(length) if plain["labels"][i] != sample["labels"][i]]
+    assert differs == [place + 1 for place in asked]
+
+
+def test_before_times_pooled_tokens_become_as_long_as_words_and_times_alike(timed_chats, tokenizer):
+    torch.manual_seed(0)
+    model = CrossLMMForConditionalGeneration(timed_chats.config)
+    rows = model.get_input_embeddings().weight
+    met = tokenizer.vocab["red"]
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_2.weight.mul_(200)
+        rows.add_(30)  # all words but one have become one word
+        rows[met] = torch.randn(rows.shape[1])
+    kept = rows[met].clone()
+    make_ready_for_times(model, timed_chats, tokenizer)
+    with torch.no_grad():
+        [pooled] = model.get_video_features(next(iter(timed_chats))["pixel_values_videos"]).pooler_output
+    lengths = [float(each.detach().norm(dim=-1).mean()) for each in (pooled, rows)]
+    assert lengths[0] == pytest.approx(lengths[1], rel=0.3)
+    assert not [p for p in model.model.multi_modal_projector.parameters() if p.requires_grad]
+    assert torch.equal(rows[met], kept)
+    assert torch.cosine_similarity(rows[tokenizer.vocab["<"]], rows[tokenizer.vocab["9"]], dim=0) < 0.5
+    time = {word: rows[tokenizer.vocab[word]] for word in ("12.3", "12.4", "27.3", "27.4", "5.0")}
+    # The step from one tenth to the next is the same everywhere, and no two times are one.
+    assert torch.allclose(time["12.4"] - time["12.3"], time["27.4"] - time["27.3"], atol=1e-5)
+    assert torch.cosine_similarity(time["12.3"], time["12.4"], dim=0).item() == pytest.approx(2 / 3, abs=1e-4)
+    assert torch.cosine_similarity(time["12.3"], time["5.0"], dim=0).item() == pytest.approx(0, abs=1e-4)
+
+
+def test_the_words_of_a_checkpoint_keep_their_rows_in_another_tokenizer(timed_chats, tokenizer):
+    model = load_frames(str(TINY_CHECKPOINT), timed_chats.config, tokenizer)
+    saved = CrossLMMForConditionalGeneration.from_pretrained(TINY_CHECKPOINT, dtype=torch.float32)
+    old = CrossLMMProcessor.from_pretrained(TINY_CHECKPOINT).tokenizer.vocab
+    rows, before = (m.get_input_embeddings().weight for m in (model, saved))
+    for word in ("Ġred", "Ġseven", "<|im_end|>", "Ġ7"):
+        assert torch.equal(rows[tokenizer.vocab[word]], before[old[word]])
+    assert model.lm_head.weight is rows
+    assert torch.equal(
+        model.model.language_model.layers[3].self_attn.q_proj.weight,
+        saved.model.language_model.layers[3].self_attn.q_proj.weight,
+    )
+
+
+def test_with_times_a_half_is_timed_and_the_rest_is_as_before(timed_chats):
+    rng = np.random.default_rng(4)
+    timed_chats.time_level = len(TIMED_LEVELS) - 1
+    videos = [timed_chats.video(rng) for _ in range(300)]
+    sorts = Counter("timed" if video.is_timed else "still" if video.num_scenes == 1 else "clip" for video in videos)
+    # 150, 30 and 120, give or take four standard deviations.
+    assert 115 < sorts["timed"] < 185
+    assert 9 < sorts["still"] < 51
+    kinds = {video.is_timed: timed_chats.kinds_of(video, with_times=True) for video in videos if video.num_scenes > 1}
+    assert kinds == {True: TIMED_KINDS, False: (*CLIP_KINDS, "when")}
+    assert {timed_chats.kinds_of(video, with_times=True) for video in videos if video.num_scenes == 1} == {STILL_KINDS}
+    said = Counter(timed_chats.says_times(rng, video) for video in videos if not video.is_timed)
+    assert said[True] > said[False] > 0
+
+
+def test_half_of_a_batch_is_short_and_half_is_long_and_nothing_is_lost(timed_chats):
+    samples = [{"input_ids": [0] * length} for length in np.random.default_rng(0).permutation(32)]
+    lengths = [len(s["input_ids"]) for s in timed_chats.paired(np.random.default_rng(1), samples)]
+    assert sorted(lengths) == list(range(32))
+    for start in range(0, 32, 8):
+        short, long = lengths[start : start + 4], lengths[start + 4 : start + 8]
+        assert max(short) - min(short) == max(long) - min(long) == 3
+        assert max(short) < min(long)

@@ -5,8 +5,8 @@ r"""Accuracy of a checkpoint on questions about video files, by kind, with and w
     python -m transformers_crosslmm.measuring.quality --videos runs/heldout \
         --output_file benchmarks/tiny_checkpoint.json
 
-Every question is a separate chat: `num_frames` frames of the file are sampled, and `generate` answers greedily. An
-answer is right if it equals the true one exactly.
+Every question is a separate chat: `num_frames` frames of the file are sampled, or those at the record's `times`, and
+`generate` answers greedily. An answer is right if it equals the true one exactly.
 """
 
 import argparse
@@ -29,9 +29,14 @@ from .. import TINY_CHECKPOINT
 from .._version import __version__
 from ..modeling_crosslmm import CrossLMMForConditionalGeneration
 from ..processing_crosslmm import CrossLMMProcessor
-from ..tiny.procedural_videos import CHANCE, KINDS
+from ..tiny.procedural_videos import CHANCE
 
-FINE_DETAIL_KINDS = ("colour", "shape", "place", "which_frame", "exists")
+SUMMARIES = {
+    "fine_detail": ("colour", "shape", "place", "which_frame", "exists"),
+    "order_and_count": ("order", "count"),
+    "times": ("frame_time", "when"),
+}
+"""Kinds that are scored together, too."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class VideoQuestion:
     kind: str
     question: str
     answer: str
+    times: list[float] | None = None
 
 
 def read_questions(folder: Path) -> list[VideoQuestion]:
@@ -64,6 +70,26 @@ def closed_gates(model: CrossLMMForConditionalGeneration) -> Iterator[None]:
                 gate.copy_(value)
 
 
+def move_timestamps(inputs: Mapping[str, Any], processor: CrossLMMProcessor) -> dict[str, Any]:
+    """The inputs of one video a row, with the time before each frame that of the one half the frames further on."""
+    input_ids = inputs["input_ids"].clone()
+    bracket = processor.tokenizer.convert_tokens_to_ids("<")
+    for row in input_ids:
+        is_frame = row == processor.video_token_id
+        end = int(is_frame.nonzero()[-1]) + 1
+        begin = int((row[: int(is_frame.nonzero()[0])] == bracket).nonzero()[-1])
+        stamps: list[list[int]] = [[]]
+        frames: list[list[int]] = [[]]
+        for token, is_placeholder in zip(row[begin:end].tolist(), is_frame[begin:end].tolist(), strict=True):
+            if not is_placeholder and frames[-1]:
+                stamps, frames = [*stamps, []], [*frames, []]
+            (frames if is_placeholder else stamps)[-1].append(token)
+        half = len(stamps) // 2
+        moved = [*stamps[half:], *stamps[:half]]
+        row[begin:end] = torch.tensor([t for pair in zip(moved, frames, strict=True) for part in pair for t in part])
+    return {**inputs, "input_ids": input_ids}
+
+
 def batches_of(
     processor: CrossLMMProcessor, questions: Sequence[VideoQuestion], *, num_frames: int
 ) -> Iterator[tuple[list[VideoQuestion], Any]]:
@@ -74,7 +100,8 @@ def batches_of(
         chats = [
             [{"role": "user", "content": [media, {"type": "text", "text": question.question}]}] for question in asked
         ]
-        options = {"num_frames": num_frames, "padding": True, "padding_side": "left", "return_tensors": "pt"}
+        sampling = {"num_frames": num_frames} if asked[0].times is None else {"times": asked[0].times}
+        options = {**sampling, "padding": True, "padding_side": "left", "return_tensors": "pt"}
         yield (
             asked,
             processor.apply_chat_template(
@@ -118,13 +145,14 @@ def evaluate(
     *,
     num_frames: int = 8,
 ) -> dict[str, Any]:
-    """Scores a model by kind of question, as it is ("as_trained") and, if it has gates, with gates of 0 ("gates_0").
+    """Scores a model by kind of question, as it is ("as_trained"), if it has gates, with gates of 0 ("gates_0"), and
+    if the processor writes the times of frames, with these moved by half of the frames ("timestamps_moved").
 
     "chance" is the accuracy of a uniform guess among a kind's answers, "always_the_same" that of the most frequent
     answer. Questions about one video must be consecutive; they are a batch.
     """
     has_gates = any(name.endswith("2v.gate.weight") for name, _ in model.named_parameters())
-    marks: dict[str, dict[str, list[bool]]] = {"as_trained": {}, **({"gates_0": {}} if has_gates else {})}
+    marks: dict[str, dict[str, list[bool]]] = {}
     truths: dict[str, Counter[str]] = {}
     for question in questions:
         truths.setdefault(question.kind, Counter())[question.answer] += 1
@@ -133,19 +161,23 @@ def evaluate(
         if has_gates:
             with closed_gates(model):
                 answers["gates_0"] = answer_questions(model, inputs, processor)
+        if processor.add_timestamps:
+            moved = move_timestamps(inputs, processor)
+            answers["timestamps_moved"] = answer_questions(model, moved, processor)
         for state, given in answers.items():
             for question, text in zip(asked, given, strict=True):
-                marks[state].setdefault(question.kind, []).append(text == question.answer)
+                marks.setdefault(state, {}).setdefault(question.kind, []).append(text == question.answer)
     scores: dict[str, Any] = {}
     for state, by_kind in marks.items():
         scores[state] = {
             kind: score(by_kind[kind])
             | {"chance": CHANCE[kind], "always_the_same": max(truths[kind].values()) / len(by_kind[kind])}
-            for kind in KINDS
+            for kind in CHANCE
             if kind in by_kind
         }
-        for name, kinds in (("fine_detail", FINE_DETAIL_KINDS), ("order_and_count", ("order", "count"))):
-            scores[state][name] = score([mark for kind in kinds for mark in by_kind.get(kind, [])])
+        for name, kinds in SUMMARIES.items():
+            if not by_kind.keys().isdisjoint(kinds):
+                scores[state][name] = score([mark for kind in kinds for mark in by_kind.get(kind, [])])
     return scores
 
 

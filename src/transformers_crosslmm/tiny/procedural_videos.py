@@ -1,9 +1,13 @@
 """Procedural videos with questions whose true answers are known: what the tiny checkpoint learns from.
 
-A *video* is a sequence of *scenes*, one per second. A *thing* is a shape or a digit in a colour ("red star", "blue
-seven"). In every scene one thing is on screen or none, inside a quarter of the picture, drifting there while the
-textured background scrolls; with the next second the scene changes. Frame k of n frames sampled from an n-second clip
-(t = k - ½ seconds) therefore shows scene k, counted from 1, and "frame k" and "second k" mean the same.
+A *video* is a sequence of *scenes*. A *thing* is a shape or a digit in a colour ("red star", "blue seven"). In every
+scene one thing is on screen or none, inside a quarter of the picture, drifting there while the textured background
+scrolls; then the scene changes. There are two sorts:
+
+- A scene lasts a second (`random_video`). Frame k of n frames sampled from an n-second clip (t = k - ½ seconds) shows
+  scene k, counted from 1, and "frame k" and "second k" mean the same.
+- Scenes last as long as they like, 4 to 40 seconds together, and each is seen once, at some moment
+  (`random_timed_video`, `random_moments`). Only the frames' times tell when a thing appears.
 
 Everything follows from integers: the same `seed`, `split` and `index` give the same video, questions and pixels. Of
 the 96 combinations of colour and name, `HELD_OUT_THINGS` are never shown nor asked about in the split "train"; in the
@@ -11,13 +15,15 @@ split "heldout" every question is about one of them, beside and against things o
 
     python -m transformers_crosslmm.tiny.procedural_videos --output_dir runs/videos --num_videos 20
 
-writes `00000.mp4`, … (H.264), `questions.jsonl` and `contact_sheet.png`.
+writes `00000.mp4`, … (H.264), `questions.jsonl` and `contact_sheet.png`; with `--timed` the videos are timed, and
+every record says with `times` at which seconds to look.
 """
 
 import argparse
+import bisect
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -44,9 +50,16 @@ DIGITS = ("zero", "one", "two", "four", "five", "seven")
 NAMES = SHAPES + DIGITS
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
 KINDS = ("colour", "shape", "place", "which_frame", "exists", "order", "count")
+"""What is asked where a scene lasts a second."""
+TIMED_KINDS = ("exists", "order", "count", "frame_time", "when")
+"""What is asked where frames and seconds are not the same."""
 MAX_SECONDS = 8
 FILLED = 0.8
 """Share of the scenes that show a thing, at least."""
+TIMED_SCENES = (8, 16)
+TIMED_SECONDS = (4, 40)
+TICK = 1 / 8
+"""Seconds: scenes of timed videos begin at its multiples and last two of them at least."""
 MAX_COUNT = 4
 """A thing is on screen in at most this many scenes, one after the other."""
 
@@ -86,6 +99,15 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "In how many frames is there a {thing}?",
         "For how many seconds is the {thing} on screen?",
     ),
+    "frame_time": (
+        "At which second is frame {k} shown?",
+        "When is frame {k} on screen?",
+    ),
+    "when": (
+        "At which second does the {thing} appear?",
+        "When does the {thing} first appear?",
+        "At what time is the {thing} first seen?",
+    ),
 }
 CHANCE: dict[str, float] = {
     "colour": 1 / len(COLOURS),
@@ -95,8 +117,11 @@ CHANCE: dict[str, float] = {
     "exists": 1 / 2,
     "order": 1 / 2,
     "count": 1 / MAX_COUNT,
+    "frame_time": 1 / TIMED_SCENES[0],
+    "when": 1 / TIMED_SCENES[0],
 }
-"""What answers without the video reach: every kind's answers are drawn evenly (8-second videos)."""
+"""What answers without the video reach: every kind's answers are drawn evenly (8-second videos; the last two: the
+time of one of the frames, of which there are 8 at least)."""
 
 
 @dataclass(frozen=True)
@@ -137,12 +162,28 @@ class Appearance:
 class ProceduralVideo:
     scenes: tuple[tuple[Appearance, ...], ...]
     background_seed: int
+    ends: tuple[float, ...]
+    """Seconds from the beginning at which each scene is over."""
 
     @property
-    def num_seconds(self) -> int:
+    def num_scenes(self) -> int:
         return len(self.scenes)
 
-    def seconds_of(self, thing: Thing) -> tuple[int, ...]:
+    @property
+    def num_seconds(self) -> float:
+        return self.ends[-1]
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether a scene is longer or shorter than a second."""
+        return self.ends != tuple(range(1, self.num_scenes + 1))
+
+    @property
+    def middles(self) -> tuple[float, ...]:
+        """The second at which half of each scene is over."""
+        return tuple((start + end) / 2 for start, end in zip((0.0, *self.ends), self.ends, strict=False))
+
+    def scenes_of(self, thing: Thing) -> tuple[int, ...]:
         """The scenes that show `thing`, counted from 1."""
         return tuple(k for k, scene in enumerate(self.scenes, start=1) if any(a.thing == thing for a in scene))
 
@@ -174,7 +215,7 @@ def random_video(
     things_per_scene: int = 1,
     filled: float = FILLED,
 ) -> ProceduralVideo:
-    """A video of `num_seconds` scenes.
+    """A video of `num_seconds` scenes of a second each.
 
     Things are drawn with a number of scenes each (1 to `MAX_COUNT`, 1 more often than not), for which they stay, until
     the share `filled` of the screen's room (`things_per_scene` in every scene) is taken. Things may share their colour
@@ -182,9 +223,47 @@ def random_video(
     """
     if not 1 <= num_seconds <= MAX_SECONDS:
         raise ValueError(f"`num_seconds` must lie between 1 and {MAX_SECONDS}; got {num_seconds}.")
-    scenes: list[list[Thing]] = [[] for _ in range(num_seconds)]
+    ends = tuple(map(float, range(1, num_seconds + 1)))
+    return _random_scenes(rng, ends, split=split, things_per_scene=things_per_scene, filled=filled)
+
+
+def random_timed_video(
+    rng: np.random.Generator,
+    *,
+    num_scenes: tuple[int, int] = TIMED_SCENES,
+    split: Split = "train",
+    filled: float = FILLED,
+) -> ProceduralVideo:
+    """A video of `TIMED_SECONDS` with so many scenes, each as long as chance has it; the rest as in `random_video`.
+
+    num_scenes: at least and at most.
+    """
+    return _random_scenes(rng, _random_ends(rng, *num_scenes), split=split, things_per_scene=1, filled=filled)
+
+
+def _random_ends(rng: np.random.Generator, fewest: int, most: int) -> tuple[float, ...]:
+    num_scenes = int(rng.integers(fewest, most + 1))
+    num_ticks = int(rng.uniform(*TIMED_SECONDS) / TICK)
+    # Distances of points thrown at random into what is left when every scene has had its two ticks.
+    cuts = np.sort(rng.integers(0, num_ticks - 2 * num_scenes + 1, size=num_scenes - 1))
+    ticks = np.append(cuts + 2 * np.arange(1, num_scenes), num_ticks)
+    return tuple((ticks * TICK).tolist())
+
+
+def random_moments(rng: np.random.Generator, video: ProceduralVideo) -> list[float]:
+    """A second of every scene at which to look: after the same share of each, or in timed videos after any."""
+    shares = rng.uniform(0.02, 0.98, size=video.num_scenes if video.is_timed else 1)
+    starts, ends = np.array((0.0, *video.ends[:-1])), np.array(video.ends)
+    return (starts + shares * (ends - starts)).tolist()
+
+
+def _random_scenes(
+    rng: np.random.Generator, ends: tuple[float, ...], *, split: Split, things_per_scene: int, filled: float
+) -> ProceduralVideo:
+    num_scenes = len(ends)
+    scenes: list[list[Thing]] = [[] for _ in range(num_scenes)]
     used: set[Thing] = set()
-    while sum(map(len, scenes)) < filled * things_per_scene * num_seconds:
+    while sum(map(len, scenes)) < filled * things_per_scene * num_scenes:
         # Without an unseen thing on screen there would be little to ask in the held-out split.
         is_unseen = split == "heldout" and (not used or rng.random() < 0.5)
         pool = UNSEEN_THINGS if is_unseen else SEEN_THINGS
@@ -195,8 +274,8 @@ def random_video(
             len(scene) < things_per_scene and all(o.colour != thing.colour and o.name != thing.name for o in scene)
             for scene in scenes
         ]
-        wanted = 1 if rng.random() < 0.4 else int(rng.integers(1, min(MAX_COUNT, num_seconds) + 1))
-        starts = [i for i in range(num_seconds - wanted + 1) if all(is_free[i : i + wanted])]
+        wanted = 1 if rng.random() < 0.4 else int(rng.integers(1, min(MAX_COUNT, num_scenes) + 1))
+        starts = [i for i in range(num_scenes - wanted + 1) if all(is_free[i : i + wanted])]
         if not starts:
             continue
         used.add(thing)
@@ -204,7 +283,9 @@ def random_video(
         for scene in scenes[first : first + wanted]:
             scene.append(thing)
     return ProceduralVideo(
-        scenes=tuple(_arrange(rng, things) for things in scenes), background_seed=int(rng.integers(2**31))
+        scenes=tuple(_arrange(rng, things) for things in scenes),
+        background_seed=int(rng.integers(2**31)),
+        ends=ends,
     )
 
 
@@ -287,15 +368,18 @@ _SUPERSAMPLING = 4
 
 def render_frame(video: ProceduralVideo, time_seconds: float, *, size: int) -> np.ndarray:
     """The picture at `time_seconds`: (size, size, 3) uint8. The same scene at every size."""
-    scene = min(int(time_seconds), video.num_seconds - 1)
-    frame = _background(video.background_seed, time_seconds, size=size)
+    scene = min(bisect.bisect_right(video.ends, time_seconds), video.num_scenes - 1)
+    start, end = (0.0, *video.ends)[scene], video.ends[scene]
+    # The texture is made for eight seconds; in longer videos it scrolls as much more slowly.
+    scrolled_seconds = time_seconds * MAX_SECONDS / max(MAX_SECONDS, video.num_seconds)
+    frame = _background(video.background_seed, scrolled_seconds, size=size)
     for appearance in video.scenes[scene]:
-        _draw(frame, appearance, share=time_seconds - scene)
+        _draw(frame, appearance, share=(time_seconds - start) / (end - start))
     return frame
 
 
 def _draw(frame: np.ndarray, appearance: Appearance, *, share: float) -> None:
-    """Draw into `frame` where the thing is after `share` of its second, edges smoothed by supersampling."""
+    """Draw into `frame` where the thing is after `share` of its scene, edges smoothed by supersampling."""
     size = frame.shape[0]
     x, y = (a + (b - a) * share for a, b in zip(appearance.start, appearance.end, strict=True))
     reach = appearance.radius * 1.15
@@ -353,38 +437,51 @@ def write_mp4(
         stream.width = stream.height = size
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": str(constant_rate_factor), "threads": "1"}
-        for i in range(video.num_seconds * fps):
+        for i in range(round(video.num_seconds * fps)):
             frame = av.VideoFrame.from_ndarray(render_frame(video, i / fps, size=size), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 
 def draw_contact_sheet(video: ProceduralVideo, *, size: int = 240, columns: int = 4) -> Image.Image:
-    """The middle of every second side by side, numbered as the questions number them."""
-    rows = math.ceil(video.num_seconds / columns)
+    """The middle of every scene side by side, numbered as the questions number them."""
+    rows = math.ceil(video.num_scenes / columns)
     margin, caption = 6, 16
     sheet = Image.new("RGB", (columns * (size + margin) + margin, rows * (size + margin + caption) + margin), "white")
     pen = ImageDraw.Draw(sheet)
-    for i in range(video.num_seconds):
+    for i, moment in enumerate(video.middles):
         left = margin + (i % columns) * (size + margin)
         top = margin + (i // columns) * (size + margin + caption)
         pen.text((left, top), f"frame {i + 1}", fill="black")
-        sheet.paste(Image.fromarray(render_frame(video, i + 0.5, size=size)), (left, top + caption))
+        sheet.paste(Image.fromarray(render_frame(video, moment, size=size)), (left, top + caption))
     return sheet
 
 
 # --- questions ------------------------------------------------------------------------------------------------------
 
 
-def ask(rng: np.random.Generator, video: ProceduralVideo, *, kind: str, split: Split = "train") -> Question | None:
+def ask(
+    rng: np.random.Generator,
+    video: ProceduralVideo,
+    *,
+    kind: str,
+    split: Split = "train",
+    moments: Sequence[float] | None = None,
+) -> Question | None:
     """A question of `kind` with its true answer, or None when the video gives no well-posed one.
+
+    moments: the second of each scene that is seen (None: its middle). The answer to "frame_time" is one of them as the
+    processor writes it, "3.4 seconds", that to "when" the first that shows the thing.
 
     Answers are drawn first and evenly, then something that fits them, so that the question alone tells nothing.
     In the split "heldout" the thing asked about (for "order": one of the two) is of `HELD_OUT_THINGS`.
     """
-    if kind not in KINDS:
-        raise ValueError(f"`kind` must be one of {', '.join(KINDS)}; got {kind!r}.")
-    wording = _choose(rng, WORDINGS[kind])
+    if kind not in WORDINGS:
+        raise ValueError(f"`kind` must be one of {', '.join(WORDINGS)}; got {kind!r}.")
+    wordings = WORDINGS[kind]
+    if kind == "count" and video.is_timed:  # frames are not seconds
+        wordings = wordings[:2]
+    wording = _choose(rng, wordings)
     subjects = [t for t in video.things if split == "train" or t in HELD_OUT_THINGS]
     if kind in ("colour", "shape", "place"):
         appearances = [(k, a) for k, scene in enumerate(video.scenes, 1) for a in scene if a.thing in subjects]
@@ -407,12 +504,12 @@ def ask(rng: np.random.Generator, video: ProceduralVideo, *, kind: str, split: S
         thing = _choose(rng, options)
         return Question(kind, wording.format(thing=thing), answer, (thing,))
     if kind == "order":
-        seconds_of = {t: video.seconds_of(t) for t in video.things}
+        scenes_of = {t: video.scenes_of(t) for t in video.things}
         pairs = [  # the earlier is gone before the later comes
             (a, b)
-            for a in seconds_of
-            for b in seconds_of
-            if seconds_of[a][-1] < seconds_of[b][0] and (a in subjects or b in subjects)
+            for a in scenes_of
+            for b in scenes_of
+            if scenes_of[a][-1] < scenes_of[b][0] and (a in subjects or b in subjects)
         ]
         if not pairs:
             return None
@@ -420,17 +517,29 @@ def ask(rng: np.random.Generator, video: ProceduralVideo, *, kind: str, split: S
         first, second = (earlier, later) if rng.random() < 0.5 else (later, earlier)
         return Question(kind, wording.format(first=first, second=second), str(earlier), (first, second))
     if kind == "which_frame":
-        options = [t for t in subjects if len(video.seconds_of(t)) == 1]
+        options = [t for t in subjects if len(video.scenes_of(t)) == 1]
         if not options:
             return None
         thing = _choose(rng, options)
-        (k,) = video.seconds_of(thing)
+        (k,) = video.scenes_of(thing)
         # Long stays seldom reach the ends, so that things seen once gather there.
-        if k in (1, video.num_seconds) and rng.random() < 0.35:
+        if k in (1, video.num_scenes) and rng.random() < 0.35:
             return None
         return Question(kind, wording.format(thing=thing), str(k), (thing,))
+    seen_at = video.middles if moments is None else moments
+    if kind == "frame_time":
+        k = int(rng.integers(1, len(seen_at) + 1))
+        return Question(kind, wording.format(k=k), f"{seen_at[k - 1]:.1f} seconds", ())
+    if kind == "when":
+        if not subjects:
+            return None
+        thing = _choose(rng, subjects)
+        k = video.scenes_of(thing)[0]
+        if k == 1 and rng.random() < 0.35:  # where stays of every length can begin
+            return None
+        return Question(kind, wording.format(thing=thing), f"{seen_at[k - 1]:.1f} seconds", (thing,))
     assert kind == "count"
-    counts = {t: len(video.seconds_of(t)) for t in subjects}
+    counts = {t: len(video.scenes_of(t)) for t in subjects}
     wanted = int(rng.integers(1, MAX_COUNT + 1))
     options = [t for t, count in counts.items() if count == wanted]
     # Short stays are found more often than long ones.
@@ -447,20 +556,54 @@ def write_videos(
     folder: Path, *, num_videos: int, seed: int, split: Split, size: int, fps: int, num_seconds: int = MAX_SECONDS
 ) -> None:
     """Videos, `questions.jsonl` (at most one question of each kind per video) and a contact sheet of the first."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "questions.jsonl", "w", encoding="utf-8") as lines:
+
+    def videos() -> Iterator[tuple[np.random.Generator, ProceduralVideo, None]]:
         for index in range(num_videos):
             rng = random_generator(seed=seed, split=split, index=index)
-            video = random_video(rng, num_seconds=num_seconds, split=split)
+            yield rng, random_video(rng, num_seconds=num_seconds, split=split), None
+
+    _write(folder, videos(), kinds=KINDS, split=split, size=size, fps=fps)
+
+
+def write_timed_videos(folder: Path, *, num_videos: int, seed: int, split: Split, size: int, fps: int) -> None:
+    """As `write_videos`, of timed videos; `times` in `questions.jsonl` are of frames that the files have.
+
+    Raises ValueError unless a frame begins with every tick.
+    """
+    if fps * TICK % 1:
+        raise ValueError(f"`fps` must be a multiple of {1 / TICK:.0f}, so that scenes begin with a frame; got {fps}.")
+
+    def videos() -> Iterator[tuple[np.random.Generator, ProceduralVideo, list[float]]]:
+        for index in range(num_videos):
+            rng = random_generator(seed=seed, split=split, index=index)
+            video = random_timed_video(rng, split=split)
+            yield rng, video, [math.floor(moment * fps) / fps for moment in random_moments(rng, video)]
+
+    _write(folder, videos(), kinds=TIMED_KINDS, split=split, size=size, fps=fps)
+
+
+def _write(
+    folder: Path,
+    videos: Iterable[tuple[np.random.Generator, ProceduralVideo, list[float] | None]],
+    *,
+    kinds: Sequence[str],
+    split: Split,
+    size: int,
+    fps: int,
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "questions.jsonl", "w", encoding="utf-8") as lines:
+        for index, (rng, video, moments) in enumerate(videos):
             name = f"{index:05d}.mp4"
             write_mp4(video, folder / name, size=size, fps=fps)
             if index == 0:
                 draw_contact_sheet(video, size=size).save(folder / "contact_sheet.png")
-            for kind in KINDS:
-                question = ask(rng, video, kind=kind, split=split)
+            for kind in kinds:
+                question = ask(rng, video, kind=kind, split=split, moments=moments)
                 if question is not None:
                     record = {"video": name, "kind": kind, "question": question.text, "answer": question.answer}
-                    lines.write(json.dumps(record) + "\n")
+                    times = {} if moments is None else {"times": moments}
+                    lines.write(json.dumps(record | times) + "\n")
 
 
 def main() -> None:
@@ -471,8 +614,10 @@ def main() -> None:
     parser.add_argument("--split", choices=("train", "heldout"), default="train")
     parser.add_argument("--size", type=int, default=240, help="pixels along each side, even")
     parser.add_argument("--fps", type=int, default=8)
+    parser.add_argument("--timed", action="store_true", help="scenes of any length, 4 to 40 seconds together")
     arguments = parser.parse_args()
-    write_videos(
+    write = write_timed_videos if arguments.timed else write_videos
+    write(
         arguments.output_dir,
         num_videos=arguments.num_videos,
         seed=arguments.seed,
