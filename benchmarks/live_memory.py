@@ -7,8 +7,8 @@
 was not trained. "wide": widths of SigLIP2-so400m at 384 pixels and of Qwen2.5-1.5B with random weights, few
 layers of each. Each is a process of one thread.
 
-Seconds of minutes apart cannot be compared where other work comes and goes. So at the end a second video begins, with as
-many frames in view, and both take new frames in turns: is the one that has seen an hour slower than the new one?
+Seconds of minutes apart cannot be compared where other work comes and goes. So at the end a second video begins, with
+as many frames in view, and both take new frames in turns: is the one that has seen an hour slower than the new one?
 """
 
 import json
