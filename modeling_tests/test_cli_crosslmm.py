@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -291,6 +292,29 @@ def test_ask_answers_as_generate_does(run, model, processor, checkpoint):
     result = run("ask", "clip.mp4", "What is it?", "--model", checkpoint, "--frames", "3", "--max-new-tokens", "6")
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == fresh_answer(model, processor, "What is it?", path="clip.mp4", num_frames=3)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("command", ["ask", "chat", "evaluate"])
+def test_the_option_says_whether_frames_have_their_times(run, model, processor, checkpoint, tmp_path, command, saved):
+    """Of a checkpoint whose processor says the opposite too."""
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    copy = load_processor(folder)
+    copy.add_timestamps = saved
+    copy.save_pretrained(folder)
+    sampling = {"num_frames": 3, "add_timestamps": not saved}
+    expected = fresh_answer(model, processor, "What is it?", path="clip.mp4", **sampling)
+    assert expected != fresh_answer(
+        model, processor, "What is it?", path="clip.mp4", **sampling | {"add_timestamps": saved}
+    )
+    record = {"video": "clip.mp4", "question": "What is it?", "answer": expected}
+    Path("questions.jsonl").write_text(json.dumps(record))
+    given = {"ask": ["clip.mp4", "What is it?"], "chat": ["clip.mp4"], "evaluate": ["questions.jsonl"]}[command]
+    flag = "--no-add-timestamps" if saved else "--add-timestamps"
+    options = ["--model", str(folder), "--frames", "3", "--max-new-tokens", "6", flag]
+    result = run(command, *given, *options, stdin="What is it?\n")
+    assert result.exit_code == 0, result.output
+    assert ("1 of 1 right" if command == "evaluate" else expected) in result.stdout
 
 
 def test_ask_prints_json_with_the_moments_of_the_frames(run, checkpoint, tmp_path):

@@ -104,8 +104,9 @@ def answers_of(folder: Path) -> dict[tuple[str, str], str | None]:
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-def test_answers_are_those_of_generate(folder, tmp_path, ask):
-    report = ask(about(*CLIPS))
+@pytest.mark.parametrize("add_timestamps", [None, True], ids=["frames alone", "timestamps"])
+def test_answers_are_those_of_generate(folder, tmp_path, ask, add_timestamps):
+    report = ask(about(*CLIPS), add_timestamps=add_timestamps)
     rows = rows_of(tmp_path / "answers")
     assert all(tuple(row) == COLUMNS and row["error"] is None and row["warning"] is None for row in rows)
     assert (report.questions, report.videos, report.answered_before, report.failed) == (len(rows), VIDEOS, 0, 0)
@@ -123,7 +124,7 @@ def test_answers_are_those_of_generate(folder, tmp_path, ask):
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"num_frames": FRAMES},
+            processor_kwargs={"num_frames": FRAMES, "add_timestamps": bool(add_timestamps)},
         )
         with torch.no_grad():
             written = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
@@ -301,6 +302,7 @@ def test_a_machine_that_can_start_no_more_processes_ends_the_run_instead_of_fail
         ({"engine": "ray", "workers": 0}, ValueError, "`workers` must be at least 1"),
         ({"engine": "ray", "cpus_per_worker": 0}, ValueError, "`cpus_per_worker` must be at least 1"),
         ({"max_new_tokens": 0}, ValueError, "`max_new_tokens` must be at least 1"),
+        ({"engine": "vllm", "add_timestamps": True}, ValueError, "vLLM prompts have no timestamps"),
         ({"num_frames": 0}, ValueError, "`num_frames` must be at least 1"),
         ({"fps": 2.0}, ValueError, "exclude each other"),
         ({"start_seconds": 3.0, "end_seconds": 2.0}, ValueError, "before `end_seconds`"),
@@ -469,7 +471,7 @@ def test_a_hundred_thousand_questions_are_read_in_seconds(tmp_path):
 def test_a_folder_of_answers_refuses_other_settings(tmp_path, ask):
     ask(about("0.mp4"))
     before = rows_of(tmp_path / "answers")
-    for changed in ({"num_frames": FRAMES + 1}, {"max_new_tokens": NEW_TOKENS + 1}):
+    for changed in ({"num_frames": FRAMES + 1}, {"max_new_tokens": NEW_TOKENS + 1}, {"add_timestamps": True}):
         with pytest.raises(ValueError, match="name another folder"):
             ask(about("0.mp4", "1.mp4"), **changed)
     assert rows_of(tmp_path / "answers") == before

@@ -33,6 +33,12 @@ def test_an_answer_is_what_generate_gives(server, generated, clip, question):
     assert reply.choices[0].finish_reason == "length"
 
 
+def test_frames_have_their_times_where_the_server_is_started_so(started, generated, clip):
+    server = started(add_timestamps=True)
+    assert server.answer(QUESTIONS[0], clip) == generated([user(QUESTIONS[0], clip)], {"add_timestamps": True})
+    assert server.answer(QUESTIONS[0], clip) != generated([user(QUESTIONS[0], clip)])
+
+
 def test_every_way_to_name_a_video_gives_the_same(server, started, generated, clip, root):
     expected = generated([user(QUESTIONS[0], clip)])
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=root / "videos")
@@ -197,12 +203,13 @@ def test_the_command_hands_its_options_on(root, monkeypatch):
     given = []
     monkeypatch.setattr(server_module, "serve", given.append)
     folder, arguments = str(root / "videos"), ["--max-running", "3", "--cache-gib", "0.5", "--port", "8123"]
+    arguments += ["--add-timestamps"]
     done = CliRunner().invoke(
         crosslmm_cli.app, ["serve", str(root / "checkpoint"), "--allowed-folder", folder, *arguments]
     )
     assert done.exit_code == 0, done.output
     (settings,) = given
-    assert (settings.host, settings.port) == ("127.0.0.1", 8123)
+    assert (settings.host, settings.port, settings.add_timestamps) == ("127.0.0.1", 8123, True)
     assert settings.allowed_folders == (root / "videos",)
     assert (settings.max_running, settings.cache_bytes) == (3, 2**29)
     missing = CliRunner().invoke(crosslmm_cli.app, ["serve", "--allowed-folder", str(root / "nowhere")])

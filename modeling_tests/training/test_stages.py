@@ -290,8 +290,10 @@ def test_the_help_of_the_command_names_every_option_that_is_ours():
 
 def test_a_run_changes_what_learns_only_and_saves_a_model_for_use(run_folder, tmp_path):
     parts = ["projector", "v2v", "t2v"]
-    arguments = arguments_of(run_folder, tmp_path, trained_parts=parts, weight_decay=0.5, fps=2, max_frames=3)
-    train(arguments)
+    frames = {"fps": 2, "max_frames": 3, "add_timestamps": True}
+    arguments = arguments_of(run_folder, tmp_path, trained_parts=parts, weight_decay=0.5, **frames)
+    trainer = train(arguments)
+    assert "<0.0 seconds>" in trainer.processing_class.decode(trainer.train_dataset[0]["input_ids"])
     before = CrossLMMForConditionalGeneration.from_pretrained(run_folder / "model").state_dict()
     model = CrossLMMForConditionalGeneration.from_pretrained(tmp_path)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -302,7 +304,8 @@ def test_a_run_changes_what_learns_only_and_saves_a_model_for_use(run_folder, tm
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved.get("use_cache", True)
     assert saved["text_config"]["use_cache"]
-    assert json.loads((tmp_path / "processor_config.json").read_text())["video_processor"]["max_frames"] == 3
+    saved = json.loads((tmp_path / "processor_config.json").read_text())
+    assert (saved["video_processor"]["max_frames"], saved["add_timestamps"]) == (3, True)
 
 
 def test_a_stopped_run_goes_on_with_the_same_losses_and_passes_over_what_was_cut_off(run_folder, tmp_path):

@@ -19,6 +19,7 @@ from .base import (
     NewTokens,
     Start,
     Steps,
+    Timestamps,
     Video,
     app,
     check_picture,
@@ -40,6 +41,7 @@ def ask(
     fps: Fps = None,
     start: Start = None,
     end: End = None,
+    add_timestamps: Timestamps = None,
     timeline: Annotated[
         Path | None, typer.Option(help="Draw each frame's attention weight for each answer token into this picture.")
     ] = None,
@@ -55,8 +57,9 @@ def ask(
         raise typer.BadParameter("A question needs words; got none.")
     if timeline is not None:
         check_picture(timeline)
+    sampling = sampling_options(frames=frames, fps=fps, start=start, end=end)
     with Steps() as steps:
-        conversation = begin_conversation(steps, video, model, device, frames=frames, fps=fps, start=start, end=end)
+        conversation = begin_conversation(steps, video, model, device, add_timestamps, sampling)
         steps.begin("Answering")
         answer = conversation.ask(
             question,
@@ -95,6 +98,7 @@ def chat(
     fps: Fps = None,
     start: Start = None,
     end: End = None,
+    add_timestamps: Timestamps = None,
     max_new_tokens: NewTokens = 256,
     device: Device = None,
 ) -> None:
@@ -102,8 +106,9 @@ def chat(
 
     Example: crosslmm chat lecture.mp4 --fps 1 --start 60 --end 600
     """
+    sampling = sampling_options(frames=frames, fps=fps, start=start, end=end)
     with Steps() as steps:
-        conversation = begin_conversation(steps, video, model, device, frames=frames, fps=fps, start=start, end=end)
+        conversation = begin_conversation(steps, video, model, device, add_timestamps, sampling)
     is_person = sys.stdin.isatty()
     if is_person:
         with contextlib.suppress(ImportError):  # not on Windows
@@ -149,6 +154,7 @@ def watch(
     silence: Annotated[
         float, typer.Option(min=0.5, help="Seconds without a picture after which the source counts as ended.")
     ] = 10.0,
+    add_timestamps: Timestamps = None,
     max_new_tokens: NewTokens = 256,
     device: Device = None,
 ) -> None:
@@ -167,7 +173,7 @@ def watch(
         from transformers_crosslmm.checkpoints.load import load_model, load_processor
 
         checkpoint = chosen_checkpoint(model)
-        processor = load_processor(checkpoint)
+        processor = load_processor(checkpoint, add_timestamps=add_timestamps)
         steps.begin("Opening the source")
         options = {"fps": fps, "allow_network": allow_network, "silence_seconds": silence}
         opened = LiveSource(source, processor, **options)  # type: ignore[arg-type]
@@ -229,6 +235,7 @@ def demo(
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port to listen at.", show_default="a free one from 7860 on")
     ] = None,
+    add_timestamps: Timestamps = None,
     device: Device = None,
 ) -> None:
     """Open a web page for questions about uploaded videos, with the attention weights of their frames.
@@ -241,22 +248,23 @@ def demo(
         from transformers_crosslmm.asking.web_page import build_page, serve_page
 
         steps.begin("Loading the model")
-        page = build_page(chosen_checkpoint(model), device=device)
+        page = build_page(chosen_checkpoint(model), device=device, add_timestamps=add_timestamps)
     serve_page(page, host=host, port=port)
 
 
-def begin_conversation(steps: Steps, video: str, model: str | None, device: str | None, **sampling: Any) -> Any:
+def begin_conversation(
+    steps: Steps, video: str, model: str | None, device: str | None, add_timestamps: bool | None, sampling: Any
+) -> Any:
     """A `VideoConversation` about the video. The video is opened before the model is loaded."""
-    wanted = sampling_options(**sampling)
     check_video(video)
     import_package(steps)
     from transformers_crosslmm.asking.conversation import VideoConversation, read_video
     from transformers_crosslmm.checkpoints.load import load_model, load_processor
 
     checkpoint = chosen_checkpoint(model)
-    processor = load_processor(checkpoint)
+    processor = load_processor(checkpoint, add_timestamps=add_timestamps)
     steps.begin(f"Reading {video}")
-    seen = read_video(processor, video, **wanted)
+    seen = read_video(processor, video, **sampling)
     steps.begin("Loading the model")
     loaded = load_model(checkpoint, device=device)
     steps.begin("Encoding frames")

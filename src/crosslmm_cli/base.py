@@ -63,6 +63,14 @@ Fps = Annotated[
 ]
 Start = Annotated[float | None, typer.Option(min=0, help="Begin at this second of the video.")]
 End = Annotated[float | None, typer.Option(min=0, help="End at this second of the video.")]
+Timestamps = Annotated[
+    bool | None,
+    typer.Option(
+        "--add-timestamps/--no-add-timestamps",
+        help="Write each frame's time before it, for models that were trained so.",
+        show_default="the checkpoint's setting",
+    ),
+]
 NewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_default="a GPU if there is one")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

@@ -14,6 +14,7 @@ from .base import (
     Model,
     NewTokens,
     Steps,
+    Timestamps,
     app,
     chosen_checkpoint,
     import_package,
@@ -35,6 +36,7 @@ def evaluate(
     model: Model = None,
     frames: Frames = None,
     fps: Fps = None,
+    add_timestamps: Timestamps = None,
     max_new_tokens: NewTokens = 64,
     device: Device = None,
     show_wrong: Annotated[bool, typer.Option("--show-wrong", help="Print the questions with wrong answers.")] = False,
@@ -56,7 +58,8 @@ def evaluate(
         asked = read_own_questions(questions)
         steps.begin("Loading the model")
         checkpoint = chosen_checkpoint(model)
-        processor, network = load_processor(checkpoint), load_model(checkpoint, device=device)
+        processor = load_processor(checkpoint, add_timestamps=add_timestamps)
+        network = load_model(checkpoint, device=device)
         steps.begin("Answering")
         wrong = []
         folder: Any = root or questions.parent

@@ -18,6 +18,7 @@ from .base import (
     NewTokens,
     Start,
     Steps,
+    Timestamps,
     app,
     chosen_checkpoint,
     import_package,
@@ -42,6 +43,7 @@ def batch(
     fps: Fps = None,
     start: Start = None,
     end: End = None,
+    add_timestamps: Timestamps = None,
     max_new_tokens: NewTokens = 256,
     engine: Annotated[
         str, typer.Option(help="ray (cluster of RAY_ADDRESS, or this machine), vllm (Ray with vLLM) or local.")
@@ -78,6 +80,7 @@ def batch(
                 workers=workers,
                 cpus_per_worker=cpus_per_worker,
                 device=device,
+                add_timestamps=add_timestamps,
                 max_new_tokens=max_new_tokens,
                 retry_errors=retry_errors,
                 on_progress=steps.count,
@@ -121,6 +124,7 @@ def serve(
     max_frames: Annotated[
         int | None, typer.Option(min=1, help="Most frames of a request.", show_default="the checkpoint's limit")
     ] = None,
+    add_timestamps: Timestamps = None,
     max_new_tokens: NewTokens = 1024,
     max_body_mib: Annotated[float, typer.Option(min=0.01, help="Largest request in MiB, videos included.")] = 64,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 300,
@@ -147,6 +151,7 @@ def serve(
             max_running=max_running,
             max_waiting=max_waiting,
             max_frames=max_frames,
+            add_timestamps=add_timestamps,
             max_new_tokens=max_new_tokens,
             max_body_bytes=int(max_body_mib * 2**20),
             request_seconds=timeout,

@@ -83,14 +83,16 @@ def answer_piecewise(
     yield answer.result().text, answer.result()
 
 
-def build_page(model: str | os.PathLike = TINY_CHECKPOINT, *, device: str | None = None) -> Any:
+def build_page(
+    model: str | os.PathLike = TINY_CHECKPOINT, *, device: str | None = None, add_timestamps: bool | None = None
+) -> Any:
     """Loads the model and builds the page as `gradio.Blocks`; `serve_page` starts its server.
 
-    model: folder or name of a checkpoint. device: as for `load_model`.
+    model: folder or name of a checkpoint. device: as for `load_model`. add_timestamps: as for `load_processor`.
     Raises ImportError without Gradio.
     """
     gradio = _import_gradio()
-    processor = load_processor(model)
+    processor = load_processor(model, add_timestamps=add_timestamps)
     network = load_model(model, device=device)
     # All work of the model, from all visitors, one piece after the other, so that memory is not exceeded.
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")

@@ -47,10 +47,16 @@ def load_model(name: str | os.PathLike, *, device: str | None = None) -> CrossLM
     return model.to(device).eval()
 
 
-def load_processor(name: str | os.PathLike) -> CrossLMMProcessor:
-    """Loads a processor from a folder or a repository. Raises ValueError for another model's, OSError for none."""
+def load_processor(name: str | os.PathLike, *, add_timestamps: bool | None = None) -> CrossLMMProcessor:
+    """Loads a processor from a folder or a repository. Raises ValueError for another model's, OSError for none.
+
+    add_timestamps: write each frame's time before it; None: as the checkpoint's processor does.
+    """
     load_config(name)
-    return CrossLMMProcessor.from_pretrained(name)
+    processor = CrossLMMProcessor.from_pretrained(name)
+    if add_timestamps is not None:
+        processor.add_timestamps = add_timestamps
+    return processor
 
 
 __all__ = ["caution", "load_model", "load_processor"]

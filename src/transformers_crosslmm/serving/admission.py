@@ -36,7 +36,7 @@ STOP_SECONDS = 8.0
 class ServerSettings:
     """Settings of a server: the checkpoint and the limits.
 
-    checkpoint: a folder or a name on the Hub. device: as for `load_model`.
+    checkpoint: a folder or a name on the Hub. device: as for `load_model`. add_timestamps: as for `load_processor`.
     allowed_folders: folders whose videos requests may name by path; none by default.
     allow_private_urls: fetch from this machine and private networks as well.
     max_running: requests whose videos may be in memory at once; their videos are decoded in parallel, their answers
@@ -51,6 +51,7 @@ class ServerSettings:
 
     checkpoint: str
     device: str | None = None
+    add_timestamps: bool | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     allowed_folders: tuple[Path, ...] = ()

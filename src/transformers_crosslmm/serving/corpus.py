@@ -186,7 +186,7 @@ class VideoAnswerer:
 
     model: folder or name of a checkpoint. root: the folder that all videos must be in. attempts: a folder that counts
     how often each video was started, so that one which kills its workers is given up. num_threads: of torch, on a CPU.
-    sampling: as for `read_video`.
+    add_timestamps: as for `load_processor`. sampling: as for `read_video`.
     """
 
     def __init__(
@@ -198,13 +198,14 @@ class VideoAnswerer:
         device: str | None = None,
         max_new_tokens: int = 256,
         num_threads: int | None = None,
+        add_timestamps: bool | None = None,
         sampling: Mapping[str, Any] | None = None,
     ) -> None:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         self.root, self.attempts = Path(root), Path(attempts)
         self.max_new_tokens, self.sampling = max_new_tokens, dict(sampling or {})
-        self.processor = load_processor(model)
+        self.processor = load_processor(model, add_timestamps=add_timestamps)
         self._load(model, device)
 
     def _load(self, model: str, device: str | None) -> None:
@@ -401,6 +402,7 @@ def answer_corpus(
     cpus_per_worker: int = 1,
     device: str | None = None,
     max_new_tokens: int = 256,
+    add_timestamps: bool | None = None,
     retry_errors: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
     **sampling: Any,
@@ -415,8 +417,9 @@ def answer_corpus(
     device: for the local engine; Ray assigns each worker a GPU or the CPU.
     retry_errors: ask questions again that have an error instead of an answer.
     on_progress: called with the number of answered questions and of all questions.
-    sampling: as for `read_video`. These, `max_new_tokens`, the root, the checkpoint's weights and the package must be
-        those that `out` was begun with.
+    max_new_tokens: of one answer. add_timestamps: as for `load_processor`; not with vLLM.
+    sampling: as for `read_video`. These, the two options above, the root, the checkpoint's weights and the package
+        must be those that `out` was begun with.
 
     Decoding is isolated. A video that fails (missing, hostile, too long) gives rows with its error. Raises, before the
     model is loaded, ValueError for an invalid questions file, invalid options or an `out` of other settings, and
@@ -428,6 +431,10 @@ def answer_corpus(
         raise ValueError(f"`workers` needs Ray; the local engine is one process. Leave out workers={workers}.")
     if engine != "local" and device is not None:
         raise ValueError(f"`device` is for the local engine; Ray assigns GPUs. Leave out device={device!r}.")
+    if engine == "vllm" and add_timestamps:
+        raise ValueError(
+            "The vLLM engine writes no times into prompts. Use another engine, or leave out add_timestamps."
+        )
     counts = {"workers": workers, "cpus_per_worker": cpus_per_worker, "max_new_tokens": max_new_tokens}
     for option, number in counts.items():
         if number is not None and number < 1:
@@ -440,6 +447,7 @@ def answer_corpus(
         "root": corpus.root,
         "checkpoint": checkpoint_digest(find_folder(name)),
         "max_new_tokens": max_new_tokens,
+        "add_timestamps": add_timestamps,
         "sampling": sampling,
         "package": __version__,
     }
@@ -453,6 +461,7 @@ def answer_corpus(
             "attempts": str(files.attempts.absolute()),
             "device": device,
             "max_new_tokens": max_new_tokens,
+            "add_timestamps": add_timestamps,
             "sampling": sampling,
         }
         answers = (

@@ -74,7 +74,7 @@ class ChatService:
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
         self.metrics, self.places = Metrics(), Places(settings)
-        self.processor = load_processor(settings.checkpoint)
+        self.processor = load_processor(settings.checkpoint, add_timestamps=settings.add_timestamps)
         self.cache = BoundedCache(max_bytes=settings.cache_bytes, max_entries=settings.cache_entries)
         self.reader = VideoReader(settings, self.processor, self.cache)
         network = load_model(settings.checkpoint, device=settings.device)

@@ -200,6 +200,9 @@ class CrossLMMTrainingArguments(TrainingArguments):
     num_frames: int | None = field(default=None, metadata={"help": "Frames of each video, at equal intervals."})
     fps: float | None = field(default=None, metadata={"help": "Frames per second, instead of --num_frames."})
     max_frames: int | None = field(default=None, metadata={"help": "With --fps: the most frames of a video."})
+    add_timestamps: bool | None = field(
+        default=None, metadata={"help": "Write each frame's time before it; default: the processor's setting."}
+    )
     trained_parts: list[str] = field(
         default_factory=lambda: list(PARTS), metadata={"help": f"Parts to train, of {', '.join(PARTS)}."}
     )
@@ -520,7 +523,7 @@ def train(arguments: CrossLMMTrainingArguments) -> CrossLMMTrainer:
 
 
 def choose_frames(processor: CrossLMMProcessor, arguments: CrossLMMTrainingArguments) -> None:
-    """Writes the arguments' frame sampling into the processor, so that inference samples like training."""
+    """Writes the arguments' frame sampling and timestamps into the processor, so that inference is like training."""
     given = {name: getattr(arguments, name) for name in ("num_frames", "fps", "max_frames")}
     if given["num_frames"] is not None and given["fps"] is not None:
         raise ValueError("`num_frames` and `fps` exclude each other; give one.")
@@ -529,6 +532,8 @@ def choose_frames(processor: CrossLMMProcessor, arguments: CrossLMMTrainingArgum
         processor.video_processor.fps = given["fps"]
     if given["max_frames"] is not None:
         processor.video_processor.max_frames = given["max_frames"]
+    if arguments.add_timestamps is not None:
+        processor.add_timestamps = arguments.add_timestamps
 
 
 def load_dataset(arguments: CrossLMMTrainingArguments, processor: CrossLMMProcessor) -> Any:
