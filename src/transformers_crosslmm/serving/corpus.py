@@ -432,9 +432,7 @@ def answer_corpus(
     if engine != "local" and device is not None:
         raise ValueError(f"`device` is for the local engine; Ray assigns GPUs. Leave out device={device!r}.")
     if engine == "vllm" and add_timestamps:
-        raise ValueError(
-            "The vLLM engine writes no times into prompts. Use another engine, or leave out add_timestamps."
-        )
+        raise ValueError("vLLM prompts have no timestamps. Use another engine, or leave out `add_timestamps`.")
     counts = {"workers": workers, "cpus_per_worker": cpus_per_worker, "max_new_tokens": max_new_tokens}
     for option, number in counts.items():
         if number is not None and number < 1:
