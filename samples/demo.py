@@ -1,4 +1,4 @@
-"""Answers five questions about the sample video with the package's tiny checkpoint.
+"""Answers six questions about the sample video with the package's tiny checkpoint.
 
 Run it with `make demo`, or `python samples/demo.py [CHECKPOINT]`.
 """
@@ -24,7 +24,10 @@ for question in sample["questions"]:
     output = answer(
         videos=str(video),
         text=question["question"],
-        processor_kwargs={"num_frames": sample["num_frames"]},
+        processor_kwargs={
+            "num_frames": sample["num_frames"],
+            "add_timestamps": question.get("add_timestamps", False),  # the time before each frame, to ask when
+        },
         max_new_tokens=8,
         return_full_text=False,
     )

@@ -8,7 +8,15 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_crosslmm import TINY_CHECKPOINT, CrossLMMForConditionalGeneration, CrossLMMProcessor
-from transformers_crosslmm.measuring.quality import closed_gates, evaluate, interval, move_timestamps, read_questions
+from transformers_crosslmm.measuring.quality import (
+    VideoQuestion,
+    closed_gates,
+    evaluate,
+    interval,
+    is_within_a_frame,
+    move_timestamps,
+    read_questions,
+)
 from transformers_crosslmm.tiny.procedural_videos import write_timed_videos, write_videos
 from transformers_crosslmm.tiny.train import build_tokenizer, tiny_config
 
@@ -118,6 +126,15 @@ def test_moved_timestamps_are_those_of_the_frames_half_the_video_further_on(tmp_
     assert moved["pixel_values_videos"] is inputs["pixel_values_videos"]
 
 
+@pytest.mark.parametrize(
+    ("answer", "is_near"),
+    [("7.1", True), ("2.5", True), ("30.0", True), ("1.0", False), ("31.5", False), ("7.0", False), ("seven", False)],
+)
+def test_a_time_is_near_when_it_is_that_of_the_next_frame_however_far_that_is(answer, is_near):
+    question = VideoQuestion(Path("clip.mp4"), "when", "When?", "7.1 seconds", [1.0, 2.5, 7.125, 30.0, 31.5])
+    assert is_within_a_frame(f"{answer} seconds", question) == is_near
+
+
 def test_frames_are_those_at_the_times_of_the_record_and_moved_timestamps_are_scored(tmp_path, monkeypatch):
     write_timed_videos(tmp_path, num_videos=2, seed=3, split="heldout", size=64, fps=8)
     model, processor = untrained(add_timestamps=True)
@@ -136,9 +153,9 @@ def test_frames_are_those_at_the_times_of_the_record_and_moved_timestamps_are_sc
     assert seen[0] == seen[1] != seen[2]
 
 
-def test_the_shipped_checkpoint_answers_the_five_questions_about_the_sample_video():
+def test_the_shipped_checkpoint_answers_the_questions_about_the_sample_video():
     sample = json.loads((SAMPLES / "questions.json").read_text())
-    assert len(sample["questions"]) == 5
+    assert len(sample["questions"]) == 6
     model = AutoModelForImageTextToText.from_pretrained(TINY_CHECKPOINT, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(TINY_CHECKPOINT)
     for question in sample["questions"]:
@@ -155,7 +172,11 @@ def test_the_shipped_checkpoint_answers_the_five_questions_about_the_sample_vide
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
-            processor_kwargs={"num_frames": sample["num_frames"], "return_tensors": "pt"},
+            processor_kwargs={
+                "num_frames": sample["num_frames"],
+                "add_timestamps": question.get("add_timestamps"),
+                "return_tensors": "pt",
+            },
         )
         output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         answer = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]

@@ -19,14 +19,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from .. import TINY_CHECKPOINT
 from .._version import __version__
+from ..checkpoints.load import load_model, load_processor
 from ..modeling_crosslmm import CrossLMMForConditionalGeneration
 from ..processing_crosslmm import CrossLMMProcessor
 from ..tiny.procedural_videos import CHANCE
@@ -128,6 +128,12 @@ def interval(right: int, asked: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def is_within_a_frame(answer: str, question: VideoQuestion) -> bool:
+    """Whether "3.4 seconds" is the time of the right frame, or of the one before or after it."""
+    times = [f"{seconds:.1f} seconds" for seconds in cast(list[float], question.times)]
+    return answer in times and abs(times.index(answer) - times.index(question.answer)) <= 1
+
+
 def score(marks: Sequence[bool]) -> dict[str, Any]:
     low, high = interval(sum(marks), len(marks))
     return {
@@ -146,11 +152,14 @@ def evaluate(
     num_frames: int = 8,
 ) -> dict[str, Any]:
     """Scores a model by kind of question, as it is ("as_trained"), if it has gates, with gates of 0 ("gates_0"), and
-    if the processor writes the times of frames, with these moved by half of the frames ("timestamps_moved").
+    if the processor writes the times of frames, with these moved by half of the frames ("timestamps_moved"). Without
+    them nobody asks for times.
 
     "chance" is the accuracy of a uniform guess among a kind's answers, "always_the_same" that of the most frequent
     answer. Questions about one video must be consecutive; they are a batch.
     """
+    if not processor.add_timestamps:
+        questions = [question for question in questions if question.kind not in SUMMARIES["times"]]
     has_gates = any(name.endswith("2v.gate.weight") for name, _ in model.named_parameters())
     marks: dict[str, dict[str, list[bool]]] = {}
     truths: dict[str, Counter[str]] = {}
@@ -166,7 +175,10 @@ def evaluate(
             answers["timestamps_moved"] = answer_questions(model, moved, processor)
         for state, given in answers.items():
             for question, text in zip(asked, given, strict=True):
-                marks.setdefault(state, {}).setdefault(question.kind, []).append(text == question.answer)
+                kinds = marks.setdefault(state, {})
+                kinds.setdefault(question.kind, []).append(text == question.answer)
+                if question.kind == "when" and question.times:
+                    kinds.setdefault("when_within_a_frame", []).append(is_within_a_frame(text, question))
     scores: dict[str, Any] = {}
     for state, by_kind in marks.items():
         scores[state] = {
@@ -175,6 +187,8 @@ def evaluate(
             for kind in CHANCE
             if kind in by_kind
         }
+        if "when_within_a_frame" in by_kind:
+            scores[state]["when_within_a_frame"] = score(by_kind["when_within_a_frame"])
         for name, kinds in SUMMARIES.items():
             if not by_kind.keys().isdisjoint(kinds):
                 scores[state][name] = score([mark for kind in kinds for mark in by_kind.get(kind, [])])
@@ -186,14 +200,16 @@ def main() -> None:
     parser.add_argument("--checkpoint", default=str(TINY_CHECKPOINT))
     parser.add_argument("--videos", type=Path, required=True, help="folder written by procedural_videos")
     parser.add_argument("--num_frames", type=int, default=8)
+    parser.add_argument("--add_timestamps", action="store_true", help="write each frame's time before it")
     parser.add_argument("--output_file", type=Path)
     arguments = parser.parse_args()
-    model = AutoModelForImageTextToText.from_pretrained(arguments.checkpoint, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(arguments.checkpoint)
+    model = load_model(arguments.checkpoint, device="cpu")
+    processor = load_processor(arguments.checkpoint, add_timestamps=arguments.add_timestamps or None)
     scores = evaluate(model, processor, read_questions(arguments.videos), num_frames=arguments.num_frames)
     report = {
         "checkpoint": Path(arguments.checkpoint).name,
         "num_frames": arguments.num_frames,
+        "add_timestamps": processor.add_timestamps,
         "scores": scores,
         "machine": platform.processor() or platform.machine(),
         "versions": {
