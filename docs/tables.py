@@ -204,6 +204,24 @@ def tiny_checkpoint() -> str:
     )
 
 
+def tiny_checkpoint_times() -> str:
+    results = kept("tiny_checkpoint_times.json")
+    words = {
+        "frame_time": "at which second is frame k shown",
+        "when": "at which second does it appear",
+        "when_within_a_frame": "the same, or the time of the next frame or the one before",
+    }
+    rows = []
+    for kind, question in words.items():
+        right, shut, moved = (results["scores"][name][kind] for name in ("as_trained", "gates_0", "timestamps_moved"))
+        low, high = right["interval_95"]
+        interval = f"{share(low)} – {share(high)}"
+        others = share(shut["accuracy"]), share(moved["accuracy"])
+        rows.append([question, str(right["asked"]), share(right["accuracy"]), interval, *others])
+    head = ["question", "asked", "right", "95 % interval", "gates shut", "timestamps moved"]
+    return f"{markdown(head, rows)}\n`{results['command']}`, commit {results['commit']}, {results['machine']}.\n"
+
+
 def where_it_looked() -> str:
     results = kept("where_it_looked.json")
     rows = []
@@ -818,6 +836,7 @@ TABLES: dict[str, Callable[[], str]] = {
         paper_measured,
         paper_scores,
         tiny_checkpoint,
+        tiny_checkpoint_times,
         where_it_looked,
         laptop,
         video_decoding,
