@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python benchmarks/second_video.py        # -> benchmarks/second_video.json
 
-A 7B's widths in bfloat16, 3,600 frames, then 60. 36 instead of 729 patches a frame, and two layers with keys and
+A 7B's widths in bfloat16, 3,600 frames, then 60. 36 instead of 729 patches a frame, and four layers with keys and
 values ("kv"): seconds and bytes grow with the patches in proportion. Seconds are CPU seconds of one thread. The extra
 peak is the most memory of the process while the second video joins, without what is kept afterwards.
 """
@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from transformers_crosslmm.cache_crosslmm import Medium, VisualMemory, attach_visual_memory
 
 RESULTS = Path(__file__).with_suffix(".json")
-FRAMES, MORE, PATCHES, WIDTH, GROUPS, HEAD, LAYERS = 3600, 60, 36, 1152, 4, 128, 2
+FRAMES, MORE, PATCHES, WIDTH, GROUPS, HEAD, LAYERS = 3600, 60, 36, 1152, 4, 128, 4
 
 
 def memory_of(form: str, num_frames: int) -> VisualMemory:
@@ -70,7 +70,7 @@ def features() -> dict[str, float]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    # "kv" last: the peak of a process never falls, and keys and values of two layers take more than the features.
+    # "kv" last: the peak of a process never falls, and these keys and values take more than the features.
     results = {"about": origin(__file__), "features": features(), "kv": keys_and_values()}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
