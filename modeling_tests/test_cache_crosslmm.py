@@ -1,6 +1,7 @@
 """What generation keeps: every kind of cache, cut, copied, reordered and continued, in both forms, and compiled."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import (
 from factories import random_model, tiny_config, traced
 from numerics import assert_close_to_scale
 from test_modeling_crosslmm import INTERLEAVED, NORM_AND_TIME, ONE_VIDEO, make_sample, model_inputs
+from transformers_crosslmm.cache_crosslmm import Medium, VisualMemory
 
 FORMS = ["kv", "features"]
 BATCH = [ONE_VIDEO, INTERLEAVED, (9,)]
@@ -444,6 +446,18 @@ def test_a_prefilled_video_is_forked_per_question(kind, form, monkeypatch):
             counted.clear()
     assert_unchanged(cache, before)
     assert visual_storage(cache) == storage
+
+
+def test_a_second_video_keeps_no_copy_of_the_first_for_another_device():
+    def memory_of(frame: Tensor) -> VisualMemory:
+        return VisualMemory("features", 5, 1, rows=[[Medium([0], (0, 5))]], states=frame, num_patches=5)
+
+    memory = memory_of(torch.ones(5, 3))
+    first = weakref.ref(memory.states)
+    memory.states_on(torch.device("meta"))
+    memory.append(memory_of(torch.zeros(5, 3)))
+    assert first() is None
+    assert memory.states_on(torch.device("meta")).shape == (10, 3)
 
 
 @each_form

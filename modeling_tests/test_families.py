@@ -41,6 +41,8 @@ from test_modeling_crosslmm import (
 )
 from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration
 from transformers_crosslmm.checkpoints.export import export_with_code
+from transformers_crosslmm.checkpoints.inspect import count_costs
+from transformers_crosslmm.checkpoints.publish import is_untrained
 from transformers_crosslmm.dialect_crosslmm import CACHE
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
@@ -288,11 +290,16 @@ def numbers_of(model: CrossLMMForConditionalGeneration) -> dict[str, Any]:
 
 
 @each_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_a_saved_model_comes_back_the_same(family, tied, tmp_path):
+@torch.no_grad()
+def test_a_saved_model_comes_back_the_same(family, tied, dtype, tmp_path):
     config = family_config(family)
     config.tie_word_embeddings = tied
     model = random_model(config)
+    for name, parameter in model.named_parameters():
+        if not name.endswith("2v.gate.weight"):
+            parameter.data = parameter.to(dtype)
     model.save_pretrained(tmp_path)
     again, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
@@ -300,7 +307,22 @@ def test_a_saved_model_comes_back_the_same(family, tied, tmp_path):
     assert numbers_of(again) == numbers_of(model)
     assert again.state_dict().keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
+        assert again.state_dict()[name].dtype == value.dtype, name
         assert torch.equal(again.state_dict()[name], value), name
+    inputs = in_dtype(batch_of(config), dtype)
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+@each_family
+def test_only_the_gates_of_the_branches_count_as_gates(family, tmp_path):
+    # The router of experts is called `gate`, too.
+    config = family_config(family, untrained=True, dtype="bfloat16")
+    model = random_model(config)
+    set_gates(model, 0.0)
+    model.save_pretrained(tmp_path)
+    assert is_untrained(tmp_path, config)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert count_costs(config).weight_bytes == sum(p.numel() * p.element_size() for p in loaded.parameters())
 
 
 @each_family

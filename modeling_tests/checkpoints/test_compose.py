@@ -184,9 +184,28 @@ def test_statistics_of_images_are_those_of_the_towers_own_file(tmp_path, text_fo
         )
         assert (part.size["height"], part.size["width"]) == (30, 30)
     assert "frames are resized to the encoder's 30 pixels; its own image processor gives 24" in conversion.notes
-    (tmp_path / "tower" / "preprocessor_config.json").write_text('{"do_normalize": false}')
-    with pytest.raises(ConversionError, match="must have do_normalize on"):
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"do_normalize": False}, "must have do_normalize on"),
+        ({"rescale_factor": 1 / 127.5}, "must have a rescale_factor of 1/255; got 0.0078"),
+    ],
+)
+def test_image_processors_that_frames_cannot_follow_are_refused(tmp_path, text_folder, own, message):
+    save_tower(tmp_path / "tower", "dinov2")
+    (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps(own))
+    with pytest.raises(ConversionError, match=message):
         compose(tmp_path / "tower", text_folder)
+
+
+def test_statistics_are_read_from_a_whole_processors_file(tmp_path, text_folder):
+    save_tower(tmp_path / "tower", "clip")
+    statistics = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 2}
+    saved = {"image_processor": statistics, "processor_class": "CLIPProcessor"}
+    (tmp_path / "tower" / "processor_config.json").write_text(json.dumps(saved))
+    assert compose(tmp_path / "tower", text_folder).image_options == statistics
 
 
 # Tokenizers

@@ -125,6 +125,7 @@ class VisualMemory:
     def append(self, new: "VisualMemory") -> None:
         """Moves the media of another memory of the same rows into this one and leaves the other one empty."""
         assert new.states is not None
+        self._copies.clear()  # they lack the new patches, and keep the old ones in memory
         if self.form == "features" and self.states is not None:
             if self.frame_index is not None or new.frame_index is not None:
                 num_frames = len(self.states) // self.patches_per_frame

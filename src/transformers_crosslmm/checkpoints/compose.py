@@ -1,5 +1,6 @@
 """Composes an untrained CrossLMM from a vision encoder and a language model."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import fields
@@ -40,7 +41,7 @@ IMAGE_STATISTICS: dict[str, dict[str, Any]] = {
     },
     "clip_vision_model": {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD, "resample": BICUBIC},
 }
-"""Normalisation and resampling by kind of encoder, for folders without a preprocessor_config.json."""
+"""Normalisation and resampling by kind of encoder, for folders without an image processor."""
 
 HALF_PRECISION = (
     "float16 overflows at 65,504: compare largest_activation, which longer texts and training can exceed; bfloat16 "
@@ -183,10 +184,18 @@ def network_fields(config: PreTrainedConfig) -> dict[str, Any]:
 def image_options_of(folder: Path, config: CrossLMMConfig) -> tuple[dict[str, Any], list[str]]:
     """Resampling and normalisation of the encoder's own image processor, and a note if its size is not the encoder's,
     which frames are resized to. Without an image processor, the values of the encoder's kind."""
-    file = folder / "preprocessor_config.json"
-    raw = read_json(file) if file.is_file() else {}
+    files = [folder / name for name in ("processor_config.json", "preprocessor_config.json")]
+    whole, alone = (read_json(file) if file.is_file() else {} for file in files)
+    raw = whole.get("image_processor") or alone  # Transformers 5 saves a processor's parts in one file
     if off := [name for name in ("do_resize", "do_rescale", "do_normalize") if raw.get(name) is False]:
-        raise ConversionError(f"{file} must have {', '.join(off)} on: frames are always resized and normalised.")
+        raise ConversionError(
+            f"The image processor in {folder} must have {', '.join(off)} on: frames are always resized and normalised."
+        )
+    if not math.isclose(factor := raw.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
+        raise ConversionError(
+            f"The image processor in {folder} must have a rescale_factor of 1/255; got {factor}. Set it to 1/255, and "
+            "adapt image_mean and image_std."
+        )
     statistics = IMAGE_STATISTICS[config.vision_config.model_type]
     options = {name: raw.get(name, default) for name, default in statistics.items()}
     size, own = config.vision_config.image_size, raw.get("crop_size") or raw.get("size") or {}

@@ -94,7 +94,7 @@ def count_costs(config: CrossLMMConfig, *, quantization: str | None = None) -> C
     num_gates = 0
     for name, parameter in model.named_parameters():
         parts[_part_of(name)] += parameter.numel()
-        num_gates += parameter.numel() * name.endswith("gate.weight")
+        num_gates += parameter.numel() * name.endswith("2v.gate.weight")
     size = dtype.itemsize
     saved_bytes = 0.0
     per_weight, per_row = QUANTIZATIONS[quantization] if quantization else (size, 0)

@@ -78,7 +78,7 @@ def is_untrained(folder: Path, config: CrossLMMConfig) -> bool:
     """
     if not config.untrained:
         return False
-    gates = [tensor.read() for name, tensor in stored_tensors(folder).items() if name.endswith(".gate.weight")]
+    gates = [tensor.read() for name, tensor in stored_tensors(folder).items() if name.endswith("2v.gate.weight")]
     initial = config.gate_init
     return all(torch.equal(gate, torch.full_like(gate, initial)) for gate in gates)
 
