@@ -175,10 +175,10 @@ def evaluate(
             answers["timestamps_moved"] = answer_questions(model, moved, processor)
         for state, given in answers.items():
             for question, text in zip(asked, given, strict=True):
-                kinds = marks.setdefault(state, {})
-                kinds.setdefault(question.kind, []).append(text == question.answer)
+                marked = marks.setdefault(state, {})
+                marked.setdefault(question.kind, []).append(text == question.answer)
                 if question.kind == "when" and question.times:
-                    kinds.setdefault("when_within_a_frame", []).append(is_within_a_frame(text, question))
+                    marked.setdefault("when_within_a_frame", []).append(is_within_a_frame(text, question))
     scores: dict[str, Any] = {}
     for state, by_kind in marks.items():
         scores[state] = {
