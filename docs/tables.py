@@ -252,21 +252,46 @@ def where_it_looked() -> str:
 
 def laptop() -> str:
     results = kept("laptop.json")
+    runs = results["runs"].values()
+    return (
+        f"{laptop_answers(results)}\n{sum(run['steps'] for run in runs)} steps of 8 chats in "
+        f"{sum(run['seconds'] for run in runs) / 60:.0f} minutes, one thread of an {results['machine']} CPU with AMX "
+        f"that had other work. Commit {results['commit']}, torch {results['versions']['torch']}.\n"
+    )
+
+
+def laptop_halves() -> str:
+    return laptop_answers(kept("laptop_halves.json"), one_of_two=True)
+
+
+def laptop_answers(results: dict[str, Any], *, one_of_two: bool = False) -> str:
+    """one_of_two: whether who sees everything and picks a thing blindly is right half of the time."""
     rows = []
     for kind, trained in results["as_trained"].items():
         low, high = trained["interval_95"]
-        shut = results["gates_0"][kind]["accuracy"]
         row = [KINDS[kind].replace("frame", "second"), str(trained["asked"])]
-        rows.append([*row, f"**{share(trained['accuracy'])}** ({share(low)} – {share(high)})"])
-        rows[-1] += [share(shut), share(trained["chance"])]
-    minutes = sum(run["seconds"] for run in results["runs"].values()) / 60
-    steps = sum(run["steps"] for run in results["runs"].values())
+        row += [f"**{share(trained['accuracy'])}** ({share(low)} – {share(high)})"]
+        row += [share(results["gates_0"][kind]["accuracy"]), share(trained["chance"])]
+        rows.append([*row, "50 %"] if one_of_two else row)
     head = ["question", "asked", "right", "gates shut", "chance"]
-    return (
-        f"{markdown(head, rows)}\n{steps} steps of 8 chats in {minutes:.0f} minutes, one thread of an "
-        f"{results['machine']} CPU with AMX that had other work. Commit {results['commit']}, torch "
-        f"{results['versions']['torch']}.\n"
-    )
+    return markdown([*head, "one of the two, blindly"] if one_of_two else head, rows)
+
+
+def laptop_branches() -> str:
+    results = kept("laptop_branches.json")
+    seeds = sorted({run["seed"] for run in results["runs"]})
+    rows = []
+    for arm in dict.fromkeys(run["arm"] for run in results["runs"]):
+        runs = [run["losses"] for run in results["runs"] if run["arm"] == arm]
+        row = [arm]
+        for first, last in ((1, 30), (31, 60), (61, 90), (91, 120)):
+            losses = [[loss for step, loss in run if first <= step <= last] for run in runs]
+            means = [sum(values) / len(values) for values in losses]
+            row.append(" / ".join(f"{mean:.2f}" for mean in means))
+        rows.append(row)
+    head = ["what learns beside the projector", *(f"steps {span}" for span in ("1-30", "31-60", "61-90", "91-120"))]
+    seeds_said = f"Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    return f"{markdown(head, rows)}\n{seeds_said}, `{results['command']}`, commit {results['commit']}.\n"
 
 
 def video_decoding() -> str:
@@ -839,6 +864,8 @@ TABLES: dict[str, Callable[[], str]] = {
         tiny_checkpoint_times,
         where_it_looked,
         laptop,
+        laptop_halves,
+        laptop_branches,
         video_decoding,
         video_decoding_threads,
         video_fuzz,

@@ -1,15 +1,17 @@
-"""Clips of 1, 2 to 4, and 8 seconds with chats about them, for a model that answers in sentences.
+"""Clips of 1, 2, 4 and 8 seconds with chats about them, for a model that answers in sentences.
 
     python examples/laptop/clips.py --talk runs/laptop/talk.json --output_dir runs/laptop/clips
 
 writes H.264 files and, for `crosslmm train`, a file of chats for each level:
 
-    train-1.jsonl   one thing: its colour, shape and place, in few words
-    train-4.jsonl   up to 4 seconds: what is in each of them, in order
-    train-8.jsonl   8 seconds with two or four things, each of which stays: what is in some seconds, and free wordings
+    train-1.jsonl   one second, one thing: its colour, shape and place, in few words
+    train-2.jsonl   two seconds: what is to be seen in each of them, in any order
+    train-4.jsonl   four seconds: that, and questions in free wordings, answered in sentences
+    train-8.jsonl   eight seconds with two to eight things: the same
 
 and for `measure.py` a question each, about pairs of colour and shape that no training clip shows: `test-1.jsonl`,
-`test-halves.jsonl` (8 seconds, two things, four seconds each) and `test-8.jsonl` (another thing each second).
+`test-halves.jsonl` (8 seconds, two things that differ in everything, four seconds each) and `test-8.jsonl` (a stay
+lasts one to four seconds).
 
 Many facts to a chat: a step costs what its words cost, and most of them are the chat's frame.
 """
@@ -17,16 +19,17 @@ Many facts to a chat: a step costs what its words cost, and most of them are the
 import argparse
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from transformers_crosslmm.tiny.procedural_videos import (
+    HELD_OUT_THINGS,
     KINDS,
     ProceduralVideo,
     Question,
+    Split,
     Thing,
     ask,
     random_generator,
@@ -34,12 +37,14 @@ from transformers_crosslmm.tiny.procedural_videos import (
     write_mp4,
 )
 
-LEVELS = (1, 4, 8)
+LEVELS = (1, 2, 4, 8)
 TURNS = 4
 TALK_SHARE = 0.1
-NAMING_SHARE = 1 / 6
+NAMING_SHARE = 1 / 8
 """Share of the chats of later levels that are about clips of one second, lest it be forgotten."""
-SIZE, FPS = 120, 4
+DESCRIBED = {1: 0.5, 2: 1.0, 4: 0.75, 8: 0.6}
+"""Share of a level's chats that list what is to be seen in some seconds; others are naming, later sentences."""
+SIZE, FPS = 120, 2
 
 # Asked of clips of one second, with one thing in them. Short answers: where a fact is one word in ten, sentences are
 # learned first, and for a long time nothing else.
@@ -51,19 +56,22 @@ NAMING: dict[str, tuple[tuple[str, str], ...]] = {
 # A question and its answer, which goes with it: so there is one right answer to learn.
 WORDINGS: dict[str, tuple[tuple[str, str], ...]] = {
     "colour": (
-        ("What colour is the {name} in second {k}?", "The {name} in second {k} is {colour}."),
-        ("In second {k} there is a {name}. Which colour does it have?", "In second {k} the {name} is {colour}."),
-        ("Tell me the colour of the {name} that is on screen in second {k}.", "The {name} in second {k} is {colour}."),
+        ("What colour is the {name} in second {k}?", "Second {k} {thing}, so it is {colour}."),
+        (
+            "In second {k} there is a {name}. Which colour does it have?",
+            "Second {k} {thing}, so its colour is {colour}.",
+        ),
+        ("Tell me the colour of the {name} in second {k}.", "Second {k} {thing}, so the {name} is {colour}."),
     ),
     "shape": (
-        ("What is the {colour} thing in second {k}?", "The {colour} thing in second {k} is a {name}."),
-        ("Which shape or digit is {colour} in second {k}?", "In second {k} the {colour} thing is a {name}."),
-        ("Look at second {k} and name the {colour} thing.", "The {colour} thing in second {k} is a {name}."),
+        ("What is the {colour} thing in second {k}?", "Second {k} {thing}, so it is a {name}."),
+        ("Which shape or digit is {colour} in second {k}?", "Second {k} {thing}, so the {colour} one is a {name}."),
+        ("Look at second {k} and name the {colour} thing.", "Second {k} {thing}, so I see a {name}."),
     ),
     "place": (
-        ("Where is the {thing} in second {k}?", "The {thing} in second {k} is at the {place}."),
-        ("In which corner do you see the {thing} in second {k}?", "In second {k} the {thing} is at the {place}."),
-        ("Tell me the place of the {thing} in second {k}.", "The {thing} in second {k} is at the {place}."),
+        ("Where is the {thing} in second {k}?", "Second {k} {thing}, {place}, so it is at the {place}."),
+        ("In which corner is the {thing} in second {k}?", "Second {k} {thing}, {place}, so it is in the {place}."),
+        ("Tell me the place of the {thing} in second {k}.", "Second {k} {thing}, {place}, so you find it {place}."),
     ),
     "which_frame": (
         ("When is the {thing} on screen?", "The {thing} is on screen in second {k}."),
@@ -91,6 +99,10 @@ WORDINGS: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 
+def listed(words: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
 def in_words(rng: np.random.Generator, video: ProceduralVideo, question: Question) -> tuple[str, str]:
     """The question in one of our wordings, and its answer as a sentence."""
     thing = question.things[0]
@@ -104,12 +116,11 @@ def in_words(rng: np.random.Generator, video: ProceduralVideo, question: Questio
         fields |= {"yes": question.answer.capitalize(), "not_": "" if question.answer == "yes" else "not "}
     elif question.kind == "order":
         one, other = question.things
-        first_seconds = [f"the {thing} in second {video.scenes_of(thing)[0]}" for thing in question.things]
-        times = " and ".join(first_seconds)
+        first = [f"the {thing} is there in second {video.seconds_of(thing)[0]}" for thing in question.things]
+        times = " and ".join(first)
         fields |= {"one": one, "other": other, "earlier": question.answer, "times": times[0].upper() + times[1:]}
     else:
-        seconds = video.scenes_of(thing)
-        fields |= {"all": ", ".join(map(str, seconds)), "n": question.answer}
+        fields |= {"all": listed([*map(str, video.seconds_of(thing))]), "n": question.answer}
     wordings = WORDINGS[question.kind]
     asked, answered = wordings[int(rng.integers(len(wordings)))]
     return asked.format(**fields), answered.format(**fields)
@@ -142,29 +153,22 @@ def turns_about(rng: np.random.Generator, video: ProceduralVideo) -> list[tuple[
     return list(turns.values())
 
 
-def described(video: ProceduralVideo, seconds: Iterable[int]) -> str:
-    """What is in these seconds, in as few words as name it: three facts in ten tokens."""
-    scenes = {k: video.scenes[k - 1] for k in seconds}
-    words = {
-        k: f"{scene[0].thing}, {scene[0].place.replace('-', ' ')}" if scene else "nothing"
-        for k, scene in scenes.items()
-    }
-    return " ".join(f"Second {k}: {said}." for k, said in words.items())
+def describe(video: ProceduralVideo, second: int) -> str:
+    """What is to be seen in a second, in as few words as name it, three facts in eight tokens.
+
+    What follows the number directly is looked up from the number: T2V's query is made of the token that it is at.
+    """
+    (shown,) = video.scenes[second - 1]
+    return f"Second {second} {shown.thing}, {shown.place.replace('-', ' ')}."
 
 
-def each_second(rng: np.random.Generator, video: ProceduralVideo) -> list[tuple[str, str]]:
-    asked = ("What do you see in each second?", "Describe the video, second by second.", "What happens in the video?")
-    return [(str(rng.choice(asked)), described(video, range(1, video.num_seconds + 1)))]
-
-
-def some_seconds(rng: np.random.Generator, video: ProceduralVideo) -> list[tuple[str, str]]:
+def described(rng: np.random.Generator, video: ProceduralVideo) -> list[tuple[str, str]]:
     """A second of each thing, in any order: neither the text before nor the order tells what is in it."""
-    seconds = [str(rng.choice(video.seconds_of(thing))) for thing in video.things]
-    seconds = [seconds[index] for index in rng.permutation(len(seconds))]
-    listed = " and ".join(filter(None, (", ".join(seconds[:-1]), seconds[-1])))
-    named = f"second{'s' * (len(seconds) > 1)} {listed}"
+    things = [video.things[index] for index in rng.permutation(len(video.things))]
+    seconds = [int(rng.choice(video.seconds_of(thing))) for thing in things]
+    named = f"second{'s' * (len(seconds) > 1)} {listed([*map(str, seconds)])}"
     asked = (f"What do you see in {named}?", f"Describe {named}.")
-    return [(str(rng.choice(asked)), described(video, map(int, seconds)))]
+    return [(str(rng.choice(asked)), " ".join(describe(video, second) for second in seconds))]
 
 
 def slowed(video: ProceduralVideo, times: int) -> ProceduralVideo:
@@ -172,21 +176,42 @@ def slowed(video: ProceduralVideo, times: int) -> ProceduralVideo:
     return replace(video, scenes=tuple(scene for scene in video.scenes for _ in range(times)))
 
 
+def pair(rng: np.random.Generator, split: Split) -> ProceduralVideo:
+    """Two things that differ in colour, name and place: a blind choice of one of them is right half of the time."""
+    while True:
+        video = random_video(rng, num_seconds=2, split=split, filled=1.0)
+        (one,), (other,) = video.scenes
+        if one.thing.colour != other.thing.colour and one.thing.name != other.thing.name and one.place != other.place:
+            return video
+
+
+def at_a_time(rng: np.random.Generator, video: ProceduralVideo) -> list[dict[str, str]]:
+    """Colour, shape and place of an unseen thing, of which the question says the time and nothing else."""
+    second = int(
+        rng.choice([k for thing in video.things if thing in HELD_OUT_THINGS for k in video.seconds_of(thing)])
+    )
+    (shown,) = video.scenes[second - 1]
+    keys = {"colour": shown.thing.colour, "shape": shown.thing.name, "place": shown.place}
+    asked, answer = f"What do you see in second {second}?", describe(video, second)
+    return [{"question": asked, "answer": answer, "kind": kind, "key": key} for kind, key in keys.items()]
+
+
 def write_level(folder: Path, *, level: int, num_videos: int, talk: list[dict]) -> None:
     """Training clips and the file of chats about them."""
     lines = []
     for index in range(num_videos):
         rng = random_generator(seed=level, split="train", index=index)
-        if level == 1 or rng.random() < NAMING_SHARE:
-            video = random_video(rng, num_seconds=1)
+        num_seconds = level if rng.random() > NAMING_SHARE else 1
+        times = int(rng.choice((4, 2, 1))) if num_seconds == 8 else 1
+        scenes = num_seconds // times
+        video = pair(rng, "train") if scenes == 2 else random_video(rng, num_seconds=scenes, filled=1.0)
+        video = slowed(video, times)
+        if rng.random() < DESCRIBED[num_seconds]:
+            turns = described(rng, video)
+        elif num_seconds == 1:
             turns = [(turn["question"], turn["answer"]) for turn in naming(rng, video)]
-        elif level == 4:
-            video = random_video(rng, num_seconds=int(rng.choice((2, 2, 3, 4))))
-            turns = each_second(rng, video)
         else:
-            times = int(rng.choice((4, 4, 2)))
-            video = slowed(random_video(rng, num_seconds=8 // times, filled=1.0), times)
-            turns = some_seconds(rng, video) if rng.random() < 2 / 3 else turns_about(rng, video)
+            turns = turns_about(rng, video)
         if not turns or rng.random() < TALK_SHARE:
             chosen = talk[int(rng.integers(len(talk)))]
             turns = [(chosen["question"], chosen["answer"])]
@@ -202,16 +227,22 @@ def write_level(folder: Path, *, level: int, num_videos: int, talk: list[dict]) 
     write_lines(folder / f"train-{level}.jsonl", lines)
 
 
-def write_test(folder: Path, *, name: str, num_seconds: int, times: int, num_videos: int) -> None:
+def write_test(folder: Path, *, name: str, num_videos: int) -> None:
     """Clips of unseen pairs, with a record for each question."""
     lines = []
     for index in range(num_videos):
-        rng = random_generator(seed=num_seconds, split="heldout", index=index)
-        video = slowed(random_video(rng, num_seconds=num_seconds, split="heldout", filled=1.0), times)
+        rng = random_generator(seed=LEVELS[-1], split="heldout", index=index)
+        if name == "halves":
+            video = slowed(pair(rng, "heldout"), 4)
+        else:
+            video = random_video(rng, num_seconds=int(name), split="heldout", filled=1.0)
         file = f"heldout-{name}-{index:05d}.mp4"
         write_mp4(video, folder / file, size=SIZE, fps=FPS)
-        if video.num_seconds == 1:
+        if name == "1":
             lines += [{"video": file} | turn for turn in naming(rng, video)]
+            continue
+        if name == "halves":
+            lines += [{"video": file} | turn for turn in at_a_time(rng, video)]
             continue
         for kind in KINDS:
             if (question := ask(rng, video, kind=kind, split="heldout")) is not None:
@@ -230,14 +261,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Writes clips, and chats about them.")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--talk", type=Path, required=True, help="what talk.py wrote")
-    parser.add_argument("--num_videos", type=int, nargs=3, default=(960, 600, 3200), help="of each level")
+    parser.add_argument("--num_videos", type=int, nargs=4, default=(800, 2560, 640, 1040), help="of each level")
     parser.add_argument("--num_test_videos", type=int, default=100)
     arguments = parser.parse_args()
     folder = arguments.output_dir
     folder.mkdir(parents=True, exist_ok=True)
     talk = json.loads(arguments.talk.read_text())
-    for name, num_seconds, times in (("1", 1, 1), ("halves", 2, 4), ("8", 8, 1)):
-        write_test(folder, name=name, num_seconds=num_seconds, times=times, num_videos=arguments.num_test_videos)
+    for name in ("1", "halves", "8"):
+        write_test(folder, name=name, num_videos=arguments.num_test_videos)
     for level, num_videos in zip(LEVELS, arguments.num_videos, strict=True):
         write_level(folder, level=level, num_videos=num_videos, talk=talk)
 
