@@ -116,11 +116,11 @@ def in_words(rng: np.random.Generator, video: ProceduralVideo, question: Questio
         fields |= {"yes": question.answer.capitalize(), "not_": "" if question.answer == "yes" else "not "}
     elif question.kind == "order":
         one, other = question.things
-        first = [f"the {thing} is there in second {video.seconds_of(thing)[0]}" for thing in question.things]
+        first = [f"the {thing} is there in second {video.scenes_of(thing)[0]}" for thing in question.things]
         times = " and ".join(first)
         fields |= {"one": one, "other": other, "earlier": question.answer, "times": times[0].upper() + times[1:]}
     else:
-        fields |= {"all": listed([*map(str, video.seconds_of(thing))]), "n": question.answer}
+        fields |= {"all": listed([*map(str, video.scenes_of(thing))]), "n": question.answer}
     wordings = WORDINGS[question.kind]
     asked, answered = wordings[int(rng.integers(len(wordings)))]
     return asked.format(**fields), answered.format(**fields)
@@ -165,7 +165,7 @@ def describe(video: ProceduralVideo, second: int) -> str:
 def described(rng: np.random.Generator, video: ProceduralVideo) -> list[tuple[str, str]]:
     """A second of each thing, in any order: neither the text before nor the order tells what is in it."""
     things = [video.things[index] for index in rng.permutation(len(video.things))]
-    seconds = [int(rng.choice(video.seconds_of(thing))) for thing in things]
+    seconds = [int(rng.choice(video.scenes_of(thing))) for thing in things]
     named = f"second{'s' * (len(seconds) > 1)} {listed([*map(str, seconds)])}"
     asked = (f"What do you see in {named}?", f"Describe {named}.")
     return [(str(rng.choice(asked)), " ".join(describe(video, second) for second in seconds))]
@@ -173,7 +173,8 @@ def described(rng: np.random.Generator, video: ProceduralVideo) -> list[tuple[st
 
 def slowed(video: ProceduralVideo, times: int) -> ProceduralVideo:
     """Every second of it `times` times. Times far apart are told apart before neighbouring ones are."""
-    return replace(video, scenes=tuple(scene for scene in video.scenes for _ in range(times)))
+    scenes = tuple(scene for scene in video.scenes for _ in range(times))
+    return replace(video, scenes=scenes, ends=tuple(map(float, range(1, len(scenes) + 1))))
 
 
 def pair(rng: np.random.Generator, split: Split) -> ProceduralVideo:
@@ -187,9 +188,7 @@ def pair(rng: np.random.Generator, split: Split) -> ProceduralVideo:
 
 def at_a_time(rng: np.random.Generator, video: ProceduralVideo) -> list[dict[str, str]]:
     """Colour, shape and place of an unseen thing, of which the question says the time and nothing else."""
-    second = int(
-        rng.choice([k for thing in video.things if thing in HELD_OUT_THINGS for k in video.seconds_of(thing)])
-    )
+    second = int(rng.choice([k for thing in video.things if thing in HELD_OUT_THINGS for k in video.scenes_of(thing)]))
     (shown,) = video.scenes[second - 1]
     keys = {"colour": shown.thing.colour, "shape": shown.thing.name, "place": shown.place}
     asked, answer = f"What do you see in second {second}?", describe(video, second)
