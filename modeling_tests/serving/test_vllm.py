@@ -469,6 +469,30 @@ def test_unchanged_frames_are_left_out_as_elsewhere(llm, folder, tmp_path, monke
     assert ask(llm, [asked]) == answers(tmp_path, [asked])
 
 
+def test_a_name_that_a_client_gives_to_its_media_says_nothing_about_anothers(llm, encoded):
+    """vLLM would take the `uuid` for the content."""
+    shown = []
+    for seed in (84, 85):
+        data = io.BytesIO()
+        Image.fromarray(random_frames(1, seed=seed)[0]).save(data, "PNG")
+        url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+        part = {"type": "image_url", "image_url": {"url": url}, "uuid": "mine"}
+        chat(llm, [part, {"type": "text", "text": "What?"}])
+        shown.append(encoded[-1])
+    assert not torch.equal(*shown)
+    with pytest.raises(ValueError, match="must be sent"):
+        chat(llm, [{"type": "image_url", "image_url": None, "uuid": "mine"}, {"type": "text", "text": "What?"}])
+
+
+@pytest.mark.parametrize(("marks", "said"), [(0, "got 0 for 1"), (2, "got 2 for 1")])
+def test_marks_and_media_that_disagree_are_refused_and_cost_no_other_request(llm, folder, marks, said):
+    asked = Request(VIDEO * marks + "What?", [random_frames(3, seed=86 + marks)])
+    with pytest.raises(ValueError, match=said):
+        ask(llm, [asked])
+    asked.text = f"{VIDEO} What?"
+    assert ask(llm, [asked]) == answers(folder, [asked])
+
+
 # --- Ready for a GPU -------------------------------------------------------------------------------------------------
 
 

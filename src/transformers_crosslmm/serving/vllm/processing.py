@@ -1,21 +1,24 @@
 """Processes a request's text and media for vLLM: tokens with expanded placeholders, and pixels."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from transformers import BatchFeature
 from vllm.config.multimodal import MultiModalDummyOptions
-from vllm.inputs import MultiModalDataDict
+from vllm.inputs import MultiModalDataDict, MultiModalInput
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import MultiModalDataItems, MultiModalDataParser, VideoProcessorItems
 from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
     BaseProcessingInfo,
+    ProcessorInputs,
     PromptReplacement,
     PromptUpdate,
+    TimingContext,
 )
 
 from ...frames_crosslmm import SAMPLING_KWARGS
@@ -88,6 +91,20 @@ class CrossLMMDummyInputs(BaseDummyInputsBuilder[CrossLMMProcessingInfo]):
 
 
 class CrossLMMMultiModalProcessor(BaseMultiModalProcessor[CrossLMMProcessingInfo]):
+    def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
+        """Tokens and media of a request. Raises ValueError if they do not fit, before vLLM's caches know of the media.
+
+        A client's `uuid` is no key of the caches: with one of its choice it would see or replace another's media.
+        """
+        processor = self.info.get_hf_processor()
+        for modality, token in (("image", processor.image_token_id), ("video", processor.video_token_id)):
+            media = inputs.mm_data_items[modality].get_all() if modality in inputs.mm_data_items else []
+            if any(item is None for item in media):
+                raise ValueError(f"Every {modality} must be sent, also if it has a `uuid`.")
+            if (marks := inputs.prompt.count(token)) != len(media):
+                raise ValueError(f"A prompt needs one mark for each {modality}; got {marks} for {len(media)}.")
+        return super().apply(replace(inputs, mm_uuid_items=None), timing_ctx)
+
     def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         """Pixels of the media. Raises ValueError for options of a request that do not choose frames, or come too
         late."""
