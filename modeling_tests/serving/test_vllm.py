@@ -254,9 +254,12 @@ def test_pictures_have_the_pixels_that_they_have_elsewhere(llm, folder, encoded,
     picture.save(data, "TIFF" if mode == "CMYK" else "PNG", **({"transparency": 3} if mode == "P" else {}))
     url = f"data:;base64,{base64.b64encode(data.getvalue()).decode()}"
     chat(llm, [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}])
+    ask(llm, [Request(f"{IMAGE} What?", images=[Image.open(data)])])
     processor = CrossLMMProcessor.from_pretrained(folder)
     expected = processor(text=[IMAGE], images=[data.getvalue()], return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(encoded[-1], expected, rtol=0, atol=0)
+    assert len(encoded) == 2
+    for pixels in encoded:
+        torch.testing.assert_close(pixels, expected, rtol=0, atol=0)
 
 
 def test_a_conversation_of_several_turns_with_media_is_answered_as_generate_does(llm, folder, clips):

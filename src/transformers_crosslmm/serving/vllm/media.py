@@ -47,7 +47,7 @@ def serve_media_safely(model_config: ModelConfig) -> None:
     CrossLMMVideoLoader.processor, CrossLMMVideoLoader.limits = processor, limits
     CrossLMMConnector.limits = limits
     said.setdefault("num_frames", -1)
-    # vLLM would put transparent pictures on white and cut 16-bit ones to 8; the processor reads them as everywhere.
+    # Pictures as they are: the processor converts them.
     multimodal.media_io_kwargs.setdefault("image", {}).setdefault("image_mode", None)
     for name in [CONNECTOR, *VIDEO_LOADER_REGISTRY.name2class]:
         VIDEO_LOADER_REGISTRY.register(name)(CrossLMMVideoLoader)

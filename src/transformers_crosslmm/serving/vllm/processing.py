@@ -5,12 +5,17 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import BatchFeature
 from vllm.config.multimodal import MultiModalDummyOptions
 from vllm.inputs import MultiModalDataDict, MultiModalInput
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
-from vllm.multimodal.parse import MultiModalDataItems, MultiModalDataParser, VideoProcessorItems
+from vllm.multimodal.parse import (
+    ImageProcessorItems,
+    MultiModalDataItems,
+    MultiModalDataParser,
+    VideoProcessorItems,
+)
 from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
@@ -41,6 +46,15 @@ class VideosWithMetadata(VideoProcessorItems):
 
 
 class CrossLMMDataParser(MultiModalDataParser):
+    def _parse_image_data(self, data: Any) -> Any:
+        """Pictures as they are, upright. vLLM would put transparent ones on white and cut 16 bits to 8."""
+        given = [data] if isinstance(data, Image.Image) else data
+        if not isinstance(given, list) or not any(isinstance(item, Image.Image) for item in given):
+            return super()._parse_image_data(data)
+        return ImageProcessorItems(
+            [ImageOps.exif_transpose(item) if isinstance(item, Image.Image) else item for item in given]
+        )
+
     def _parse_video_data(self, data: Any) -> Any:
         items = super()._parse_video_data(data)
         return VideosWithMetadata(items.data, items.metadata) if isinstance(items, VideoProcessorItems) else items
