@@ -117,7 +117,13 @@ class CrossLMMMultiModalProcessor(BaseMultiModalProcessor[CrossLMMProcessingInfo
                 raise ValueError(f"Every {modality} must be sent, also if it has a `uuid`.")
             if (marks := inputs.prompt.count(token)) != len(media):
                 raise ValueError(f"A prompt needs one mark for each {modality}; got {marks} for {len(media)}.")
-        return super().apply(replace(inputs, mm_uuid_items=None), timing_ctx)
+        found = super().apply(replace(inputs, mm_uuid_items=None), timing_ctx)
+        if len(found["prompt_token_ids"]) >= self.info.ctx.model_config.max_model_len and inputs.cache is not None:
+            # vLLM refuses the request, but notes its media as known to the engine: the next about them would fail.
+            for known in found["mm_hashes"].values():
+                for one in known:
+                    inputs.cache.invalidate(one)
+        return found
 
     def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         """Pixels of the media. Raises ValueError for options of a request that do not choose frames, or come too
