@@ -49,7 +49,7 @@ class CrossLMMDataParser(MultiModalDataParser):
     def _parse_image_data(self, data: Any) -> Any:
         """Pictures as they are, upright. vLLM would put transparent ones on white and cut 16 bits to 8."""
         given = [data] if isinstance(data, Image.Image) else data
-        if not isinstance(given, list) or not any(isinstance(item, Image.Image) for item in given):
+        if not isinstance(given, list | tuple) or not any(isinstance(item, Image.Image) for item in given):
             return super()._parse_image_data(data)
         return ImageProcessorItems(
             [ImageOps.exif_transpose(item) if isinstance(item, Image.Image) else item for item in given]
