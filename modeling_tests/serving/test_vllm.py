@@ -299,6 +299,7 @@ def test_marks_that_a_user_writes_are_text(llm, folder, clips):
     [
         ("http://127.0.0.1:9/clip.mp4", "private|not public|address"),
         ("file:///etc/passwd", "must lie in"),
+        ("file://elsewhere/clip.mp4", "must name this machine"),
         ("hostile.mp4", "decode|open|read|video"),
         ("bomb.png", "36000000 pixels"),
     ],

@@ -126,7 +126,10 @@ class CrossLMMConnector(MediaConnector):
     def load_from_url(self, url: str, media_io: MediaIO, *, fetch_timeout: int | None = None) -> Any:
         scheme = url.partition(":")[0].lower()
         if scheme == "file" and self.allowed_local_media_path:
-            path = url2pathname(urlsplit(url).path)
+            parts = urlsplit(url)
+            if parts.netloc not in ("", "localhost"):
+                raise ValueError(f"A file:// URL must name this machine; got host {parts.netloc[:80]}.")
+            path = url2pathname(parts.path)
             with open_below(path, [self.allowed_local_media_path]) as named, open_source(named, self.limits) as file:
                 return media_io.load_bytes(file.read())
         if scheme not in ("http", "https", "data"):  # vLLM's own words
