@@ -34,29 +34,38 @@ import psutil
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "modeling_tests"))
 RESULTS = HERE / "vllm_throughput.json"
-BATCH, AT_ONCE, ROUNDS, TOKENS = 16, (1, 4, 16), 3, 32
+BATCH, AT_ONCE = 16, (1, 4, 16)
 AGAIN = "16, a second question"
 MODELS = {
-    "tiny": {"frames": 16, "text_config": {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}},
+    "tiny": {
+        "frames": 16,
+        "tokens": 32,
+        "rounds": 3,
+        "text_config": {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2},
+    },
+    # Half of Qwen2-0.5B's layers, and half of those of SigLIP base.
     "mid-size": {
         "frames": 4,
+        "tokens": 8,
+        "rounds": 1,
         "text_config": {
-            "hidden_size": 512,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 8,
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 14,
             "num_key_value_heads": 2,
         },
         "vision_config": {
-            "hidden_size": 256,
-            "intermediate_size": 1024,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
             "num_hidden_layers": 6,
-            "num_attention_heads": 4,
-            "image_size": 224,
+            "num_attention_heads": 12,
+            "image_size": 96,
             "patch_size": 16,
         },
     },
 }
+"""tokens: of an answer. Sizes of a checkpoint that are not given are those of the tests' tiny one."""
 
 
 def make_checkpoint(folder: Path, sizes: dict[str, Any]) -> int:
@@ -92,7 +101,7 @@ def make_checkpoint(folder: Path, sizes: dict[str, Any]) -> int:
 # --- the three ways --------------------------------------------------------------------------------------------------
 
 
-def generate_forever(folder: str) -> None:
+def generate_forever(folder: str, tokens: int) -> None:
     """A process of its own: reads questions, answers them one by one."""
     from transformers_crosslmm import CrossLMMForConditionalGeneration, CrossLMMProcessor
 
@@ -109,7 +118,7 @@ def generate_forever(folder: str) -> None:
                 return_dict=True,
                 processor_kwargs={"return_tensors": "pt"},
             )
-            ids = model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)[0, inputs["input_ids"].shape[1] :]
+            ids = model.generate(**inputs, do_sample=False, max_new_tokens=tokens)[0, inputs["input_ids"].shape[1] :]
             answers.append((processor.decode(ids, skip_special_tokens=True), ids.tolist()))
         print(json.dumps(answers), flush=True)
 
@@ -153,7 +162,7 @@ class Server:
             {"type": "text", "text": question},
         ]
         body = {"model": "m", "messages": [{"role": "user", "content": content}]}
-        body |= {"temperature": 0, "max_tokens": TOKENS} | self.extra
+        body |= {"temperature": 0} | self.extra
         request = urllib.request.Request(
             f"{self.base}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -174,7 +183,7 @@ def running(command: list[str], log: Path, **pipes: Any) -> Iterator[subprocess.
             process.wait(timeout=120)
 
 
-def start(stack: ExitStack, folder: Path, videos: Path) -> dict[str, Any]:
+def start(stack: ExitStack, folder: Path, videos: Path, tokens: int) -> dict[str, Any]:
     def free_port() -> int:
         with socket.socket() as one:
             one.bind(("127.0.0.1", 0))
@@ -196,11 +205,15 @@ def start(stack: ExitStack, folder: Path, videos: Path) -> dict[str, Any]:
     vllm += ["--allowed-local-media-path", str(videos), "--max-model-len", "1024", "--served-model-name", "m"]
     vllm += ["--num-gpu-blocks-override", "256"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    one_by_one = [sys.executable, str(Path(__file__).resolve()), "--generate", str(folder)]
+    one_by_one = [sys.executable, str(Path(__file__).resolve()), "--generate", str(folder), str(tokens)]
     ways = {
         "generate": Generate(stack.enter_context(running(one_by_one, folder / "generate.log", **pipes))),
-        "crosslmm serve": Server(stack.enter_context(running(own, folder / "serve.log")), ports[0], model=folder.name),
-        "vLLM": Server(stack.enter_context(running(vllm, folder / "vllm.log")), ports[1], return_token_ids=True),
+        "crosslmm serve": Server(
+            stack.enter_context(running(own, folder / "serve.log")), ports[0], model=folder.name, max_tokens=tokens
+        ),
+        "vLLM": Server(
+            stack.enter_context(running(vllm, folder / "vllm.log")), ports[1], return_token_ids=True, max_tokens=tokens
+        ),
     }
     for way in ways.values():
         if isinstance(way, Server):
@@ -265,12 +278,12 @@ def measure(name: str) -> None:
         folder, videos = Path(temporary) / "m", Path(temporary) / "videos"
         videos.mkdir()
         parameters = make_checkpoint(folder, sizes)
-        ways = start(stack, folder, videos)
+        ways = start(stack, folder, videos, sizes["tokens"])
         first = make_videos(videos / "first", sizes["frames"], seed=99_000)[:2]
         for way in ways.values():  # until all is loaded and warm
             way.answers([(path, "What?") for path in first], 2)
         rounds = []
-        for number in range(ROUNDS):
+        for number in range(sizes["rounds"]):
             rounds.append(one_round(ways, videos, sizes["frames"], seed=number))
             print(name, json.dumps(rounds[-1]), flush=True)
             keep(name, parameters, rounds)
@@ -286,7 +299,7 @@ def keep(name: str, parameters: int, rounds: list[dict[str, Any]]) -> None:
         "parameters": parameters,
         "frames": MODELS[name]["frames"],
         "batch": BATCH,
-        "tokens": TOKENS,
+        "tokens": MODELS[name]["tokens"],
         "times_as_fast": ratios(rounds),
         "different_answers": sum(one["different"] for one in rounds),
         "rounds": [one["seconds"] for one in rounds],
@@ -298,10 +311,11 @@ def keep(name: str, parameters: int, rounds: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("models", nargs="*", help=", ".join(MODELS))
-    parser.add_argument("--generate", help=argparse.SUPPRESS)
+    parser.add_argument("--generate", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.generate:
-        return generate_forever(arguments.generate)
+        folder, tokens = arguments.generate
+        return generate_forever(folder, int(tokens))
     for name in arguments.models or MODELS:
         measure(name)
 

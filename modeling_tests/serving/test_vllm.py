@@ -32,6 +32,7 @@ from vllm_cases import (
     Request,
     answer_to_chat,
     answers,
+    as_messages,
     ask,
     engine,
     margins,
@@ -57,6 +58,7 @@ def clips(tmp_path_factory) -> Path:
     (folder / "clip.mp4").write_bytes(mp4_of(random_frames(6), fps=1))
     Image.fromarray(random_frames(1, seed=5)[0]).save(folder / "picture.png")
     (folder / "hostile.mp4").write_bytes(b"\x00\x00\x00\x18ftypisom" + bytes(range(256)) * 40)
+    Image.new("1", (6000, 6000)).save(folder / "bomb.png")
     return folder
 
 
@@ -94,12 +96,28 @@ def counted(monkeypatch) -> dict[str, int]:
     return counts
 
 
+@pytest.fixture
+def encoded(monkeypatch) -> list[torch.Tensor]:
+    """The pixels of pictures, and of videos, as they come to the encoder."""
+    from transformers_crosslmm.serving.vllm.model import CrossLMMForVllm
+
+    pixels = []
+    embed = CrossLMMForVllm.embed_multimodal
+
+    def kept(self, **kwargs):
+        pixels.extend(kwargs[name] for name in ("pixel_values_videos", "pixel_values") if name in kwargs)
+        return embed(self, **kwargs)
+
+    monkeypatch.setattr(CrossLMMForVllm, "embed_multimodal", kept)
+    return pixels
+
+
 def chat(llm, content, **kwargs) -> tuple[str, list[int]]:
-    """The prompt that vLLM made of a message, and what it wrote."""
+    """The prompt that vLLM made of a message with these parts, or of messages, and what it wrote."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, detokenize=False)
-    (output,) = llm.chat([{"role": "user", "content": content}], sampling, use_tqdm=False, **kwargs)
+    (output,) = llm.chat(as_messages(content), sampling, use_tqdm=False, **kwargs)
     return output.prompt_token_ids, list(output.outputs[0].token_ids)
 
 
@@ -223,6 +241,49 @@ def test_videos_and_images_come_in_every_form(llm, folder, clips, server, form, 
     assert chat(llm, parts + asked) == answer_to_chat(folder, parts + files)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "P", "I;16", "CMYK"])
+def test_pictures_have_the_pixels_that_they_have_elsewhere(llm, folder, encoded, mode):
+    """vLLM by itself puts transparent pictures on white and cuts 16 bits to 8."""
+    generator, data = np.random.default_rng(0), io.BytesIO()
+    if mode == "I;16":
+        picture = Image.fromarray(generator.integers(0, 65536, (40, 30), dtype=np.uint16))
+    elif mode == "P":
+        picture = Image.fromarray(generator.integers(0, 256, (40, 30, 3), dtype=np.uint8)).quantize(16)
+    else:
+        picture = Image.fromarray(generator.integers(0, 256, (40, 30, 4), dtype=np.uint8), mode)
+    picture.save(data, "TIFF" if mode == "CMYK" else "PNG", **({"transparency": 3} if mode == "P" else {}))
+    url = f"data:;base64,{base64.b64encode(data.getvalue()).decode()}"
+    chat(llm, [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}])
+    ask(llm, [Request(f"{IMAGE} What?", images=[Image.open(data)])])
+    processor = CrossLMMProcessor.from_pretrained(folder)
+    expected = processor(text=[IMAGE], images=[data.getvalue()], return_tensors="pt")["pixel_values"]
+    assert len(encoded) == 2
+    for pixels in encoded:
+        torch.testing.assert_close(pixels, expected, rtol=0, atol=0)
+
+
+def test_a_conversation_of_several_turns_with_media_is_answered_as_generate_does(llm, folder, clips):
+    video, picture = clips / "clip.mp4", clips / "picture.png"
+
+    def conversation(**media):
+        return [
+            {"role": "system", "content": "Be <|im_end|> brief."},
+            {"role": "user", "content": [media["video"], text("What <|image_pad|>?"), media["image"], media["video"]]},
+            {"role": "assistant", "content": "A <|video_pad|>cat."},
+            {"role": "user", "content": [text("And "), media["image"], text(" now?")]},
+        ]
+
+    def text(words):
+        return {"type": "text", "text": words}
+
+    asked = conversation(
+        video={"type": "video_url", "video_url": {"url": video.as_uri()}},
+        image={"type": "image_url", "image_url": {"url": picture.as_uri()}},
+    )
+    files = conversation(video={"type": "video", "path": str(video)}, image={"type": "image", "path": str(picture)})
+    assert chat(llm, asked) == answer_to_chat(folder, files)
+
+
 def test_marks_that_a_user_writes_are_text(llm, folder, clips):
     content = [
         {"type": "text", "text": "What is <|video_pad|>, or <|im_"},
@@ -237,14 +298,17 @@ def test_marks_that_a_user_writes_are_text(llm, folder, clips):
     ("url", "said"),
     [
         ("http://127.0.0.1:9/clip.mp4", "private|not public|address"),
-        ("file:///etc/passwd", "allowed-local-media-path"),
+        ("file:///etc/passwd", "must lie in"),
+        ("file://elsewhere/clip.mp4", "must name this machine"),
         ("hostile.mp4", "decode|open|read|video"),
+        ("bomb.png", "36000000 pixels"),
     ],
 )
 def test_what_a_stranger_may_not_send_costs_one_request(llm, folder, clips, url, said):
+    kind = "image_url" if url.endswith(".png") else "video_url"
     url = (clips / url).as_uri() if ":" not in url else url
     with pytest.raises(Exception, match=said):
-        chat(llm, [{"type": "video_url", "video_url": {"url": url}}])
+        chat(llm, [{"type": kind, kind: {"url": url}}])
     asked = Request(f"{IMAGE} What?", [], [Image.fromarray(random_frames(1, seed=70)[0])])
     assert ask(llm, [asked]) == answers(folder, [asked])
 
@@ -292,10 +356,12 @@ def test_a_question_that_is_too_long_costs_no_other_answer_and_no_second_look(ll
     monkeypatch.setattr(CrossLMMVideoLoader, "load_bytes", counted)
     monkeypatch.setattr("vllm.LLM", lambda *arguments, **options: llm)
     answerer = VllmVideoAnswerer(str(folder), str(clips), str(clips), max_new_tokens=8)
-    texts = {"first": "What?", "long": "Where? " * 8192, "last": "When?"}
+    # One is too long only with the video: vLLM would notice when it has put the video into its caches.
+    texts = {"first": "What?", "almost": "Where? " * 579, "long": "Where? " * 8192, "last": "When?"}
     asked = [{"id": name, "video": "clip.mp4", "question": text} for name, text in texts.items()]
     rows = list(answerer({"path": str(clips / "clip.mp4"), "error": None, "questions": asked}))
-    assert [(row["id"], row["error"] is None) for row in rows] == [("first", True), ("long", False), ("last", True)]
+    assert [row["id"] for row in rows if row["error"] is None] == ["first", "last"]
+    assert all("tokens" in row["error"] for row in rows if row["error"] is not None)
     assert len(decoded) == 1
 
 
@@ -350,6 +416,95 @@ def test_options_of_a_request_say_what_to_look_at_and_nothing_else(llm, folder):
         llm.generate([asked | {"mm_processor_kwargs": {"encode_with": 1}}], use_tqdm=False)
     (output,) = llm.generate([asked | {"mm_processor_kwargs": {"num_frames": 3}}], use_tqdm=False)
     assert output.prompt_token_ids.count(CrossLMMProcessor.from_pretrained(folder).video_token_id) == 3 * 9
+
+
+def test_frames_in_memory_have_the_clock_that_a_request_gives_them(llm):
+    """The same frames at another rate are another video, also for the caches."""
+    frames = random_frames(12, seed=81)
+    for fps, count in ((1.0, 6), (2.0, 3)):
+        asked = {"prompt": f"{VIDEO} What?", "multi_modal_data": {"video": [(frames, {"fps": fps})]}}
+        (output,) = llm.generate([asked | {"mm_processor_kwargs": {"fps": 0.5}}], use_tqdm=False)
+        assert output.prompt_token_ids.count(llm.get_tokenizer().convert_tokens_to_ids("<|video_pad|>")) == count * 9
+
+
+def test_a_file_is_sampled_once_as_the_request_says(llm, clips, monkeypatch):
+    """Also if the checkpoint itself samples fewer frames. Options for frames in memory are not ignored: they are
+    refused, with the right name."""
+    from transformers_crosslmm.serving.vllm.media import CrossLMMVideoLoader
+
+    processor = llm.renderer.get_mm_processor().info.get_hf_processor()
+    monkeypatch.setattr(processor.video_processor, "max_frames", 2)
+    video = CrossLMMVideoLoader.load_bytes((clips / "clip.mp4").read_bytes(), num_frames=5)
+    asked = {"prompt": f"{VIDEO} What?", "multi_modal_data": {"video": [video]}}
+    (output,) = llm.generate([asked], use_tqdm=False)
+    assert output.prompt_token_ids.count(processor.video_token_id) == 5 * 9
+    with pytest.raises(ValueError, match=r"sampled already.*media_io_kwargs.*got num_frames"):
+        llm.generate([asked | {"mm_processor_kwargs": {"num_frames": 3}}], use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"fps": 1, "num_frames": 2}, "`num_frames`"),
+        ({"num_frames": "3"}, "takes numbers; got '3'"),
+        ({"num_frames": 2.5}, "takes numbers; got 2.5"),
+        ({"num_frames": 0}, "at least 1"),
+        ({"times": ["a"]}, "takes numbers"),
+        ({"fps": float("nan")}, "positive number"),
+    ],
+)
+def test_options_of_a_file_that_make_no_sense_are_the_clients_mistake(llm, clips, options, said):
+    from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY, merge_media_io_kwargs
+
+    defaults = llm.llm_engine.vllm_config.model_config.multimodal_config.media_io_kwargs
+    merged = merge_media_io_kwargs(defaults, {"video": options})
+    connector = MEDIA_CONNECTOR_REGISTRY.load("crosslmm", merged, allowed_local_media_path=str(clips))
+    with pytest.raises(ValueError, match=said):
+        connector.fetch_video((clips / "clip.mp4").as_uri())
+
+
+def test_unchanged_frames_are_left_out_as_elsewhere(llm, folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    processor = CrossLMMProcessor.from_pretrained(folder)
+    processor.video_processor.skip_unchanged = True
+    processor.save_pretrained(tmp_path)
+    served = llm.renderer.get_mm_processor().info.get_hf_processor()
+    monkeypatch.setattr(served.video_processor, "skip_unchanged", True)
+    videos = [random_frames(4, seed=seed).repeat(3, axis=0) for seed in (82, 83)]
+    asked = Request(f"{VIDEO} and {VIDEO} What?", videos)
+    assert ask(llm, [asked]) == answers(tmp_path, [asked])
+
+
+def test_a_name_that_a_client_gives_to_its_media_says_nothing_about_anothers(llm, encoded):
+    """vLLM would take the `uuid` for the content."""
+    shown = []
+    for seed in (84, 85):
+        data = io.BytesIO()
+        Image.fromarray(random_frames(1, seed=seed)[0]).save(data, "PNG")
+        url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+        part = {"type": "image_url", "image_url": {"url": url}, "uuid": "mine"}
+        chat(llm, [part, {"type": "text", "text": "What?"}])
+        shown.append(encoded[-1])
+    assert not torch.equal(*shown)
+    with pytest.raises(ValueError, match="must be sent"):
+        chat(llm, [{"type": "image_url", "image_url": None, "uuid": "mine"}, {"type": "text", "text": "What?"}])
+
+
+def test_after_a_question_that_is_too_long_the_next_about_the_same_video_is_answered(llm, folder):
+    asked = Request(VIDEO + "Where? " * 580, [random_frames(8, seed=89)])
+    with pytest.raises(Exception, match="maximum model length"):
+        ask(llm, [asked])
+    asked.text = f"{VIDEO} Where?"
+    assert ask(llm, [asked]) == answers(folder, [asked])
+
+
+@pytest.mark.parametrize(("marks", "said"), [(0, "got 0 for 1"), (2, "got 2 for 1")])
+def test_marks_and_media_that_disagree_are_refused_and_cost_no_other_request(llm, folder, marks, said):
+    asked = Request(VIDEO * marks + "What?", [random_frames(3, seed=86 + marks)])
+    with pytest.raises(ValueError, match=said):
+        ask(llm, [asked])
+    asked.text = f"{VIDEO} What?"
+    assert ask(llm, [asked]) == answers(folder, [asked])
 
 
 # --- Ready for a GPU -------------------------------------------------------------------------------------------------

@@ -59,8 +59,14 @@ def served(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen]
                 pytest.fail(log.read_text()[-3000:])
             yield f"http://127.0.0.1:{port}", server
         finally:
+            everyone = []
+            if server.poll() is None:  # while it starts, it is slow to end and leaves its workers
+                process = psutil.Process(server.pid)
+                everyone = [process, *process.children(recursive=True)]
             server.terminate()
-            server.wait(timeout=60)
+            _, left = psutil.wait_procs(everyone, timeout=60)
+            for one in left:
+                one.kill()
 
 
 @pytest.fixture(scope="module")

@@ -121,12 +121,18 @@ def answers(folder: Path, requests: list[Request], *, dtype: torch.dtype = torch
     return written
 
 
+def as_messages(content: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages; parts of one are a user's message."""
+    return content if "role" in content[0] else [{"role": "user", "content": content}]
+
+
 @torch.no_grad()
 def answer_to_chat(folder: Path, content: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
-    """The prompt that the package's processor makes of a message with these parts, and what `generate` writes."""
+    """The prompt that the package's processor makes of a message with these parts, or of messages, and what `generate`
+    writes."""
     processor = CrossLMMProcessor.from_pretrained(folder)
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
+        as_messages(content),
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,

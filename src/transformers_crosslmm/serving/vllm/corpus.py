@@ -33,23 +33,26 @@ class VllmVideoAnswerer(VideoAnswerer):
             failure = _described(error)
             yield from (_row(question, error=failure) for question in questions)
             return
-        yield from self._ask(questions, video)
-
-    def _ask(self, questions: list[CorpusQuestion], video: Any) -> Iterator[Row]:
-        asked = [self._request(question, video) for question in questions]
-        try:
-            outputs = self.llm.generate(asked, self.options, use_tqdm=False)
-        except Exception as error:  # one question too long fails all; vLLM's errors share no class
-            if len(questions) == 1:
-                yield _row(questions[0], error=_described(error))
+        # vLLM refuses all questions for one that is too long, and then believes that its engine has the video.
+        longest, fitting = self.llm.model_config.max_model_len - 1, []
+        for question in questions:
+            request = self._request(question, video)
+            if (tokens := self._num_tokens(request)) > longest:
+                yield _row(question, error=f"ValueError: It has {tokens} tokens with the video; {longest} fit.")
             else:
-                for question in questions:
-                    yield from self._ask([question], video)
+                fitting.append((question, request))
+        if not fitting:
             return
-        for question, output in zip(questions, outputs, strict=True):
+        outputs = self.llm.generate([request for _, request in fitting], self.options, use_tqdm=False)
+        for (question, _), output in zip(fitting, outputs, strict=True):
             # vLLM's own text drops an incomplete last character.
             text = self.processor.decode(output.outputs[0].token_ids, skip_special_tokens=True)
             yield _row(question, answer=text.strip())
+
+    def _num_tokens(self, request: dict[str, Any]) -> int:
+        [(frames, _)] = request["multi_modal_data"]["video"]
+        text = self.processor.tokenizer(request["prompt"])["input_ids"]
+        return len(text) - 1 + len(frames) * self.processor.tokens_per_frame
 
     def _request(self, question: CorpusQuestion, video: Any) -> dict[str, Any]:
         content = [{"type": "video"}, {"type": "text", "text": question.question}]

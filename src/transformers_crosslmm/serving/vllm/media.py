@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 from vllm.config import ModelConfig
@@ -16,7 +17,8 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 from vllm.multimodal.media.base import MediaIO
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 
-from ...frames_crosslmm import SAMPLING_KWARGS
+from ...asking.allowed_files import open_below
+from ...frames_crosslmm import SAMPLING_KWARGS, GivenVideo
 from ...video_decoding import VideoError, decode_video
 from ...video_processing_crosslmm import CrossLMMVideoProcessor, _resize
 from ...video_source import VideoLimits, VideoSource, open_source
@@ -24,6 +26,8 @@ from ...video_source import VideoLimits, VideoSource, open_source
 CONNECTOR = "crosslmm"
 SERVED_LIMITS = {"max_bytes": 2**30, "max_decode_seconds": 120.0}
 """Defaults of a server that are stricter than those of `VideoLimits`."""
+VLLM_FRAMES = 32
+"""vLLM's default of `num_frames`, which it passes for a request that gives only `fps`."""
 
 
 def serve_media_safely(model_config: ModelConfig) -> None:
@@ -42,10 +46,13 @@ def serve_media_safely(model_config: ModelConfig) -> None:
     )
     CrossLMMVideoLoader.processor, CrossLMMVideoLoader.limits = processor, limits
     CrossLMMConnector.limits = limits
-    said.setdefault("num_frames", -1)  # vLLM's default is 32
+    said.setdefault("num_frames", -1)
+    # Pictures as they are: the processor converts them.
+    multimodal.media_io_kwargs.setdefault("image", {}).setdefault("image_mode", None)
     for name in [CONNECTOR, *VIDEO_LOADER_REGISTRY.name2class]:
         VIDEO_LOADER_REGISTRY.register(name)(CrossLMMVideoLoader)
     os.environ["VLLM_MEDIA_CONNECTOR"] = CONNECTOR
+    os.environ["VLLM_MAX_IMAGE_PIXELS"] = str(limits.max_pixels)
 
 
 def most_frames(model_config: ModelConfig, processor: CrossLMMVideoProcessor) -> int:
@@ -75,8 +82,10 @@ class CrossLMMVideoLoader(VideoLoader):
         """
         if unknown := sorted(kwargs.keys() - set(SAMPLING_KWARGS)):
             raise ValueError(f"A video's options are {', '.join(SAMPLING_KWARGS)}; got {', '.join(unknown)[:80]}.")
-        asked = kwargs | ({"num_frames": num_frames} if num_frames != -1 and "fps" not in kwargs else {})
-        sampling = cls.processor._sampling(**asked)
+        is_default = num_frames == -1 or (num_frames == VLLM_FRAMES and "fps" in kwargs)
+        asked = kwargs if is_default else kwargs | {"num_frames": num_frames}
+        sampling = cls.processor._sampling_of(GivenVideo(data, None, asked), {}, do_sample_frames=True)
+        assert sampling is not None
         most = cls.limits.max_frames
         if (count := max(sampling.num_frames or 0, len(sampling.times or ()))) > most:
             raise ValueError(
@@ -109,14 +118,21 @@ class CrossLMMVideoLoader(VideoLoader):
 
 @MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)
 class CrossLMMConnector(MediaConnector):
-    """Reads paths like vLLM's connector, and URLs and data URIs with the package: no private addresses, no list of
-    frames in place of a file, and a limited size."""
+    """Reads paths, URLs and data URIs with the package: no way out of the allowed folder, no private addresses, no
+    list of frames in place of a file, and a limited size."""
 
     limits = VideoLimits()
 
     def load_from_url(self, url: str, media_io: MediaIO, *, fetch_timeout: int | None = None) -> Any:
         scheme = url.partition(":")[0].lower()
-        if scheme not in ("http", "https", "data"):
+        if scheme == "file" and self.allowed_local_media_path:
+            parts = urlsplit(url)
+            if parts.netloc not in ("", "localhost"):
+                raise ValueError(f"A file:// URL must name this machine; got host {parts.netloc[:80]}.")
+            path = url2pathname(parts.path)
+            with open_below(path, [self.allowed_local_media_path]) as named, open_source(named, self.limits) as file:
+                return media_io.load_bytes(file.read())
+        if scheme not in ("http", "https", "data"):  # vLLM's own words
             return super().load_from_url(url, media_io, fetch_timeout=fetch_timeout)
         if scheme != "data" and self.allowed_media_domains:
             host = urlsplit(url).hostname
