@@ -410,6 +410,21 @@ def test_info_counts_a_videos_distinct_frames_and_what_they_take(run, checkpoint
     assert "distinct: 3\n" in text
 
 
+def test_info_counts_the_words_of_timestamps_as_the_processor_writes_them(run, checkpoint, processor):
+    flag = ("--model", checkpoint, "--json", "--add-timestamps")
+    record = json.loads(run("info", "clip.mp4", *flag).stdout)
+    stamps = sum(len(processor.tokenizer(f"<{second}.0 seconds>")["input_ids"]) for second in range(SECONDS))
+    assert record["positions"] == SECONDS * 9 + stamps
+    lengths = [
+        len(processor(text="<|video_pad|>", videos="clip.mp4", fps=1, add_timestamps=stamped)["input_ids"][0])
+        for stamped in (True, False)
+    ]
+    assert lengths[0] - lengths[1] == stamps
+    per_frame = json.loads(run("info", *flag).stdout)["tokens_per_frame"]
+    assert per_frame == 9 + len(processor.tokenizer("<512.0 seconds>")["input_ids"])
+    assert "is a size without a tokenizer" in run("info", "7B", "--add-timestamps").stderr
+
+
 @pytest.mark.parametrize("form", ["kv", "features"])
 def test_info_counts_the_bytes_that_a_conversation_keeps(model, processor, folder, form):
     video = read_video(processor, str(folder / "clip.mp4"), num_frames=4)

@@ -1,6 +1,7 @@
 """Quality and cost: evaluate, bench, info."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -150,6 +151,7 @@ def info(
         Literal["nf4", "int8", "fp8"] | None,
         typer.Option(help="Count the language model's linear layers in 4 or 8 bits.", show_default="none"),
     ] = None,
+    add_timestamps: Timestamps = None,
     as_json: AsJson = False,
 ) -> None:
     """Count a checkpoint's parameters, its memory per frame, and the longest video that fits.
@@ -160,7 +162,7 @@ def info(
     Example: crosslmm info 7B --memory 80 --context 131072
     """
     if name is not None and Path(name).is_file():
-        print_video_info(name, model, fps=fps, as_json=as_json)
+        print_video_info(name, model, fps=fps, add_timestamps=add_timestamps, as_json=as_json)
         return
     model = only_one_model(model, name)
     with Steps() as steps:
@@ -172,7 +174,12 @@ def info(
 
         steps.begin("Counting")
         config = CrossLMMConfig.from_preset(model) if model in PRESETS else load_config(chosen_checkpoint(model))
-        costs = count_costs(config, quantization=quantization)
+        longest_time = (context or config.max_sequence_length) / fps
+        costs = count_costs(
+            config,
+            quantization=quantization,
+            timestamp_tokens=timestamp_tokens(model, [longest_time], add_timestamps=add_timestamps),
+        )
     context = context or costs.max_positions
     in_context = costs.frames_in_context(context)
     in_memory = {form: costs.frames_in_memory(form, memory * 2**30) for form in costs.cache_bytes_per_frame}
@@ -213,7 +220,23 @@ def info(
     typer.echo(f"Memory: {memory:g} GiB less the weights, at the end of the prefill. Activations are not counted.")
 
 
-def print_video_info(video: str, model: str | None, *, fps: float, as_json: bool) -> None:
+def timestamp_tokens(model: str | None, times: Sequence[float], *, add_timestamps: bool | None) -> int:
+    """Tokens of these times before frames: 0 where `add_timestamps` or the checkpoint's processor leaves them out."""
+    from transformers_crosslmm.checkpoints.load import load_processor
+    from transformers_crosslmm.configuration_crosslmm import PRESETS
+    from transformers_crosslmm.processing_crosslmm import timestamp
+
+    if model in PRESETS:
+        if add_timestamps:
+            raise typer.BadParameter(f"{model} is a size without a tokenizer; count timestamps of a checkpoint.")
+        return 0
+    processor = load_processor(chosen_checkpoint(model), add_timestamps=add_timestamps)
+    if not processor.add_timestamps:
+        return 0
+    return sum(map(len, processor.tokenizer([timestamp(seconds) for seconds in times])["input_ids"]))
+
+
+def print_video_info(video: str, model: str | None, *, fps: float, add_timestamps: bool | None, as_json: bool) -> None:
     """Frames, distinct frames, and what they take with and without `skip_unchanged`."""
     with Steps() as steps:
         import_package(steps)
@@ -233,25 +256,27 @@ def print_video_info(video: str, model: str | None, *, fps: float, as_json: bool
         [seen] = processor.stream([video], fps=fps, skip_unchanged=True)
         distinct = sum(map(len, seen))
     frames = seen.num_frames
+    stamps = timestamp_tokens(model, seen.times or [], add_timestamps=add_timestamps)
+    positions = frames * costs.tokens_per_frame + stamps
+    own_bytes = positions * costs.language_bytes_per_frame // costs.tokens_per_frame
     if as_json:
         print_json(
             {
                 "frames": frames,
                 "frame_times": seen.times,
                 "distinct_frames": distinct,
-                "positions": frames * costs.tokens_per_frame,
-                "language_bytes": frames * costs.language_bytes_per_frame,
+                "positions": positions,
+                "language_bytes": own_bytes,
                 "cache_bytes": {form: frames * size for form, size in costs.cache_bytes_per_frame.items()},
                 "cache_bytes_skipping": {form: distinct * size for form, size in costs.cache_bytes_per_frame.items()},
             }
         )
         return
     last = clock_time(seen.times[-1]) if seen.times else "an unknown time"
-    own = size_of(frames * costs.language_bytes_per_frame)
     typer.echo(f"{video}: {frames} frames at {fps:g} fps, the last at {last}")
     typer.echo(f"distinct: {distinct}")
-    typer.echo(f"positions: {frames * costs.tokens_per_frame:,} of {costs.max_positions:,}")
-    typer.echo(f"language model's cache: {own}")
+    typer.echo(f"positions: {positions:,} of {costs.max_positions:,}")
+    typer.echo(f"language model's cache: {size_of(own_bytes)}")
     for form, size in costs.cache_bytes_per_frame.items():
         typer.echo(f"visual cache, {form}: {size_of(frames * size)}; with skip_unchanged {size_of(distinct * size)}")
 

@@ -498,7 +498,12 @@ def _timestamps(num_frames: int, video: CrossLMMVideoMetadata, count_by_fps: flo
             "`add_timestamps` needs the time of each frame; got frames without a frame rate. Pass "
             "`video_metadata` with `fps`, or leave the timestamps out."
         )
-    return [f"<{seconds:.1f} seconds>" for seconds in times]
+    return [timestamp(seconds) for seconds in times]
+
+
+def timestamp(seconds: float) -> str:
+    """What `add_timestamps` writes before a frame."""
+    return f"<{seconds:.1f} seconds>"
 
 
 class TextEscape:

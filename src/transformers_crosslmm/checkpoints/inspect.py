@@ -25,10 +25,10 @@ class CheckpointCosts:
 
     parts: parameters by part; tied weights are counted once.
     weight_bytes: of all parts; gates are float32, quantised weights have their quantised size.
-    tokens_per_frame: pooled tokens, and so positions of the context.
+    tokens_per_frame: pooled tokens and the words of its time, and so positions of the context.
     max_positions: the context length, with rope scaling.
     cache_bytes_per_frame: T2V's cache during generation, by form ("kv", "features").
-    language_bytes_per_frame: the language model's own cache of a frame's pooled tokens.
+    language_bytes_per_frame: the language model's own cache of these tokens.
     prefill_bytes_per_frame: additional memory until the end of the prefill, by form: for "kv" the original tokens and,
         if the config normalises them, the normalised tokens.
     """
@@ -80,12 +80,16 @@ def load_config(name: str | os.PathLike) -> CrossLMMConfig:
     return config
 
 
-def count_costs(config: CrossLMMConfig, *, quantization: str | None = None) -> CheckpointCosts:
+def count_costs(
+    config: CrossLMMConfig, *, quantization: str | None = None, timestamp_tokens: int = 0
+) -> CheckpointCosts:
     """Builds the network on the meta device and counts.
 
+    timestamp_tokens: tokens of the time before each frame, where `add_timestamps` writes one.
     quantization: one of `QUANTIZATIONS`, for all linear layers except `NOT_QUANTIZED`.
     """
     text = config.text_config
+    tokens_per_frame = config.tokens_per_frame + timestamp_tokens
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     model = network_of(config)
     parts = dict.fromkeys(
@@ -110,10 +114,10 @@ def count_costs(config: CrossLMMConfig, *, quantization: str | None = None) -> C
         dtype=dtype,
         parts=parts,
         weight_bytes=sum(parts.values()) * size + num_gates * (torch.float32.itemsize - size) - round(saved_bytes),
-        tokens_per_frame=config.tokens_per_frame,
+        tokens_per_frame=tokens_per_frame,
         max_positions=config.max_sequence_length,
         cache_bytes_per_frame=dict(zip(CROSS_ATTENTION_CACHES, (keys_values, original), strict=True)),
-        language_bytes_per_frame=config.tokens_per_frame * text.num_hidden_layers * key_value,
+        language_bytes_per_frame=tokens_per_frame * text.num_hidden_layers * key_value,
         prefill_bytes_per_frame=dict(zip(CROSS_ATTENTION_CACHES, (original + normalised, 0), strict=True)),
     )
 
