@@ -18,8 +18,8 @@ def train(
     TrainingArguments (such as --output_dir, --learning_rate, --max_steps, --report_to) and these: --model (the first
     checkpoint), --train_data, --media_root, --streaming; --num_frames, --fps, --max_frames and --add_timestamps of
     each video; --unusable (raise or skip), --max_length; --trained_parts, --gate_learning_rate,
-    --vision_learning_rate, --language_model_learning_rate, --global_batch_size, --attn_implementation. To have them explained:
-    python -m transformers_crosslmm.training.trainer --help
+    --vision_learning_rate, --language_model_learning_rate, --global_batch_size, --attn_implementation. To have them
+    explained: python -m transformers_crosslmm.training.trainer --help
 
     Example: crosslmm train adapt --model MODEL --train_data chats.jsonl --media_root videos --output_dir runs/mine
     """
