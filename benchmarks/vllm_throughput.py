@@ -34,20 +34,18 @@ import psutil
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "modeling_tests"))
 RESULTS = HERE / "vllm_throughput.json"
-BATCH, AT_ONCE = 16, (1, 4, 16)
+BATCH, AT_ONCE, ROUNDS = 16, (1, 4, 16), 3
 AGAIN = "16, a second question"
 MODELS = {
     "tiny": {
         "frames": 16,
         "tokens": 32,
-        "rounds": 3,
         "text_config": {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2},
     },
     # Half of Qwen2-0.5B's layers, and half of those of SigLIP base.
     "mid-size": {
         "frames": 4,
         "tokens": 8,
-        "rounds": 1,
         "text_config": {
             "hidden_size": 896,
             "intermediate_size": 4864,
@@ -283,7 +281,7 @@ def measure(name: str) -> None:
         for way in ways.values():  # until all is loaded and warm
             way.answers([(path, "What?") for path in first], 2)
         rounds = []
-        for number in range(sizes["rounds"]):
+        for number in range(ROUNDS):
             rounds.append(one_round(ways, videos, sizes["frames"], seed=number))
             print(name, json.dumps(rounds[-1]), flush=True)
             keep(name, parameters, rounds)
