@@ -12,8 +12,6 @@ trained on. Each run is written to ablation.json beside this file as soon as it 
 import dataclasses
 import hashlib
 import json
-import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -373,6 +371,8 @@ def trained_tower() -> torch.nn.Module:
 
 
 def main() -> None:
+    from origin import origin  # here, as the docs read ARMS from their own folder
+
     (options,) = HfArgumentParser(cast(Any, Options), description=__doc__).parse_args_into_dataclasses()
     if unknown := sorted(set(options.arms) - set(ARMS)):
         raise SystemExit(f"There is no arm {', '.join(unknown)}; there are {', '.join(ARMS)}.")
@@ -382,11 +382,7 @@ def main() -> None:
         "tower_sha256": hashlib.sha256(TOWER.read_bytes()).hexdigest(),
         "videos_sha256": hashlib.sha256(Path(procedural_videos.__file__).read_bytes()).hexdigest(),
     }
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    results["about"] = results["about"] or {
-        "command": "python benchmarks/ablation.py",
-        "commit": commit,
-        "machine": f"{platform.machine()} CPU, 1 core shared with other work, torch {torch.__version__}",
+    results["about"] = results["about"] or origin(__file__) | {
         "batch_size": BATCH_SIZE,
         **world,
     }

@@ -10,9 +10,7 @@ at a toy size: steps of either stage in turns, for their ratio alone.
 """
 
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from memory_curve import forget_peak, memory, prepare
+from origin import origin
 from training_memory import SavedBytes
 
 from transformers_crosslmm import CrossLMMConfig, CrossLMMForConditionalGeneration
@@ -176,13 +175,10 @@ def timed() -> dict[str, float]:
 def main() -> None:
     torch.manual_seed(0)
     prepare()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    about = origin(__file__)
     adapted = measured()
     seconds = timed()
-    result = {
-        "command": "python benchmarks/adapt_cost.py",
-        "commit": commit,
-        "machine": f"{platform.machine()} CPU, 1 thread, torch {torch.__version__}",
+    result = about | {
         "frames": FRAMES,
         "text_tokens": TEXT_TOKENS,
         "counted": {preset: {stage: counted(preset, stage) for stage in STAGES} for preset in ("2B", "7B")},

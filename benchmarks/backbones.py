@@ -6,11 +6,11 @@ this file.
 """
 
 import json
-import subprocess
 from functools import partial
 from pathlib import Path
 
 import torch
+from origin import origin
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from transformers_crosslmm import CrossLMMConfig
@@ -107,14 +107,10 @@ def composed(fields: dict, new_marks: int) -> dict:
 
 
 def main() -> None:
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
-    results = {
-        "command": "python benchmarks/backbones.py",
-        "commit": commit.stdout.strip(),
+    results = origin(__file__) | {
         "backbones": {name: composed(*given) for name, given in LANGUAGE_MODELS.items()},
     }
-    (here / "backbones.json").write_text(json.dumps(results, indent=2) + "\n")
+    Path(__file__).with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))
 
 

@@ -21,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from origin import commit
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "modeling_tests"))
 RESULTS = HERE / "batch_scaling.json"
@@ -145,11 +147,10 @@ def measure(num_rounds: int, num_videos: int) -> dict:
 
 
 def about(num_rounds: int, num_videos: int) -> dict:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
     packages = ("torch", "transformers", "ray", "pyarrow", "av")
     return {
         "command": "python benchmarks/batch_scaling.py",
-        "commit": commit,
+        "commit": commit(),
         "machine": platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "versions": {"python": platform.python_version()}

@@ -5,7 +5,6 @@ of disk for a few minutes; writes conversion_memory.json beside this file.
 """
 
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from origin import origin
 from transformers import Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from transformers_crosslmm.checkpoints.folder import SHARD_BYTES, StoredTensor, write_weights
@@ -65,12 +65,8 @@ def main(where: str | None = None) -> None:
             f"{str(folder / 'vision')!r}, '--text', {str(folder / 'text')!r}], standalone_mode=False)"
         )
         report = json.loads((folder / "out" / "conversion_report.json").read_text())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    result = {
+    result = origin(__file__) | {
         "what": "crosslmm compose --preset 2B, random weights of the real sizes",
-        "command": "python benchmarks/conversion_memory.py",
-        "commit": commit.stdout.strip(),
-        "machine": f"{platform.machine()} CPU, 1 core shared with other work, torch {torch.__version__}",
         "bytes_read": {"vision, float32": vision_bytes, "text, bfloat16": text_bytes},
         "bytes_written": report["bytes"],
         "shard_bytes_at_most": SHARD_BYTES,

@@ -12,14 +12,12 @@ also says how much of its time goes into them (matrix products, convolution, att
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
 import torch
+from origin import origin
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     LlavaOnevisionConfig,
@@ -205,13 +203,7 @@ def main() -> None:
     name = parser.parse_args().name
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
-    about = {
-        "command": "python benchmarks/cpu_speed.py" + ("" if name == "now" else f" --as {name}"),
-        "commit": commit,
-        "machine": f"{platform.machine()}, one of {os.cpu_count()} cores",
-        "torch": torch.__version__,
-    }
+    about = origin(__file__, *([] if name == "now" else ["--as", name]))
     sizes = {size: measure(fields) for size, fields in SIZES.items()}
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     RESULTS.write_text(json.dumps(results | {name: about | sizes}, indent=1) + "\n")

@@ -14,8 +14,6 @@ as it is, so that a branch which opens before it has learned would disturb somet
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from origin import origin
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from transformers_crosslmm import CrossLMMForConditionalGeneration, CrossLMMProcessor
@@ -161,14 +160,7 @@ def train_taught(checkpoint: Path) -> Iterator[dict]:
 
 def save(case: str | None, what: str, runs: list[dict]) -> None:
     """Writes the result of a case, with where it was made."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    result = {
-        "what": what,
-        "command": " ".join(["python benchmarks/gate_learning_rate.py", *filter(None, [case])]),
-        "commit": commit,
-        "machine": f"{platform.machine()} CPU, 1 core, torch {torch.__version__}",
-        "runs": runs,
-    }
+    result = {"what": what, **origin(__file__, *filter(None, [case])), "runs": runs}
     file = Path(__file__).with_name("_".join(["gate_learning_rate", *filter(None, [case])]) + ".json")
     file.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -8,11 +8,12 @@ is seen once, so its loss is that of a clip that the model has not seen.
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from origin import origin
 
 from transformers_crosslmm.checkpoints.compose import compose
 from transformers_crosslmm.checkpoints.conversion import write_checkpoint
@@ -55,9 +56,7 @@ def run(folder: Path, arm: str, seed: int) -> dict:
 
 
 def main(folder: Path, seeds: list[int]) -> None:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip()
-    kept = {"command": "python benchmarks/laptop_branches.py runs/laptop", "commit": commit, "runs": []}
+    kept = {**origin(__file__, "runs/laptop"), "runs": []}
     if KEPT.is_file():
         kept = json.loads(KEPT.read_text())
     for seed in seeds:

@@ -6,12 +6,12 @@ the second's number. Blindly: half. Adds to laptop_times.json beside this file.
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from origin import commit
 
 from transformers_crosslmm import CrossLMMForConditionalGeneration, CrossLMMProcessor
 from transformers_crosslmm.measuring.quality import score
@@ -58,10 +58,8 @@ def main(folder: Path, num_seconds: int, num_videos: int) -> None:
     processor = CrossLMMProcessor.from_pretrained(folder)
     with tempfile.TemporaryDirectory() as temporary:
         right = marks(model, processor, Path(temporary), num_seconds=num_seconds, num_videos=num_videos)
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip()
     kept = json.loads(KEPT.read_text()) if KEPT.is_file() else []
-    kept.append({"model": folder.name, "seconds": num_seconds, "commit": commit} | score(right))
+    kept.append({"model": folder.name, "seconds": num_seconds, "commit": commit()} | score(right))
     KEPT.write_text(json.dumps(kept, indent=1) + "\n")
     print(kept[-1])
 

@@ -20,6 +20,8 @@ import sys
 import time
 from pathlib import Path
 
+from origin import commit
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "live_memory.json"
 PICTURE = HERE.parent / "docs" / "images" / "live_memory.svg"
@@ -172,10 +174,6 @@ def main() -> None:
 def about() -> dict:
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "note": "CPU seconds of one thread"}
     return {"command": "python benchmarks/live_memory.py", "commits": {}} | machine
-
-
-def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ as flash attention does; else it repeats them for each head wherever there is a 
 import ctypes
 import json
 import os
-import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from origin import origin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.utils import logging
@@ -180,9 +179,7 @@ def measure(name: str) -> dict:
 
 def main() -> None:
     prepare()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
-    about = {"command": "python benchmarks/memory_curve.py", "commit": commit, "torch": torch.__version__}
-    about |= {"machine": f"{platform.machine()}, one of {os.cpu_count()} cores", "goal_mb_per_frame": GOAL}
+    about = origin(__file__) | {"goal_mb_per_frame": GOAL}
     for name in sys.argv[1:] or WAYS:
         curve = {"about": about, **measure(name)}
         kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

@@ -3,18 +3,21 @@
 import os
 import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
-import torch
+
+def commit() -> str:
+    """The commit of this folder."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
 
 
-def origin(script: str) -> dict[str, str]:
-    """The command, the commit of this folder, the machine and torch's version. script: a benchmark's `__file__`."""
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here)
+def origin(script: str, *arguments: str) -> dict[str, str]:
+    """The command, the commit, the machine and torch's version. script: a benchmark's `__file__`."""
     return {
-        "command": f"python benchmarks/{Path(script).name}",
-        "commit": commit.stdout.strip(),
+        "command": " ".join([f"python benchmarks/{Path(script).name}", *arguments]),
+        "commit": commit(),
         "machine": f"{platform.machine()}, one of {os.cpu_count()} cores",
-        "torch": torch.__version__,
+        "torch": version("torch"),
     }

@@ -8,7 +8,6 @@ The loss is that of the answer and its end mark on pictures held out.
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from origin import origin
 from transformers import SiglipVisionModel
 
 from transformers_crosslmm import TINY_CHECKPOINT, CrossLMMForConditionalGeneration, CrossLMMProcessor
@@ -91,18 +91,12 @@ def main(language_model: str, steps: int = 20) -> None:
         whole.save_pretrained(folder / "vision")
         plan = compose(folder / "vision", language_model, pooled_grid_size=1)
         report = write_checkpoint(plan, folder / "composed", try_out=True)
-        here = Path(__file__).parent
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
-        result = {
-            "command": f"python benchmarks/projector_scale.py {Path(language_model).name} {steps}",
-            "commit": commit.stdout.strip(),
-            "rms": report["rms"],
-            "runs": [],
-        }
+        about = origin(__file__, Path(language_model).name, str(steps))
+        result = {**about, "rms": report["rms"], "runs": []}
         for seed in SEEDS:
             for scaled in (True, False):
                 result["runs"].append(train(folder / "composed", scaled=scaled, seed=seed, steps=steps))
-                (here / "projector_scale.json").write_text(json.dumps(result, indent=2) + "\n")
+                Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import httpx2
 import openai
+from origin import commit
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "modeling_tests"))
@@ -294,12 +295,11 @@ def run_round(client: Client, process: subprocess.Popen, drawn: list[Case], bega
 
 
 def about(cases: dict[str, list[Case]]) -> dict:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
     packages = ("torch", "transformers", "openai", "fastapi", "uvicorn", "av")
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
     return {
         "command": "python benchmarks/serving_load.py",
-        "commit": commit,
+        "commit": commit(),
         "machine": platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "versions": versions,

@@ -8,11 +8,11 @@ and pixels show. Every measurement is a process: the peak of its memory over wha
 
 import io
 import json
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
+
+from origin import origin
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "streaming_memory.json"
@@ -67,9 +67,7 @@ def main() -> None:
         way: round((peaks[f"{way}, {last} frames"] - peaks[f"{way}, {first} frames"]) / (last - first), 3)
         for way in ("pixels", "stream")
     }
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
-    about = {"command": "python benchmarks/streaming_memory.py", "commit": commit, "cores": os.cpu_count()}
-    about |= {"machine": platform.machine(), "features_mb_per_frame": round(27 * 27 * 16 * 4 / 2**20, 3)}
+    about = origin(__file__) | {"features_mb_per_frame": round(27 * 27 * 16 * 4 / 2**20, 3)}
     results = {"about": about, "peak_mb": peaks, "growth_mb_per_frame": growth}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(growth))

@@ -15,9 +15,6 @@ through the encoder, have what it makes for the moment as well.
 
 import copy
 import json
-import os
-import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -27,6 +24,7 @@ from pathlib import Path
 import torch
 from memory_curve import NORMALISED, forget_peak, in_child, memory, prepare
 from memory_curve import model_of as shallow_model_of
+from origin import origin
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface
 
@@ -266,9 +264,7 @@ def draw(sizes: dict) -> None:
 
 def main() -> None:
     prepare()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
-    about = {"command": "python benchmarks/training_memory.py", "commit": commit, "torch": torch.__version__}
-    about |= {"machine": f"{platform.machine()}, one of {os.cpu_count()} cores"}
+    about = origin(__file__)
     kept = json.loads(RESULTS.read_text())
     if not sys.argv[1:]:
         kept = {"about": about, "sizes": {preset: count(preset) for preset in ("2B", "7B")}, "measured": {}}

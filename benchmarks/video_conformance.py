@@ -29,6 +29,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from origin import origin
 
 from transformers_crosslmm.video_decoding import VideoError, VideoLimits, decode_video, sample_times
 
@@ -146,12 +147,8 @@ def sampled(path: Path, everything) -> list[str]:
 
 def keep(rows: list[dict], out: Path, ffmpeg: str) -> dict:
     """Write what is known so far, and return what it comes to."""
-    here = Path(__file__).resolve().parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here).stdout.strip()
     version = subprocess.run([ffmpeg, "-version"], capture_output=True, text=True).stdout.split(" Copyright")[0]
-    about = {
-        "command": "python benchmarks/video_conformance.py FOLDER",
-        "commit": commit,
+    about = origin(__file__, "FOLDER") | {
         "ffmpeg": version,
         "pyav": av.__version__,
         "its_ffmpeg": av.ffmpeg_version_info,

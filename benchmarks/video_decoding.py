@@ -30,6 +30,8 @@ import types
 from fractions import Fraction
 from pathlib import Path
 
+from origin import commit
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "video_decoding.json"
 THREADS = HERE / "video_decoding_threads.json"
@@ -255,8 +257,7 @@ def _about(python: str) -> dict:
         "print(json.dumps({name: m.version(name) for name in names if name in known}))"
     )
     versions = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True).stdout
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
-    about = {"commit": commit, "python": platform.python_version(), "cores": os.cpu_count(), "cpu": _cpu()}
+    about = {"commit": commit(), "python": platform.python_version(), "cores": os.cpu_count(), "cpu": _cpu()}
     return about | {"versions": json.loads(versions), "pictures": "1280x720, 30 frames/s"}
 
 

@@ -7,14 +7,12 @@ in turns, medians of ROUNDS rounds.
 """
 
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
 import torch
+from origin import origin
 
 from transformers_crosslmm import CrossLMMConfig, CrossLMMModel
 
@@ -45,14 +43,7 @@ def main() -> None:
             model.get_video_features(frames)
             seconds[size].append(time.process_time() - begin)
     medians = {size: round(1000 * statistics.median(times[1:]) / FRAMES, 2) for size, times in seconds.items()}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
-    about = {
-        "command": "python benchmarks/vision_chunk_size.py",
-        "commit": commit,
-        "machine": f"{platform.machine()}, one of {os.cpu_count()} cores",
-        "torch": torch.__version__,
-    }
-    results = about | {"milliseconds_per_frame": medians}
+    results = origin(__file__) | {"milliseconds_per_frame": medians}
     (HERE / "vision_chunk_size.json").write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(medians))
 

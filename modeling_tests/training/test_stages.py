@@ -156,8 +156,9 @@ def test_recipes_hold_the_papers_numbers():
     assert sorted(recipes["adapt"]["trained_parts"]) == ["projector", "t2v", "v2v"]
 
 
-def test_after_200_steps_a_composed_model_needs_the_t2v_that_was_closed(tmp_path):
+def test_after_200_steps_a_composed_model_needs_the_t2v_that_was_closed(tmp_path, monkeypatch):
     """At the rate that all recipes give the gates."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     benchmark = runpy.run_path(str(BENCHMARKS / "gate_learning_rate.py"))
     rates = {float(yaml.safe_load(path.read_text())["gate_learning_rate"]) for path in RECIPES.glob("*.yaml")}
     assert rates == {CrossLMMTrainingArguments.gate_learning_rate}
