@@ -1,7 +1,7 @@
 """The live part of the web page, without Gradio: what the browser runs, and what the server keeps of a visitor.
 
-The browser plays a camera or a file of the visitor's and sends a frame a second, so a video is decoded there and not
-here, and paused, wound and played fast as its owner likes.
+The visitor's browser plays a camera or a file and sends one frame per second. So the browser decodes the video, not
+the server, and the visitor can pause it, move in it, or change its speed.
 """
 
 import threading
@@ -48,7 +48,7 @@ const play = (source, words) => {
   button.textContent = video.srcObject ? "Stop the camera" : "Use the camera";
   status.textContent = words;
   [run, number, last] = [run + 1, 0, 0];
-  if (source) video.play().catch(() => {});  // "error" tells why
+  if (source) video.play().catch(() => {});  // the "error" event says why
 };
 file.onchange = () => { if (file.files[0]) play(file.files[0], file.files[0].name); };
 button.onclick = async () => {
@@ -72,12 +72,12 @@ setInterval(() => {
   trigger("frame", {run, number: ++number, seconds, image: canvas.toDataURL("image/jpeg", 0.9)});
 }, 1000);
 """
-"""A new source, or one that is wound back, begins a new `run`. While a frame is on its way the next are lost; `number`
-counts those too."""
+"""A new source begins a new `run`, and so does moving back in a video. While a frame is being sent, later ones are
+not; `number` counts them too, so that the server knows how many it missed."""
 
 
 class LiveVisit:
-    """A run of a visitor's source, which the model looks at in `thread`."""
+    """One run of a visitor's source. The model encodes its frames in `thread`."""
 
     def __init__(
         self, model: CrossLMMForConditionalGeneration, processor: CrossLMMProcessor, thread: Executor, run: Any
@@ -87,7 +87,7 @@ class LiveVisit:
         self.thread, self.run, self.num_shown = thread, run, 0
 
     def put(self, image: Any, seconds: Any, number: Any) -> Future:
-        """A frame from the browser, the `number`th that it had; done when the model has seen it.
+        """Adds a frame from the browser, its `number`th of this run. The future is done when the model has seen it.
 
         Raises ValueError as `WaitingFrames.put_file`.
         """
@@ -98,7 +98,7 @@ class LiveVisit:
 
     def _look(self) -> None:
         frames, times = self.waiting.take()
-        if frames:  # an earlier call may have taken them all
+        if frames:  # an earlier call may have taken all of them
             self.live.add(torch.stack(frames), times)
 
     @property
@@ -107,10 +107,10 @@ class LiveVisit:
 
 
 class LiveVisits:
-    """The live videos of all visitors, at most `most`; one more replaces the one that has been idle longest."""
+    """The live videos of all visitors, at most `most`. A further one replaces the one that was idle longest."""
 
     def __init__(self, begin: Callable[[Any], LiveVisit], most: int) -> None:
-        """begin: makes the visit of a run."""
+        """begin: creates the visit for a run."""
         self._begin, self._most, self._lock = begin, most, threading.Lock()
         self._visits: OrderedDict[str, LiveVisit] = OrderedDict()
 
@@ -121,7 +121,7 @@ class LiveVisits:
             return self._visits.get(session)
 
     def of_run(self, session: str, run: Any) -> LiveVisit:
-        """A new one, in place of the session's, if that is of another run."""
+        """The session's visit; a new one if the session has none or if its visit belongs to another run."""
         visit = self.get(session)
         if visit is None or visit.run != run:
             self.end(session)
@@ -135,7 +135,7 @@ class LiveVisits:
         return visit
 
     def end(self, session: str) -> None:
-        """The model looks at nothing more of it."""
+        """Forgets the visit and drops its waiting frames."""
         with self._lock:
             visit = self._visits.pop(session, None)
         if visit is not None:

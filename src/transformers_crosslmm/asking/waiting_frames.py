@@ -1,4 +1,4 @@
-"""Frames of a live video on their way to the model, wherever they come from.
+"""Frames of a live video that wait for the model, from a browser, a WebSocket, a camera or a stream.
 
 Shapes: S side of the encoder's pictures.
 """
@@ -21,17 +21,17 @@ from ..video_source import DEFAULT_LIMITS
 from .live import LONGEST_SECONDS, LiveVideo
 
 MAX_WAITING = 16
-"""Frames that may wait for the model; the next one takes the place of the oldest."""
+"""The most frames that wait for the model; a further one replaces the oldest."""
 MAX_SIDE = 4096
-"""Pixels along a side of a client's picture: one of a single column takes minutes to resize, if it is long enough."""
+"""Most pixels along a side of a client's picture: one that is a pixel wide and very long takes minutes to resize."""
 FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 class WaitingFrames:
-    """Frames that wait for the model, resized to the encoder's size, the newest kept. Any thread may call.
+    """A queue of the newest frames, resized to the encoder's size. Any thread may call.
 
-    num_received, num_dropped: frames put so far, and those of them that had to give way before they were taken.
-    newest_seconds: the time of the frame put last, -1 before the first.
+    num_received: frames added so far. num_dropped: those of them that were replaced before they were taken.
+    newest_seconds: the time of the frame added last; -1 before the first.
     """
 
     def __init__(self, processor: CrossLMMProcessor) -> None:
@@ -46,7 +46,7 @@ class WaitingFrames:
         return len(self._frames)
 
     def put(self, frame: torch.Tensor, seconds: float) -> None:
-        """frame: (3, H, W) uint8. seconds: later than of all before."""
+        """Adds a frame. frame: (3, H, W) uint8. seconds: its time, later than the time before."""
         fitting = self._fit(frame)
         with self._lock:
             if len(self._frames) == MAX_WAITING:
@@ -56,9 +56,9 @@ class WaitingFrames:
             self.num_received, self.newest_seconds = self.num_received + 1, seconds
 
     def put_file(self, image: Any, seconds: Any) -> None:
-        """What a client sends. image: a JPEG, PNG or WebP in base64, or a `data:` URL of it.
+        """Adds a frame that a client sent. image: a JPEG, PNG or WebP in base64, or a `data:` URL with one.
 
-        Raises ValueError for anything else, and for a time that is not later than of all before.
+        Raises ValueError for any other image, and for a time that is not later than the time before.
         """
         if not isinstance(seconds, int | float) or not self.newest_seconds < seconds < LONGEST_SECONDS:
             raise ValueError(
@@ -68,25 +68,25 @@ class WaitingFrames:
         self.put(_pixels(image), float(seconds))
 
     def take(self) -> tuple[list[torch.Tensor], list[float]]:
-        """All that wait, (3, S, S) each, and their times; none of them is given twice."""
+        """Removes and returns all waiting frames, (3, S, S) each, and their times."""
         with self._lock:
             waiting = list(self._frames)
             self._frames.clear()
         return [frame for frame, _ in waiting], [seconds for _, seconds in waiting]
 
     def forget(self) -> None:
-        """Begins anew: drops what waits, uncounted, and times may begin anew too."""
+        """Drops all waiting frames without counting them as dropped. Times may start from 0 again."""
         self.take()
         self.newest_seconds = -1.0
 
     def seconds_behind(self, live: LiveVideo) -> float:
-        """How much older the last frame that the model has seen is than the newest."""
+        """How much older the last frame that the model has seen is than the newest frame."""
         [seen] = live.times[-1:] or [0.0]
         return max(self.newest_seconds - seen, 0.0)
 
 
 def _pixels(image: Any) -> torch.Tensor:
-    """A client's picture, (3, H, W) uint8, upright."""
+    """A client's picture, (3, H, W) uint8, turned upright."""
     if not isinstance(image, str):
         raise ValueError("`image` of a frame must be a data: URL or base64.")
     try:

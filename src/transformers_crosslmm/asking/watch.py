@@ -1,4 +1,4 @@
-"""`crosslmm watch`: a live source in one line that changes, and typed questions answered while it goes on."""
+"""`crosslmm watch`: shows the state of a live source in one line and answers typed questions meanwhile."""
 
 import os
 import queue
@@ -15,11 +15,11 @@ from .live_source import LiveSource
 from .waiting_frames import WaitingFrames
 
 STATE_SECONDS = 10.0
-"""How often the state is told where it is no terminal's line that changes."""
+"""Time between two lines with the state, where stderr is not a terminal."""
 
 
 def state(live: LiveVideo, source: LiveSource) -> str:
-    """What has been seen, in a line."""
+    """The line that says how many frames were seen, kept and dropped, and how the source is."""
     parts = [counts(live, source.waiting)]
     if source.num_damaged:
         parts.append(f"{source.num_damaged} packets damaged")
@@ -37,9 +37,10 @@ def counts(live: LiveVideo, waiting: WaitingFrames, num_missed: int = 0) -> str:
 
 
 def watch(live: LiveVideo, source: LiveSource, *, max_new_tokens: int) -> None:
-    """Lets the model see what comes, and answers lines of stdin, until stdin ends. Ctrl-C ends an answer, or else all.
+    """Feeds the source to the model and answers the lines of stdin until stdin ends.
 
-    Raises VideoOpenError when the source has ended without a picture.
+    Ctrl-C ends the answer that is being written; between answers it ends the command.
+    Raises VideoOpenError if the source ends before its first picture.
     """
     questions, screen = typed_lines(), Screen()
     while True:
@@ -73,13 +74,13 @@ def answer(live: LiveVideo, question: str, *, max_new_tokens: int) -> None:
         live.ask(question, max_new_tokens=max_new_tokens, on_text=write)
     except KeyboardInterrupt:
         write(" (interrupted)")
-    except ValueError as error:  # nothing was said yet, and the next question may be a better one
+    except ValueError as error:  # nothing was written yet, and the next question may succeed
         print(f"error: {error}", file=sys.stderr, flush=True)
     write("\n")
 
 
 def typed_lines() -> "queue.SimpleQueue[str | None]":
-    """The lines of stdin as they are typed, None behind the last."""
+    """The lines of stdin as they are typed, and None at the end."""
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def read() -> None:
@@ -97,7 +98,7 @@ def typed_lines() -> "queue.SimpleQueue[str | None]":
 
 
 class Screen:
-    """The state, above the line that is typed on; where stderr is no terminal, now and then."""
+    """Shows the state above the line that is typed on; if stderr is not a terminal, as a line now and then."""
 
     def __init__(self) -> None:
         self.is_terminal = sys.stderr.isatty() and sys.stdin.isatty()
@@ -114,7 +115,7 @@ class Screen:
             self._write(line + "\n")
 
     def begin(self, line: str) -> None:
-        """Anew, below an answer."""
+        """Shows the state again below an answer."""
         self._write(f"{line}\n> " if self.is_terminal else f"{line}\n")
 
     def end(self, line: str) -> None:

@@ -47,13 +47,13 @@ EXAMPLE_QUESTIONS = (
 VIDEO_HTML = """<video controls muted playsinline src="${value}" ${value ? "" : "hidden"}></video>"""
 PLAY_FROM = """(second) => {
   const video = document.querySelector("#player video");
-  if (second !== null) video.currentTime = second + 0.001;  // just behind the frame's beginning, however it is rounded
+  if (second !== null) video.currentTime = second + 0.001;  // rounding must not show the frame before
 }"""
 
 
 @dataclass
 class Visit:
-    """A visitor's video with its chat and its frames for the pictures. tokens: of the last answer."""
+    """A visitor's video, its chat, and its frames for the pictures. tokens: those of the last answer."""
 
     conversation: PrefilledVideo
     frames: list[Image.Image]
@@ -72,7 +72,10 @@ class Visit:
 def answer_piecewise(
     thread: Executor, conversation: VideoConversation, question: str, **options: Any
 ) -> Iterator[tuple[str, Answer | None]]:
-    """Yields the answer's text so far as it is written, then with the `Answer`. Raises as `VideoConversation.ask`."""
+    """Yields the text written so far with None, and at the end the whole text with the `Answer`.
+
+    Raises as `VideoConversation.ask`.
+    """
     pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     answer = thread.submit(conversation.ask, question, max_new_tokens=MAX_NEW_TOKENS, on_text=pieces.put, **options)
     answer.add_done_callback(lambda _: pieces.put(None))
@@ -94,7 +97,7 @@ def build_page(
     gradio = _import_gradio()
     processor = load_processor(model, add_timestamps=add_timestamps)
     network = load_model(model, device=device)
-    # All work of the model, from all visitors, one piece after the other, so that memory is not exceeded.
+    # The work for all visitors runs in one thread, so that the model needs memory for one at a time.
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
     lives = LiveVisits(partial(LiveVisit, network, processor, thread), MAX_SESSIONS)
     folder = tempfile.TemporaryDirectory(prefix="crosslmm-demo-")
@@ -112,7 +115,7 @@ def build_page(
             visit = thread.submit(begun).result()
         except VIDEO_FAILURES as error:
             reason = f"{name}: {str(error).replace(path, name)}"
-            raise gradio.Error(reason, title="No video", print_exception=False) from error  # the earlier one stays
+            raise gradio.Error(reason, title="No video", print_exception=False) from error  # the earlier video stays
         for frame in visit.frames:
             frame.thumbnail((THUMBNAIL, THUMBNAIL))
         played = f"gradio_api/file={quote(path)}"
@@ -133,7 +136,9 @@ def build_page(
 
     def ask(question: str, visit: Visit | None) -> Iterator[tuple[list, Any, str]]:
         if visit is None:
-            raise gradio.Error("Upload a video or use the sample; then ask.", title="No video", print_exception=False)
+            raise gradio.Error(
+                "Upload a video or use the sample video, then ask.", title="No video", print_exception=False
+            )
         timeline = None
         for chat, answer in answered(visit.conversation, question, visit.chat, with_frame_weights=True):
             if answer is not None:
@@ -154,7 +159,7 @@ def build_page(
         shown = frame._data or {}
         try:
             if not request.session_hash:
-                raise ValueError("A live video belongs to a session; give `session_hash`.")
+                raise ValueError("A live video belongs to a session. Send `session_hash` with the request.")
             visit = lives.of_run(request.session_hash, shown.get("run"))
             seen = visit.put(shown.get("image"), shown.get("seconds"), shown.get("number"))
             with suppress(TimeoutError):  # the model is busy; the frame waits
@@ -166,7 +171,7 @@ def build_page(
     def ask_live(question: str, chat: list, request: gradio.Request) -> Iterator[tuple[list, str, str]]:  # type: ignore[name-defined]
         visit = lives.get(request.session_hash or "")
         if visit is None:
-            reason = "Use the camera or play a video; then ask."
+            reason = "Use the camera or play a video, then ask."
             raise gradio.Error(reason, title="No video", print_exception=False)
         for said, _ in answered(visit.live, question, chat):
             yield said, visit.state, ""
@@ -215,8 +220,8 @@ def build_page(
             second = gradio.Number(visible=False)
         with gradio.Tab("Live"):
             gradio.Markdown(
-                "Ask while a video goes on: a camera, or a file that your browser plays. Nothing is uploaded but a "
-                "frame per second. An answer is about what was shown until then."
+                "Ask questions while a video plays: from your camera, or a file that your browser plays. Your browser "
+                "sends one frame per second and nothing else. An answer covers what was shown until you asked."
             )
             with gradio.Row():
                 with gradio.Column():
