@@ -48,6 +48,7 @@ CHANGES: dict[str, dict] = {
 @pytest.fixture
 def ablation(monkeypatch, tmp_path):
     """The script, in a world of a few videos and batches of a few questions, with an encoder that never trained."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))  # as Python does for a script
     spec = importlib.util.spec_from_file_location("ablation", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "ablation", module)
