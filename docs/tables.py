@@ -173,6 +173,11 @@ def paper_scores() -> str:
     return markdown(["", "tokens per frame", *BENCHMARKS], rows)
 
 
+def between(score: dict[str, Any]) -> str:
+    low, high = score["interval_95"]
+    return f"{share(low)} – {share(high)}"
+
+
 def tiny_checkpoint() -> str:
     from transformers_crosslmm import TINY_CHECKPOINT
     from transformers_crosslmm.checkpoints.inspect import count_costs, load_config
@@ -182,14 +187,13 @@ def tiny_checkpoint() -> str:
     rows = []
     for kind, words in KINDS.items():
         ours, without = (results["scores"][name][kind] for name in ("as_trained", "gates_0"))
-        low, high = ours["interval_95"]
         chance = share(ours["chance"]) if "chance" in ours else ""
         rows.append(
             [
                 words,
                 str(ours["asked"]),
                 share(ours["accuracy"]),
-                f"{share(low)} – {share(high)}",
+                between(ours),
                 chance,
                 share(without["accuracy"]),
                 share(baseline["scores"]["as_trained"][kind]["accuracy"]),
@@ -214,10 +218,8 @@ def tiny_checkpoint_times() -> str:
     rows = []
     for kind, question in words.items():
         right, shut, moved = (results["scores"][name][kind] for name in ("as_trained", "gates_0", "timestamps_moved"))
-        low, high = right["interval_95"]
-        interval = f"{share(low)} – {share(high)}"
         others = share(shut["accuracy"]), share(moved["accuracy"])
-        rows.append([question, str(right["asked"]), share(right["accuracy"]), interval, *others])
+        rows.append([question, str(right["asked"]), share(right["accuracy"]), between(right), *others])
     head = ["question", "asked", "right", "95 % interval", "gates shut", "timestamps moved"]
     return f"{markdown(head, rows)}\n`{results['command']}`, commit {results['commit']}, {results['machine']}.\n"
 
@@ -227,12 +229,11 @@ def where_it_looked() -> str:
     rows = []
     for kind, numbers in results["results"].items():
         most, right = numbers["most_weight"], numbers["most_weight_if_right"]
-        low, high = most["interval_95"]
         rows.append(
             [
                 "**all**" if kind == "all" else KINDS[kind],
                 str(most["asked"]),
-                f"{share(most['share'])} ({share(low)} – {share(high)})",
+                f"{share(most['share'])} ({between(most)})",
                 share(right["share"]),
                 share(numbers["mean_weight"]),
             ]
@@ -268,9 +269,8 @@ def laptop_answers(results: dict[str, Any], *, one_of_two: bool = False) -> str:
     """one_of_two: whether who sees everything and picks a thing blindly is right half of the time."""
     rows = []
     for kind, trained in results["as_trained"].items():
-        low, high = trained["interval_95"]
         row = [KINDS[kind].replace("frame", "second"), str(trained["asked"])]
-        row += [f"**{share(trained['accuracy'])}** ({share(low)} – {share(high)})"]
+        row += [f"**{share(trained['accuracy'])}** ({between(trained)})"]
         row += [share(results["gates_0"][kind]["accuracy"]), share(trained["chance"])]
         rows.append([*row, "50 %"] if one_of_two else row)
     head = ["question", "asked", "right", "gates shut", "chance"]

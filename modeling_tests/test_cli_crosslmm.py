@@ -425,6 +425,13 @@ def test_info_counts_the_words_of_timestamps_as_the_processor_writes_them(run, c
     assert "is a size without a tokenizer" in run("info", "7B", "--add-timestamps").stderr
 
 
+def test_info_needs_no_more_than_a_config(run, checkpoint, tmp_path):
+    shutil.copy(Path(checkpoint) / "config.json", tmp_path)
+    result = run("info", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert result.stdout == run("info", checkpoint).stdout
+
+
 @pytest.mark.parametrize("form", ["kv", "features"])
 def test_info_counts_the_bytes_that_a_conversation_keeps(model, processor, folder, form):
     video = read_video(processor, str(folder / "clip.mp4"), num_frames=4)

@@ -475,6 +475,8 @@ def test_a_folder_of_answers_refuses_other_settings(tmp_path, ask):
         with pytest.raises(ValueError, match="name another folder"):
             ask(about("0.mp4", "1.mp4"), **changed)
     assert rows_of(tmp_path / "answers") == before
+    same = ask(about("0.mp4"), add_timestamps=False)  # as the checkpoint's processor does
+    assert same.answered_before == len(before)
 
 
 def test_a_folder_of_answers_refuses_whatever_else_decides_an_answer(folder, tmp_path, ask, monkeypatch):

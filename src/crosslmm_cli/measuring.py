@@ -221,7 +221,11 @@ def info(
 
 
 def timestamp_tokens(model: str | None, times: Sequence[float], *, add_timestamps: bool | None) -> int:
-    """Tokens of these times before frames: 0 where `add_timestamps` or the checkpoint's processor leaves them out."""
+    """Tokens of these times before frames: 0 where `add_timestamps` or the checkpoint's processor leaves them out.
+
+    A checkpoint may be a config alone: its processor is loaded only if it writes times.
+    """
+    from transformers_crosslmm import CrossLMMProcessor
     from transformers_crosslmm.checkpoints.load import load_processor
     from transformers_crosslmm.configuration_crosslmm import PRESETS
     from transformers_crosslmm.processing_crosslmm import timestamp
@@ -230,10 +234,14 @@ def timestamp_tokens(model: str | None, times: Sequence[float], *, add_timestamp
         if add_timestamps:
             raise typer.BadParameter(f"{model} is a size without a tokenizer; count timestamps of a checkpoint.")
         return 0
-    processor = load_processor(chosen_checkpoint(model), add_timestamps=add_timestamps)
-    if not processor.add_timestamps:
+    checkpoint = chosen_checkpoint(model)
+    if add_timestamps is None:
+        saved, _ = CrossLMMProcessor.get_processor_dict(checkpoint)
+        add_timestamps = saved.get("add_timestamps", False)
+    if not add_timestamps:
         return 0
-    return sum(map(len, processor.tokenizer([timestamp(seconds) for seconds in times])["input_ids"]))
+    tokenizer = load_processor(checkpoint).tokenizer
+    return sum(map(len, tokenizer([timestamp(seconds) for seconds in times])["input_ids"]))
 
 
 def print_video_info(video: str, model: str | None, *, fps: float, add_timestamps: bool | None, as_json: bool) -> None:

@@ -22,7 +22,7 @@ from ..cache_crosslmm import Medium, PooledTokens, VisualMemory, memory_in
 from ..frames_crosslmm import CrossLMMVideoMetadata
 from ..generation_crosslmm import PREFILL_TOKENS
 from ..modeling_crosslmm import CrossLMMForConditionalGeneration
-from ..processing_crosslmm import CrossLMMProcessor
+from ..processing_crosslmm import CrossLMMProcessor, timestamp
 from ..video_processing_crosslmm import VideoStream
 from .conversation import Answer, VideoConversation, end_token_ids
 
@@ -225,10 +225,11 @@ class LiveVideo(VideoConversation):
 
 def most_frames(model: CrossLMMForConditionalGeneration, processor: CrossLMMProcessor) -> int:
     """The largest `max_frames` that the context has room for."""
-    stamp = (
-        processor.tokenizer("<9999999.9 seconds>", add_special_tokens=False)["input_ids"] * processor.add_timestamps
-    )
-    return (model.config.max_sequence_length - QUESTION_TOKENS) // (processor.tokens_per_frame + len(stamp))
+    tokens_per_frame = processor.tokens_per_frame
+    if processor.add_timestamps:
+        longest = timestamp(LONGEST_SECONDS - 0.1)
+        tokens_per_frame += len(processor.tokenizer(longest, add_special_tokens=False)["input_ids"])
+    return (model.config.max_sequence_length - QUESTION_TOKENS) // tokens_per_frame
 
 
 def _written(buffer: torch.Tensor, first: int, new: torch.Tensor, room: int | None) -> torch.Tensor:

@@ -431,8 +431,6 @@ def answer_corpus(
         raise ValueError(f"`workers` needs Ray; the local engine is one process. Leave out workers={workers}.")
     if engine != "local" and device is not None:
         raise ValueError(f"`device` is for the local engine; Ray assigns GPUs. Leave out device={device!r}.")
-    if engine == "vllm" and add_timestamps:
-        raise ValueError("vLLM prompts have no timestamps. Use another engine, or leave out `add_timestamps`.")
     counts = {"workers": workers, "cpus_per_worker": cpus_per_worker, "max_new_tokens": max_new_tokens}
     for option, number in counts.items():
         if number is not None and number < 1:
@@ -440,12 +438,15 @@ def answer_corpus(
     corpus = read_corpus(questions, root=root)
     name = os.fspath(model)
     name = os.path.abspath(name) if os.path.isdir(name) else name
-    IsolatedStream(load_processor(name), os.devnull, **sampling)  # checks processor and sampling; opens nothing
+    processor = load_processor(name, add_timestamps=add_timestamps)
+    IsolatedStream(processor, os.devnull, **sampling)  # checks processor and sampling; opens nothing
+    if engine == "vllm" and processor.add_timestamps:
+        raise ValueError("vLLM prompts have no timestamps. Use another engine, or turn `add_timestamps` off.")
     decides = {
         "root": corpus.root,
         "checkpoint": checkpoint_digest(find_folder(name)),
         "max_new_tokens": max_new_tokens,
-        "add_timestamps": add_timestamps,
+        "add_timestamps": processor.add_timestamps,
         "sampling": sampling,
         "package": __version__,
     }

@@ -42,7 +42,7 @@ from transformers import (
 
 from ..configuration_crosslmm import CrossLMMConfig
 from ..modeling_crosslmm import CrossLMMForConditionalGeneration
-from ..processing_crosslmm import CHAT_TEMPLATE, MARKS, CrossLMMProcessor
+from ..processing_crosslmm import CHAT_TEMPLATE, MARKS, CrossLMMProcessor, timestamp
 from ..training.samples import IGNORED, CrossLMMDataCollator, chat_sample
 from .procedural_videos import (
     COLOURS,
@@ -471,7 +471,7 @@ class VideoChats(IterableDataset):
         frame = [self.config.video_token_id] * self.config.tokens_per_frame
         stamps: Sequence[list[int]] = [[]] * num_frames
         if moments is not None:
-            stamps = self.tokenizer([f"<{seconds:.1f} seconds>" for seconds in moments])["input_ids"]
+            stamps = self.tokenizer([timestamp(seconds) for seconds in moments])["input_ids"]
         return [token for stamp in stamps for token in (*stamp, *frame)]
 
     def turn(self, question: Question, *, has_video: bool) -> dict[str, list[int]]:
