@@ -1,12 +1,15 @@
 """The tables of docs/ and of the tiny checkpoint's card, made of the results that benchmarks/ keeps.
 
 python docs/tables.py      # writes them anew where they differ; a test compares
+
+It also writes the counts of the paper's sizes, which `crosslmm info` reads.
 """
 
 import json
 import re
 import runpy
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -900,7 +903,27 @@ def with_tables(page: str) -> str:
     return TABLE.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}{match[3]}", page)
 
 
+def preset_costs() -> dict[str, Any]:
+    """What `crosslmm info` keeps of the paper's sizes: their counts by size and number format of the weights."""
+    from transformers_crosslmm import CrossLMMConfig
+    from transformers_crosslmm.checkpoints.inspect import QUANTIZATIONS, count_costs
+    from transformers_crosslmm.configuration_crosslmm import PRESETS
+
+    return {
+        preset: {
+            quantization or "bfloat16": asdict(
+                count_costs(CrossLMMConfig.from_preset(preset), quantization=quantization)
+            )
+            for quantization in (None, *QUANTIZATIONS)
+        }
+        for preset in PRESETS
+    }
+
+
+PRESET_COSTS = ROOT / "src" / "transformers_crosslmm" / "checkpoints" / "preset_costs.json"
+
 if __name__ == "__main__":
+    PRESET_COSTS.write_text(json.dumps(preset_costs(), indent=1) + "\n", encoding="utf-8")
     for path in PAGES:
         page = path.read_text(encoding="utf-8")
         if (new := with_tables(page)) != page:

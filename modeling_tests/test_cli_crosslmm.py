@@ -478,6 +478,14 @@ def test_info_knows_the_paper_sizes(run):
     assert "3,584" in result.stdout
 
 
+def test_info_of_a_paper_size_imports_neither_torch_nor_transformers():
+    """Importing them takes ten times as long as the whole command."""
+    code = "import sys; from crosslmm_cli import app; app(['info', '7B'], standalone_mode=False); print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "8,406,544,686 parameters" in result.stdout
+    assert not {"torch", "transformers", "transformers_crosslmm"} & set(result.stdout.splitlines()[-1].split())
+
+
 def test_normalising_costs_bytes_until_the_prefill_ends_where_keys_are_kept():
     plain, normed = (
         count_costs(CrossLMMConfig.from_preset("2B", flavour=flavour)) for flavour in ("paper", "recommended")

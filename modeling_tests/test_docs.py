@@ -357,6 +357,12 @@ def test_pages_with_slow_blocks_run_from_beginning_to_end(page, checkout):
 # --- what is not in blocks ------------------------------------------------------------------------------------------
 
 
+def test_the_counts_that_info_keeps_are_what_the_networks_count_to():
+    tables = runpy.run_path(str(DOCS / "tables.py"))
+    kept = json.loads(tables["PRESET_COSTS"].read_text(encoding="utf-8"))
+    assert kept == tables["preset_costs"](), "`python docs/tables.py` counts them anew"
+
+
 def test_tables_are_what_the_kept_results_say():
     tables = runpy.run_path(str(DOCS / "tables.py"))
     pages = {path: path.read_text(encoding="utf-8") for path in tables["PAGES"]}

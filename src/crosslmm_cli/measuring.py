@@ -1,8 +1,12 @@
 """Quality and cost: evaluate, bench, info."""
 
+import json
 import re
 from collections.abc import Sequence
+from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -104,8 +108,6 @@ def bench(
 
     Example: crosslmm bench --models CrossLMM-7B,LLaVA-OneVision-7B --frames 32,256 --output cost.json
     """
-    import json
-
     if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", frames):
         raise typer.BadParameter(f"--frames takes positive numbers, separated by commas; got {frames!r}.")
     if output is not None and not output.absolute().parent.is_dir():
@@ -165,26 +167,24 @@ def info(
         print_video_info(name, model, fps=fps, add_timestamps=add_timestamps, as_json=as_json)
         return
     model = only_one_model(model, name)
-    with Steps() as steps:
-        import_package(steps)
-        from transformers_crosslmm import CrossLMMConfig
-        from transformers_crosslmm.asking.pictures import clock_time
-        from transformers_crosslmm.checkpoints.inspect import count_costs, load_config
-        from transformers_crosslmm.configuration_crosslmm import PRESETS
+    costs = kept_costs(model, quantization)
+    if costs is None:
+        with Steps() as steps:
+            import_package(steps)
+            from transformers_crosslmm.checkpoints.inspect import count_costs, load_config
 
-        steps.begin("Counting")
-        config = CrossLMMConfig.from_preset(model) if model in PRESETS else load_config(chosen_checkpoint(model))
-        longest_time = (context or config.max_sequence_length) / fps
-        costs = count_costs(
-            config,
-            quantization=quantization,
-            timestamp_tokens=timestamp_tokens(model, [longest_time], add_timestamps=add_timestamps),
-        )
+            steps.begin("Counting")
+            config = load_config(chosen_checkpoint(model))
+            last_frame = (context or config.max_sequence_length) / fps
+            stamp = timestamp_tokens(model, [last_frame], add_timestamps=add_timestamps)
+            costs = count_costs(config, quantization=quantization, timestamp_tokens=stamp)
+    elif add_timestamps:
+        raise typer.BadParameter(f"{model} is a size without a tokenizer; count timestamps of a checkpoint.")
     context = context or costs.max_positions
     in_context = costs.frames_in_context(context)
     in_memory = {form: costs.frames_in_memory(form, memory * 2**30) for form in costs.cache_bytes_per_frame}
     longest = {form: min(in_context, frames) / fps for form, frames in in_memory.items()}
-    dtype = str(costs.dtype).removeprefix("torch.")
+    dtype = costs.dtype
     if quantization:
         dtype += f", the language model's linear layers in {quantization}"
     if as_json:
@@ -214,10 +214,28 @@ def info(
         typer.echo(f"  {form:<12}{size_of(size):>9}, and {own} in the language model's own")
     typer.echo(f"\nLongest video at {fps:g} fps, with {costs.text_tokens(context)} positions left for text")
     for limit, count in {"context": in_context, **{f"memory, {form}": n for form, n in in_memory.items()}}.items():
-        typer.echo(f"  {limit:<18}{count:>9,} frames{clock_time(count / fps):>14}")
-    both = ", ".join(f"{clock_time(seconds)} with {form}" for form, seconds in longest.items())
+        typer.echo(f"  {limit:<18}{count:>9,} frames{length(count / fps):>14}")
+    both = ", ".join(f"{length(seconds)} with {form}" for form, seconds in longest.items())
     typer.echo(f"So at most {both}.")
     typer.echo(f"Memory: {memory:g} GiB less the weights, at the end of the prefill. Activations are not counted.")
+
+
+def kept_costs(model: str | None, quantization: str | None) -> Any:
+    """The counts of a size of the paper as the package keeps them, or None for another model.
+
+    Importing the package would take seconds, so the file of `CheckpointCosts`, which imports nothing, is run alone.
+    """
+    package: Any = find_spec("transformers_crosslmm")
+    folder = Path(package.origin).parent / "checkpoints"
+    kept = json.loads((folder / "preset_costs.json").read_text(encoding="utf-8"))
+    if model not in kept:
+        return None
+    return run_path(str(folder / "costs.py"))["CheckpointCosts"](**kept[model][quantization or "bfloat16"])
+
+
+def length(seconds: float) -> str:
+    """A video's length as hours, minutes and seconds: 0:59:44."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 def timestamp_tokens(model: str | None, times: Sequence[float], *, add_timestamps: bool | None) -> int:

@@ -4,7 +4,6 @@ Shapes: T frames, N patches per frame, D vision width, G key/value heads, E head
 """
 
 import os
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -13,49 +12,11 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..configuration_crosslmm import CROSS_ATTENTION_CACHES, CrossLMMConfig
 from ..quantization_crosslmm import NOT_QUANTIZED
+from .costs import CheckpointCosts
 from .network import network_of
 
 QUANTIZATIONS = {"nf4": (0.5 + 4 / 64, 0), "int8": (1.0, 4), "fp8": (1.0, 4)}
 """Bytes per weight, and additional bytes per matrix row. Scales are float32: one per row, or in nf4 per 64 weights."""
-
-
-@dataclass(frozen=True)
-class CheckpointCosts:
-    """Counts of a checkpoint. Bytes are of tensors in `dtype`, without activations.
-
-    parts: parameters by part; tied weights are counted once.
-    weight_bytes: of all parts; gates are float32, quantised weights have their quantised size.
-    tokens_per_frame: pooled tokens and the words of its time, and so positions of the context.
-    max_positions: the context length, with rope scaling.
-    cache_bytes_per_frame: T2V's cache during generation, by form ("kv", "features").
-    language_bytes_per_frame: the language model's own cache of these tokens.
-    prefill_bytes_per_frame: additional memory until the end of the prefill, by form: for "kv" the original tokens and,
-        if the config normalises them, the normalised tokens.
-    """
-
-    dtype: torch.dtype
-    parts: dict[str, int]
-    weight_bytes: int
-    tokens_per_frame: int
-    max_positions: int
-    cache_bytes_per_frame: dict[str, int]
-    language_bytes_per_frame: int
-    prefill_bytes_per_frame: dict[str, int]
-
-    def frames_in_memory(self, form: str, memory_bytes: float) -> int:
-        """Most frames whose prefill fits into memory together with the weights."""
-        per_frame = (
-            self.cache_bytes_per_frame[form] + self.prefill_bytes_per_frame[form] + self.language_bytes_per_frame
-        )
-        return max(0, int((memory_bytes - self.weight_bytes) // per_frame))
-
-    def frames_in_context(self, num_positions: int) -> int:
-        """Most frames whose pooled tokens fit into a context together with `text_tokens`."""
-        return (num_positions - self.text_tokens(num_positions)) // self.tokens_per_frame
-
-    def text_tokens(self, num_positions: int) -> int:
-        """Positions left for questions and answers: 512, or a quarter of a small context."""
-        return min(512, num_positions // 4)
 
 
 def load_config(name: str | os.PathLike) -> CrossLMMConfig:
@@ -111,7 +72,7 @@ def count_costs(
     keys_values = num_layers * num_patches * key_value if config.use_t2v else 0
     normalised = 0 if config.visual_norm == "none" else original
     return CheckpointCosts(
-        dtype=dtype,
+        dtype=str(dtype).removeprefix("torch."),
         parts=parts,
         weight_bytes=sum(parts.values()) * size + num_gates * (torch.float32.itemsize - size) - round(saved_bytes),
         tokens_per_frame=tokens_per_frame,
@@ -136,4 +97,4 @@ def _part_of(name: str) -> str:
     return "language model"
 
 
-__all__ = ["CheckpointCosts", "count_costs", "load_config"]
+__all__ = ["count_costs", "load_config"]

@@ -39,7 +39,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from .. import TINY_CHECKPOINT
-from ..checkpoints.inspect import CheckpointCosts, count_costs
+from ..checkpoints.costs import CheckpointCosts
+from ..checkpoints.inspect import count_costs
 from ..checkpoints.load import load_processor
 from ..checkpoints.model_card import PAPER_COSTS
 from ..configuration_crosslmm import CrossLMMConfig
