@@ -357,6 +357,20 @@ def test_pages_with_slow_blocks_run_from_beginning_to_end(page, checkout):
 # --- what is not in blocks ------------------------------------------------------------------------------------------
 
 
+def test_files_that_the_pages_name_exist():
+    named = re.compile(
+        r"\b(?:benchmarks|docs|examples|modeling_tests|conversion|requirements)/[\w/-]+\.\w+|\btest_\w+\.py"
+    )
+    tests = {path.name for path in (ROOT / "modeling_tests").rglob("test_*.py")}
+    missing = {
+        (page.name, name)
+        for page in [*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+        for name in named.findall(page.read_text(encoding="utf-8"))
+        if name not in tests and not (ROOT / name).exists()
+    }
+    assert not missing
+
+
 def test_the_counts_that_info_keeps_are_what_the_networks_count_to():
     tables = runpy.run_path(str(DOCS / "tables.py"))
     kept = json.loads(tables["PRESET_COSTS"].read_text(encoding="utf-8"))
