@@ -274,6 +274,13 @@ def test_questions_are_answered_from_what_has_been_seen(opened, clip, tmp_path, 
     assert "4 frames seen, 4 kept, 0 dropped, 0.0 s behind, ended" in told
 
 
+def test_a_finished_mp4_whose_index_stands_at_its_end_is_left_to_chat(opened, typed):
+    source = opened(Path(__file__).parents[2] / "samples" / "shapes.mp4", silence_seconds=0.5)
+    typed.put(None)
+    with pytest.raises(VideoError, match=r"must be playable from its beginning.*`crosslmm chat`"):
+        watch.watch(live_video(), source, max_new_tokens=5)
+
+
 def test_the_state_says_what_is_dropped_damaged_and_silent(opened, clip, tmp_path):
     (tmp_path / "clip.ts").write_bytes(clip)
     source, live = opened(tmp_path / "clip.ts", fps=5.0), live_video(max_frames=8)

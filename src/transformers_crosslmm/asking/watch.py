@@ -50,7 +50,11 @@ def watch(live: LiveVideo, source: LiveSource, *, max_new_tokens: int) -> None:
         screen.show(state(live, source))
         if not live.num_seen:
             if source.ending is not None and not source.waiting.num_received:
-                raise VideoOpenError(f"The source ended before its first picture. {source.ending}".strip())
+                raise VideoOpenError(
+                    "A live source must be playable from its beginning, as MPEG-TS, Matroska and fragmented MP4 are; "
+                    f"this one ended before its first picture: {source.ending or 'nothing more came'}. "
+                    "For a file that is finished use `crosslmm chat`."
+                )
             time.sleep(0.05)
             continue  # a question waits for the first frame
         try:
