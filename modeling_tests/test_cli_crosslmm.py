@@ -270,11 +270,13 @@ def test_bars_of_libraries_show_on_a_terminal_alone(monkeypatch, is_terminal):
 # --- ask, chat, look, info ------------------------------------------------------------------------------------------
 
 
-def fresh_answer(model, processor, *turns: str, answers: tuple[str, ...] = (), path: str, **sampling) -> str:
+def fresh_answer(
+    model, processor, *turns: str, answers: tuple[str, ...] = (), path: str | None = None, **sampling
+) -> str:
     """What the pipeline of processor and `generate` answers to the whole chat at once, greedily."""
     chat = []
     for i, question in enumerate(turns):
-        media = [{"type": "video", "path": path}] if i == 0 else []
+        media = [{"type": "video", "path": path}] if i == 0 and path else []
         chat.append({"role": "user", "content": [*media, {"type": "text", "text": question}]})
         chat += [{"role": "assistant", "content": answers[i]}] if i < len(answers) else []
     inputs = processor.apply_chat_template(
@@ -292,6 +294,33 @@ def test_ask_answers_as_generate_does(run, model, processor, checkpoint):
     result = run("ask", "clip.mp4", "What is it?", "--model", checkpoint, "--frames", "3", "--max-new-tokens", "6")
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == fresh_answer(model, processor, "What is it?", path="clip.mp4", num_frames=3)
+
+
+def test_a_question_without_a_video_is_answered_by_the_language_model(run, model, processor, checkpoint):
+    length = ("--model", checkpoint, "--max-new-tokens", "6")
+    result = run("ask", "What is it?", *length, "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    first = fresh_answer(model, processor, "What is it?")
+    assert (record["answer"], record["video"], record["frame_times"]) == (first, None, None)
+    assert run("chat", *length, stdin="What is it?\n").stdout.strip() == first
+
+
+@pytest.mark.parametrize("words", ["clip.mp4", "gone.mkv", "https://example.org/watch"])
+def test_a_video_without_a_question_is_not_taken_for_a_question(run, words):
+    result = run("ask", words)
+    assert result.exit_code == 2
+    assert "A video needs a question after it" in " ".join(result.stderr.replace("│", "").split())
+
+
+@pytest.mark.parametrize("command", [("ask", "Why?"), ("chat",)])
+@pytest.mark.parametrize(
+    "option", [("--frames", "3"), ("--fps", "2"), ("--start", "0"), ("--end", "4"), ("--no-add-timestamps",)]
+)
+def test_options_about_a_video_are_refused_without_one(run, command, option):
+    result = run(*command, *option)
+    assert result.exit_code == 2
+    assert f"{option[0].replace('no-', '')}: only with a video" in " ".join(result.stderr.replace("│", "").split())
 
 
 @pytest.mark.parametrize("saved", [False, True])
@@ -497,9 +526,10 @@ def test_normalising_costs_bytes_until_the_prefill_ends_where_keys_are_kept():
 # --- conversations --------------------------------------------------------------------------------------------------
 
 
-def test_a_conversation_answers_as_the_whole_chat_would(model, processor, folder):
-    path = str(folder / "clip.mp4")
-    conversation = VideoConversation(model, processor, read_video(processor, path, num_frames=3))
+@pytest.mark.parametrize("with_video", [True, False])
+def test_a_conversation_answers_as_the_whole_chat_would(model, processor, folder, with_video):
+    video = read_video(processor, str(folder / "clip.mp4"), num_frames=3) if with_video else None
+    conversation = VideoConversation(model, processor, video)
     questions = ("What is it?", "And <|im_end|> then?", "Why?")
     for turn in range(3):
         asked = conversation.token_ids
@@ -507,7 +537,7 @@ def test_a_conversation_answers_as_the_whole_chat_would(model, processor, folder
         prompt = torch.tensor([conversation.token_ids])
         assert conversation.token_ids[: len(asked)] == asked
         # Greedy tokens of a fresh forward call over everything said: the cache has lost and added nothing.
-        media = {"video": encode_video(model, conversation.video.pixels)}
+        media = {"video": encode_video(model, video.pixels)} if with_video else None
         with torch.no_grad():
             logits = model(input_ids=prompt, mm_encoder_outputs=media, use_cache=False).logits[0]
         logits[:, [processor.image_token_id, processor.video_token_id]] = -torch.inf

@@ -1,6 +1,7 @@
 """One person and one video: ask, chat, watch, look, demo."""
 
 import contextlib
+import mimetypes
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -34,8 +35,13 @@ from .base import (
 
 @app.command()
 def ask(
-    video: Video,
-    question: Annotated[str, typer.Argument(help="A question about it; frames count from 1.", show_default=False)],
+    video: Annotated[
+        str | None,
+        typer.Argument(help="A video file or URL; without it the language model answers alone.", show_default=False),
+    ] = None,
+    question: Annotated[
+        str | None, typer.Argument(help="A question; a video's frames count from 1.", show_default=False)
+    ] = None,
     model: Model = None,
     frames: Frames = None,
     fps: Fps = None,
@@ -49,17 +55,22 @@ def ask(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer a question about a video.
+    """Answer a question about a video, or a question alone.
 
     Example: crosslmm ask clip.mp4 "In which frame does the red star appear?" --frames 8 --timeline looked.png
     """
+    if question is None:
+        video, question = None, video or ""  # one word of the command line is the question
     if not question.strip():
         raise typer.BadParameter("A question needs words; got none.")
+    if video is None and names_a_video(question):
+        raise typer.BadParameter(f"A video needs a question after it; got {question!r} alone.")
     if timeline is not None:
         check_picture(timeline)
     sampling = sampling_options(frames=frames, fps=fps, start=start, end=end)
     with Steps() as steps:
-        conversation = begin_conversation(steps, video, model, device, add_timestamps, sampling)
+        needs_video = {"--timeline": timeline}
+        conversation = begin_conversation(steps, video, model, device, add_timestamps, sampling, needs_video)
         steps.begin("Answering")
         answer = conversation.ask(
             question,
@@ -83,7 +94,7 @@ def ask(
             "question": question,
             "answer": answer.text,
             "tokens": answer.tokens,
-            "frame_times": conversation.video.times,
+            "frame_times": conversation.video and conversation.video.times,
         }
         if answer.frame_weights is not None:
             record["frame_weights"] = answer.frame_weights.tolist()
@@ -92,7 +103,10 @@ def ask(
 
 @app.command()
 def chat(
-    video: Video,
+    video: Annotated[
+        str | None,
+        typer.Argument(help="A video file or URL; without it the language model answers alone.", show_default=False),
+    ] = None,
     model: Model = None,
     frames: Frames = None,
     fps: Fps = None,
@@ -102,7 +116,8 @@ def chat(
     max_new_tokens: NewTokens = 256,
     device: Device = None,
 ) -> None:
-    """Ask several questions about a video, which is encoded once. Each line is a question; Ctrl-D or `exit` ends.
+    """Ask several questions about a video, which is encoded once. Each line is a question; Ctrl-D ends, and on a
+    terminal `exit`.
 
     Example: crosslmm chat lecture.mp4 --fps 1 --start 60 --end 600
     """
@@ -113,7 +128,9 @@ def chat(
     if is_person:
         with contextlib.suppress(ImportError):  # not on Windows
             import readline  # noqa: F401  (gives input() line editing)
-        hint = f"{conversation.video.num_frames} frames encoded, counted from 1. Ask a question; Ctrl-D or exit ends."
+        hint = "Ask a question; Ctrl-D or exit ends."
+        if conversation.video is not None:
+            hint = f"{conversation.video.num_frames} frames encoded, counted from 1. {hint}"
         typer.echo(hint, err=True)
     while True:
         try:
@@ -252,22 +269,47 @@ def demo(
     serve_page(page, host=host, port=port)
 
 
+def names_a_video(word: str) -> bool:
+    """Whether this is the name of a file, an address, or a name such as videos have."""
+    kind = mimetypes.guess_type(word)[0] or ""
+    return Path(word).exists() or "://" in word or kind.startswith("video/")
+
+
 def begin_conversation(
-    steps: Steps, video: str, model: str | None, device: str | None, add_timestamps: bool | None, sampling: Any
+    steps: Steps,
+    video: str | None,
+    model: str | None,
+    device: str | None,
+    add_timestamps: bool | None,
+    sampling: dict[str, Any],
+    needs_video: dict[str, Any] | None = None,
 ) -> Any:
-    """A `VideoConversation` about the video. The video is opened before the model is loaded."""
-    check_video(video)
+    """A `VideoConversation` about the video, which is opened before the model is loaded, or without one.
+
+    needs_video: further options that are refused without a video, by name.
+    """
+    if video is not None:
+        check_video(video)
+    else:
+        named = {"--frames": "num_frames", "--fps": "fps", "--start": "start_seconds", "--end": "end_seconds"}
+        given = {option: sampling.get(name) for option, name in named.items()}
+        given |= {"--add-timestamps": add_timestamps} | (needs_video or {})
+        if refused := [option for option, value in given.items() if value is not None]:
+            raise typer.BadParameter(f"{', '.join(refused)}: only with a video; there is none before the question.")
     import_package(steps)
     from transformers_crosslmm.asking.conversation import VideoConversation, read_video
     from transformers_crosslmm.checkpoints.load import load_model, load_processor
 
     checkpoint = chosen_checkpoint(model)
     processor = load_processor(checkpoint, add_timestamps=add_timestamps)
-    steps.begin(f"Reading {video}")
-    seen = read_video(processor, video, **sampling)
+    seen = None
+    if video is not None:
+        steps.begin(f"Reading {video}")
+        seen = read_video(processor, video, **sampling)
     steps.begin("Loading the model")
     loaded = load_model(checkpoint, device=device)
-    steps.begin("Encoding frames")
+    if video is not None:
+        steps.begin("Encoding frames")
     return VideoConversation(loaded, processor, seen, on_progress=steps.count)
 
 

@@ -60,10 +60,10 @@ def end_token_ids(model: CrossLMMForConditionalGeneration, processor: CrossLMMPr
 
 
 class VideoConversation:
-    """A chat about one video; each answer takes earlier questions and answers into account.
+    """A chat about one video, or without one; each answer takes earlier questions and answers into account.
 
     The video is encoded when the conversation begins and prefilled with the first question. The chat stays in `cache`,
-    so a later question costs only its own tokens.
+    so a later question costs only its own tokens. Without a video the language model answers alone.
 
     messages: the chat so far. token_ids: the tokens that the cache has seen, and the last generated one.
     """
@@ -72,7 +72,7 @@ class VideoConversation:
         self,
         model: CrossLMMForConditionalGeneration,
         processor: CrossLMMProcessor,
-        video: VideoStream,
+        video: VideoStream | None,
         *,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -80,14 +80,15 @@ class VideoConversation:
 
         Raises ValueError, before encoding, if the expected frames do not fit the context.
         """
-        video.begin()
-        check_length(video.expected_num_frames * processor.tokens_per_frame + 1, model.config, None)
+        self._media: dict[str, CrossLMMEncodedMedia] | None = None
+        if video is not None:
+            video.begin()
+            check_length(video.expected_num_frames * processor.tokens_per_frame + 1, model.config, None)
+            self._media = {"video": encode_video(model, video, on_progress=on_progress)}
         self.model, self.processor, self.video = model, processor, video
         self.messages: list[dict[str, Any]] = []
         self.token_ids: list[int] = []
         self.cache = DynamicCache()
-        encoded = encode_video(model, video, on_progress=on_progress)
-        self._media: dict[str, CrossLMMEncodedMedia] | None = {"video": encoded}
         self._ends = end_token_ids(model, processor)
 
     @torch.no_grad()
@@ -108,7 +109,7 @@ class VideoConversation:
         if not question.strip():
             raise ValueError("A question needs words; got none.")
         parts: list[dict[str, Any]] = [{"type": "text", "text": question}]
-        if not self.messages:
+        if self.video is not None and not self.messages:
             parts.insert(0, {"type": "video", "video": self.video.source})
         turn = {"role": "user", "content": parts}
         prompt = torch.tensor([self.token_ids + self._new_ids(turn)], device=self.model.device)
@@ -152,7 +153,9 @@ class VideoConversation:
 
     def pictures(self) -> list[Image.Image]:
         """The frames as the model sees them; decodes the video again."""
-        return [picture for chunk in self.video for picture in frame_pictures(chunk, self.processor.video_processor)]
+        return [
+            picture for chunk in self.video or () for picture in frame_pictures(chunk, self.processor.video_processor)
+        ]
 
     def _new_ids(self, turn: dict[str, Any]) -> list[int]:
         """The tokens between the end of the last answer and the beginning of the next."""
@@ -162,7 +165,8 @@ class VideoConversation:
 
         if not self.messages:
             text = rendered([turn])
-            (text,), _ = self.processor._expand([text], [self.video.num_frames], [self.video.metadata])
+            if self.video is not None:
+                (text,), _ = self.processor._expand([text], [self.video.num_frames], [self.video.metadata])
         else:
             # The cache has the answer's own tokens, which can differ from those of its tokenised text.
             before = rendered(self.messages[:-1])
