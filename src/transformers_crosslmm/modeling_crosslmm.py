@@ -37,6 +37,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple
 
 from .attention_crosslmm import Segments
@@ -83,18 +84,27 @@ if TYPE_CHECKING:
 
 @dataclass
 class CrossLMMModelOutputWithPast(BaseModelOutputWithPast):
-    """image_hidden_states, video_hidden_states: the projected pooled tokens (tokens, C) of this call's media."""
+    """image_hidden_states, video_hidden_states: the projected pooled tokens (tokens, C) of this call's media.
+
+    router_logits: per layer with experts (tokens, experts), if `output_router_logits` asks for them.
+    """
 
     image_hidden_states: torch.FloatTensor | None = None
     video_hidden_states: torch.FloatTensor | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
 
 
 @dataclass
 class CrossLMMCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """image_hidden_states, video_hidden_states: the projected pooled tokens (tokens, C) of this call's media."""
+    """As of the model without a head.
+
+    aux_loss: with labels and `router_logits`, the loss that balances experts; `loss` contains it, weighted.
+    """
 
     image_hidden_states: torch.FloatTensor | None = None
     video_hidden_states: torch.FloatTensor | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    aux_loss: torch.FloatTensor | None = None
 
 
 class CrossLMMPreTrainedModel(PreTrainedModel):
@@ -394,6 +404,7 @@ class CrossLMMModel(CrossLMMPreTrainedModel):
             attentions=outputs.attentions,
             image_hidden_states=torch.cat(list(media["image"].pooler_output)) if "image" in media else None,
             video_hidden_states=torch.cat(list(media["video"].pooler_output)) if "video" in media else None,
+            router_logits=getattr(outputs, "router_logits", None),
             **cache_argument(cache_of(outputs)),
         )
 
@@ -597,11 +608,14 @@ class CrossLMMForConditionalGeneration(CrossLMMPreTrainedModel, CrossLMMGenerati
             **kwargs,
         )
         logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))
-        loss = None
+        loss = aux_loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
+            text = self.config.text_config
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text.vocab_size, **kwargs)
+            if outputs.router_logits is not None:
+                experts = text.num_experts, text.num_experts_per_tok
+                aux_loss = load_balancing_loss_func(outputs.router_logits, *experts, attention_mask)
+                loss = loss + text.router_aux_loss_coef * aux_loss
         return CrossLMMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -609,6 +623,8 @@ class CrossLMMForConditionalGeneration(CrossLMMPreTrainedModel, CrossLMMGenerati
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
             video_hidden_states=outputs.video_hidden_states,
+            router_logits=outputs.router_logits,
+            aux_loss=aux_loss,
             **cache_argument(cache_of(outputs)),
         )
 
