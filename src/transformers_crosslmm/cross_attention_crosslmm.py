@@ -335,8 +335,9 @@ def check_head(text_config: PreTrainedConfig) -> None:
     twin = _without_parts(causal_class, {"config": text_config})
     twin.lm_head = nn.Identity()
     setattr(twin, causal_class.base_model_prefix, _Returns(states))
+    without_loss = {"output_router_logits": False} if hasattr(text_config, "output_router_logits") else {}
     try:
-        found = f"{twin(inputs_embeds=states.last_hidden_state).logits.item():g}"
+        found = f"{twin(inputs_embeds=states.last_hidden_state, **without_loss).logits.item():g}"
     except Exception as error:  # any error means that this forward does more
         found = f"{type(error).__name__}: {error}"
     if found != "100" or getattr(text_config, "lm_head_bias", False):
