@@ -98,6 +98,20 @@ def test_a_thousand_requests_are_answered_and_none_is_mixed_up(folder, chats):
     assert written == [chats[number % 25][1] for number in range(1000)]
 
 
+def test_without_vllms_media_cache_a_refused_request_costs_the_next_one_nothing(folder, chats):
+    """As docs/vllm.md advises: with the cache, vLLM fails the next request about the same video."""
+    content, expected = chats[1]
+    refused = {"model": "m", "messages": [{"role": "user", "content": content}], "temperature": -3}
+    with served(folder, "--mm-processor-cache-gb", "0") as (address, _):
+        request = urllib.request.Request(
+            f"{address}/v1/chat/completions", json.dumps(refused).encode(), {"Content-Type": "application/json"}
+        )
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            urllib.request.urlopen(request, timeout=300)
+        assert answer(address, content) == expected
+        assert answer(address, content) == expected
+
+
 @pytest.mark.parametrize(
     ("options", "worker"), [((), "EngineCore"), (("--tensor-parallel-size", "2"), "Worker_TP1")], ids=["one", "two"]
 )
