@@ -132,8 +132,8 @@ def read_corpus(path: str | os.PathLike, *, root: str | os.PathLike | None = Non
                 earlier, earlier_number = seen[question_id]
                 if earlier != content:
                     raise ValueError(
-                        f"{where} has the id {shown(question_id)} of line {earlier_number}, which is another question. "
-                        "Give each question its own id, or leave ids out."
+                        f"{where} has the id {shown(question_id)} of line {earlier_number}, which is another "
+                        "question. Give each question its own id, or leave ids out."
                     )
                 duplicates += 1
                 continue
