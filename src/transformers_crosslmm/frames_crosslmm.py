@@ -5,11 +5,13 @@ Shapes: T frames of one video, (H, W) a frame's own size.
 
 import math
 import os
+import reprlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -285,6 +287,12 @@ class FramesInMemory:
         self.scales = _scales_of(arrays, do_rescale=do_rescale)
 
         said = {key: value for key, value in dict(metadata or {}).items() if value is not None}
+        for name in ("fps", "duration"):
+            if name in said and not (isinstance(said[name], Real) and 0 < said[name] < math.inf):
+                raise ValueError(
+                    f"`{name}` of `video_metadata`{', or `sample_fps`,' * (name == 'fps')} must be a positive number; "
+                    f"got {reprlib.repr(said[name])}."
+                )
         numbers = said.get("frames_indices")  # a list or, from Transformers' own readers, an array
         self.numbers: Sequence[int] = range(len(frames)) if numbers is None else [int(number) for number in numbers]
         if len(self.numbers) != len(frames):
@@ -294,6 +302,14 @@ class FramesInMemory:
             )
         # The clip is at least as long as its last known frame.
         self.metadata = VideoMetadata(**{"total_num_frames": max(self.numbers) + 1} | said)
+        if numbers is not None and not (
+            all(first <= second for first, second in pairwise([0, *numbers, self.metadata.total_num_frames - 1]))
+            and all(number == given for number, given in zip(self.numbers, numbers, strict=True))
+        ):
+            raise ValueError(
+                "`frames_indices` of `video_metadata` must be whole numbers in ascending order, from 0 and below its "
+                f"`total_num_frames`, {self.metadata.total_num_frames}; got {reprlib.repr(list(numbers))}."
+            )
         if numbers is None and self.metadata.total_num_frames != len(frames):
             raise ValueError(
                 f"`video_metadata` has {self.metadata.total_num_frames} frames, the video has {len(frames)}. "
