@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -712,3 +713,22 @@ def test_a_timeline_of_a_long_video_sums_neighbours():
     red = [picture.getpixel((left + column * 40 + 3, 40 + 18 + 4 + 3))[0] for column in range(25)]
     assert int(np.argmin(red)) == 12
     assert sum(level < 255 for level in red) == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "given"), [((), None), (("--add-timestamps",), True), (("--no-add-timestamps",), False)]
+)
+def test_watch_and_demo_pass_timestamps_on(run, monkeypatch, flag, given):
+    from transformers_crosslmm.asking import live_source, watch, web_page
+
+    monkeypatch.setattr(live_source, "LiveSource", lambda *_, **__: SimpleNamespace(close=lambda: None))
+    seen = []
+    monkeypatch.setattr(watch, "watch", lambda live, source, **_: seen.append(live.processor.add_timestamps))
+    assert run("watch", "clip.mp4", *flag).exit_code == 0
+    saved = load_processor(TINY_CHECKPOINT).add_timestamps
+    assert seen == [saved if given is None else given]
+    asked = []
+    monkeypatch.setattr(web_page, "build_page", lambda *_, add_timestamps, **__: asked.append(add_timestamps))
+    monkeypatch.setattr(web_page, "serve_page", lambda *_, **__: None)
+    assert run("demo", *flag).exit_code == 0
+    assert asked == [given]

@@ -151,6 +151,23 @@ def test_an_image_can_be_left_as_it_is(processor):
     torch.testing.assert_close(pixels, torch.from_numpy(unit).float())
 
 
+def with_damaged_exif() -> bytes:
+    """A JPEG whose EXIF gives its description a wrong type: PIL raises TypeError when it turns the picture."""
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a word"
+    Image.fromarray(RGB_GREY).save(file, "JPEG", exif=exif)
+    data = bytearray(file.getvalue())
+    data[data.index(b"Exif") + 17] = 26
+    return bytes(data)
+
+
+def postscript() -> bytes:
+    """A program, which PIL would have Ghostscript run."""
+    file = io.BytesIO()
+    Image.fromarray(RGB_GREY).save(file, "EPS")
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("picture", "error", "message"),
     [
@@ -158,6 +175,10 @@ def test_an_image_can_be_left_as_it_is(processor):
         (RGB_GREY - 300.0, ValueError, r"0\.\.255, or floats in 0\.\.1; got -300"),
         (RGB_GREY.astype(np.int32) * 257, ValueError, "Frames hold values in 0..255"),
         (b"no picture", VideoError, "The data cannot be read as a picture"),
+        (with_damaged_exif(), VideoError, "The data cannot be read as a picture"),
+        (b"P6\n2 x\n255\n", VideoError, "The data cannot be read as a picture"),
+        (postscript(), VideoError, "must not be PostScript"),
+        ("file://[", VideoError, "is not a URI"),
         ("A" * 60_000, VideoError, "cannot be read as a picture"),
         ("data:image/png;base64," + "A" * 60_000, VideoError, "cannot be read as a picture"),
         ("missing.png", VideoError, "Cannot open 'missing.png'"),

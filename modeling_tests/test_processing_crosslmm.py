@@ -282,6 +282,11 @@ def test_timestamps_of_several_videos_in_a_batch(mp4):
 def test_times_that_nobody_knows_are_not_invented(processor):
     with pytest.raises(ValueError, match=r"`add_timestamps` needs the time of each.*`video_metadata` with `fps`"):
         processor(text=VIDEO, videos=random_frames(2), add_timestamps=True)
+    for fps in (0, -2, float("nan")):
+        with pytest.raises(ValueError, match="`fps` must be a positive number"):
+            processor(text=VIDEO, videos=random_frames(2), add_timestamps=True, do_sample_frames=False, fps=fps)
+        with pytest.raises(ValueError, match=r"`fps`.*must be a positive number"):
+            processor(text=VIDEO, videos=[(random_frames(2), {"fps": fps})], add_timestamps=True)
     with pytest.warns(UserWarning, match="counted by `fps`=2"):
         inputs = processor(text=VIDEO, videos=random_frames(3), add_timestamps=True, do_sample_frames=False, fps=2)
     assert inputs["input_ids"] == [tiny_tokenizer()(stamped(VIDEO, [0.0, 0.5, 1.0]))["input_ids"]]

@@ -50,3 +50,13 @@ def test_a_picture_that_is_too_long_is_refused_at_once(size):
     with pytest.raises(ValueError, match=f"at most 4096 x 4096 pixels; got {size[0]} x {size[1]}"):
         sent(Image.new("L", size))
     assert time.monotonic() - began < 20
+
+
+def test_a_picture_with_damaged_exif_is_refused_like_any_other_that_cannot_be_read():
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a word"
+    Image.fromarray(FRAME).save(file, "JPEG", exif=exif)
+    data = bytearray(file.getvalue())
+    data[data.index(b"Exif") + 17] = 26  # a type that the word has not: PIL raises TypeError
+    with pytest.raises(ValueError, match="must be a whole JPEG, PNG, WEBP"):
+        WaitingFrames(tiny_processor()).put_file(base64.b64encode(bytes(data)).decode(), 0.0)

@@ -128,6 +128,17 @@ def test_the_newest_frames_are_kept_and_the_dropped_are_counted(opened, clip, tm
     assert (waiting.num_received, waiting.num_dropped, waiting.newest_seconds) == (12, 8, pytest.approx(5.5))
 
 
+@pytest.mark.parametrize("container", ["mpegts", "matroska"])
+def test_the_last_pictures_of_a_file_are_those_that_its_decoder_holds_back(opened, tmp_path, container):
+    """Five pictures of H.264 with B-frames: the decoder gives none before it knows that no more come."""
+    clip = encode(container=container, num_frames=5, gop=50, time_base=Fraction(1, 10))
+    (tmp_path / "short").write_bytes(clip)
+    source = opened(tmp_path / "short", fps=10.0, silence_seconds=1.0)
+    until(lambda: source.ending is not None)
+    assert source.waiting.take()[1] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4], abs=0.01)
+    assert source.ending == ""
+
+
 def test_a_clock_that_begins_anew_goes_on(opened, clip, tmp_path):
     (tmp_path / "clip.ts").write_bytes(clip + clip)
     source = opened(tmp_path / "clip.ts", fps=10.0)

@@ -49,6 +49,26 @@ def test_another_models_folder_is_refused(checkpoint, load):
         load(checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("file", "part", "values"),
+    [
+        ("config.json", None, {"dtype": "none of torch's"}),
+        ("config.json", None, {"vision_config": []}),
+        ("config.json", "vision_config", {"patch_size": 0}),
+        ("config.json", "text_config", {"num_attention_heads": 0}),
+        ("config.json", "text_config", {"model_type": []}),
+        ("processor_config.json", None, {"patch_size": 0}),
+        ("processor_config.json", None, {"pooled_grid_size": "three"}),
+        ("processor_config.json", "video_processor", {"size": []}),
+    ],
+)
+def test_a_value_of_a_wrong_kind_is_a_broken_checkpoint(checkpoint, file, part, values):
+    written = json.loads((checkpoint / file).read_text())
+    change(checkpoint / file, **(values if part is None else {part: written[part] | values}))
+    with pytest.raises(ValueError, match=r"must be a CrossLMM checkpoint.*(missing or|files are) broken: \S"):
+        load_processor(checkpoint)
+
+
 def test_a_digest_changes_with_what_decides_an_answer_and_with_nothing_else(checkpoint, tmp_path):
     before = checkpoint_digest(checkpoint)
     (checkpoint / "README.md").write_text("words")

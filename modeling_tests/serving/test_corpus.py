@@ -425,6 +425,8 @@ def test_ids_are_kept_and_the_same_question_with_another_id_is_another(tmp_path,
         (b'{"video": "1.mp4", "question": "\xff"}', "Line 2 .* in UTF-8"),
         ("[" * 100_000, "Line 2 .* must be a JSON object"),
         ('{"video": "1.mp4", "question": "Why?", "id": ' + "9" * 5000 + "}", "Line 2 .* must be a JSON object"),
+        ('{"video": "1.mp4", "question": ["' + "x" * 5000 + '"]}', 'Line 2 .*: "question"'),
+        ('{"video": "1.mp4", "question": "Why?", "id": ["' + "x" * 5000 + '"]}', 'Line 2 .*: "id"'),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "bytes that are no UTF-8",
 )
@@ -432,8 +434,9 @@ def test_a_line_that_is_no_question_is_named(tmp_path, line, message):
     path = tmp_path / "questions.jsonl"
     line = line if isinstance(line, bytes) else line.encode()
     path.write_bytes(b'{"video": "0.mp4", "question": "Why?", "id": "a"}\n' + line)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         read_corpus(path)
+    assert len(str(raised.value)) < 400
 
 
 def test_all_scripts_and_a_byte_order_mark_are_read_and_names_that_cannot_be_files_are_errors(tmp_path):

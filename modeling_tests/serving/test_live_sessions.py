@@ -5,6 +5,7 @@ import io
 import json
 import socket
 import threading
+import time
 from contextlib import contextmanager
 
 import numpy as np
@@ -192,6 +193,21 @@ def test_a_bad_message_is_an_error_and_the_session_goes_on(connect, expected, me
         assert reason in error["message"]
         send_frames(session, FRAMES[:1], TIMES[:1])
         assert answer_to(session)["text"] == expected(FRAMES[:1], TIMES[:1])
+
+
+@pytest.mark.parametrize("before", ["", '"image": "AAAA", '])
+def test_a_message_is_parsed_within_a_limit_of_its_own_beside_its_picture(connect, before):
+    """16 MiB of names took the event loop, and with it every other client, two seconds and more."""
+    names = ",".join(f'"{number}":0' for number in range(1_000_000))
+    with connect() as session:
+        began = time.perf_counter()
+        session.send_text(f'{{"type": "frame", {before}{names}}}')
+        error = session.receive_json()
+        assert time.perf_counter() - began < 0.5
+        assert "bytes beside its picture" in error["message"]
+        frame = json.dumps({"image": picture(FRAMES[0]), "seconds": 0.0, "type": "frame"})
+        session.send_text(frame.replace("/", r"\/").replace("+", r"\u002b"))  # as some clients write base64
+        assert told(session)["seen"] == 1
 
 
 def test_a_frame_that_does_not_come_later_is_refused(connect):

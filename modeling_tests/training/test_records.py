@@ -183,6 +183,8 @@ def test_a_name_is_never_anything_but_a_file(name, tmp_path):
         ({"type": "video", "path": "three.mp4", "resized_height": 9}, "a video takes num_frames.*got resized_height"),
         ({"type": "video", "video": {"path": "three.mp4", "crop": 1}}, "got crop"),
         ({"type": "image", "path": "picture.png", "image": "picture.png"}, "holds one image; got image, path"),
+        ({"type": "image", "path": "file://["}, "is not a file's name"),
+        ({"type": "image", "path": "file://elsewhere/picture.png"}, "is not a file's name"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
 )
@@ -195,6 +197,21 @@ def test_a_key_of_a_medium_is_read_as_what_it_says_or_the_record_is_named(part, 
         encode_chat(tiny_processor(), written, media_root=tmp_path / "media")
     (problem,) = find_broken([written], tmp_path / "media")
     assert re.search(reason, problem)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"video": "three.mp4", "segments": [[0, 10**400, "A door."]]},
+        record("<image>\nWhat?", "A.", video={"video_path": "three.mp4", "segments": [[0, 10**400]]}),
+        {"messages": [{"role": "x" * 5000, "content": "What?"}]},
+        video_record("x" * 5000),
+        video_record("../" + "x" * 200 + "/" + "x" * 200),
+    ],
+)
+def test_a_value_of_any_size_is_an_unusable_sample_and_not_in_its_message(written, tmp_path):
+    (problem,) = find_broken([written], tmp_path)
+    assert len(problem) < 600
 
 
 # --- formats as they are out there -----------------------------------------------------------------------------------

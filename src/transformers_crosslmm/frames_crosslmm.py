@@ -5,23 +5,25 @@ Shapes: T frames of one video, (H, W) a frame's own size.
 
 import math
 import os
+import reprlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers.image_utils import ChannelDimension
 from transformers.video_utils import VideoMetadata
 
 from .video_decoding import DecodedVideo, FrameTransform, VideoLimits, VideoOpenError, decode_video, iter_video
 from .video_packets import Request
-from .video_source import open_source, shown
+from .video_source import VideoError, open_source, shown
 
 # Moments closer than this are equal, because i / fps and start + k / f round differently.
 SAME_MOMENT_SECONDS = 1e-6
@@ -285,6 +287,12 @@ class FramesInMemory:
         self.scales = _scales_of(arrays, do_rescale=do_rescale)
 
         said = {key: value for key, value in dict(metadata or {}).items() if value is not None}
+        for name in ("fps", "duration"):
+            if name in said and not (isinstance(said[name], Real) and 0 < said[name] < math.inf):
+                raise ValueError(
+                    f"`{name}` of `video_metadata`{', or `sample_fps`,' * (name == 'fps')} must be a positive number; "
+                    f"got {reprlib.repr(said[name])}."
+                )
         numbers = said.get("frames_indices")  # a list or, from Transformers' own readers, an array
         self.numbers: Sequence[int] = range(len(frames)) if numbers is None else [int(number) for number in numbers]
         if len(self.numbers) != len(frames):
@@ -294,6 +302,14 @@ class FramesInMemory:
             )
         # The clip is at least as long as its last known frame.
         self.metadata = VideoMetadata(**{"total_num_frames": max(self.numbers) + 1} | said)
+        if numbers is not None and not (
+            all(first <= second for first, second in pairwise([0, *numbers, self.metadata.total_num_frames - 1]))
+            and all(number == given for number, given in zip(self.numbers, numbers, strict=True))
+        ):
+            raise ValueError(
+                "`frames_indices` of `video_metadata` must be whole numbers in ascending order, from 0 and below its "
+                f"`total_num_frames`, {self.metadata.total_num_frames}; got {reprlib.repr(list(numbers))}."
+            )
         if numbers is None and self.metadata.total_num_frames != len(frames):
             raise ValueError(
                 f"`video_metadata` has {self.metadata.total_num_frames} frames, the video has {len(frames)}. "
@@ -530,22 +546,34 @@ def read_picture(source: Any, limits: VideoLimits) -> np.ndarray:
 
     Raises VideoError if it cannot be read. A string that is not a path may be base64.
     """
-    if not isinstance(source, Image.Image):
-        if isinstance(source, str) and len(source) > 64 and ":" not in source and not os.path.exists(source):
-            source = f"data:;base64,{source}"
-        with open_source(source, limits) as file:
-            try:
-                source = Image.open(file)
-                if source.width * source.height > limits.max_pixels:
-                    raise VideoOpenError(
-                        f"The picture has {source.width} x {source.height} pixels, more than max_pixels="
-                        f"{limits.max_pixels}. Pass `limits=VideoLimits(...)` with a higher value if that is intended."
-                    )
-                source.load()
-            except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-                what = shown(os.fspath(source)) if isinstance(source, str | os.PathLike) else "The data"
-                raise VideoOpenError(f"{what} cannot be read as a picture. Check the file format.") from error
-    picture = ImageOps.exif_transpose(source)
+    if isinstance(source, Image.Image):
+        return _upright(source)
+    if isinstance(source, str) and len(source) > 64 and ":" not in source and not os.path.exists(source):
+        source = f"data:;base64,{source}"
+    with open_source(source, limits) as file:
+        try:
+            return _upright(_opened_picture(file, limits))
+        except (VideoError, MemoryError):
+            raise
+        except Exception as error:  # PIL's decoders raise any class, such as TypeError for damaged EXIF
+            what = shown(os.fspath(source)) if isinstance(source, str | os.PathLike) else "The data"
+            raise VideoOpenError(f"{what} cannot be read as a picture. Check the file format.") from error
+
+
+def _opened_picture(file: Any, limits: VideoLimits) -> Image.Image:
+    picture = Image.open(file)
+    if picture.width * picture.height > limits.max_pixels:
+        raise VideoOpenError(
+            f"The picture has {picture.width} x {picture.height} pixels, more than max_pixels={limits.max_pixels}. "
+            "Pass `limits=VideoLimits(...)` with a higher value if that is intended."
+        )
+    if picture.format == "EPS":
+        raise VideoOpenError("A picture must not be PostScript, a program that PIL has Ghostscript run. Convert it.")
+    return picture
+
+
+def _upright(picture: Image.Image) -> np.ndarray:
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode not in ("I", "F") and not picture.mode.startswith("I;16"):
         return np.asarray(picture.convert("RGB"))
     grey = np.asarray(picture)

@@ -3,6 +3,7 @@
 A video becomes `<|video_pad|>` and an image `<|image_pad|>`, s·s of them per frame (an image is one frame).
 """
 
+import math
 import re
 import warnings
 from bisect import bisect_left
@@ -487,6 +488,8 @@ class CrossLMMProcessor(ProcessorMixin):
 def _timestamps(num_frames: int, video: CrossLMMVideoMetadata, count_by_fps: float | None) -> list[str]:
     times = video.frame_times
     if times is None and count_by_fps is not None:
+        if not 0 < count_by_fps < math.inf:
+            raise ValueError(f"`fps` must be a positive number; got {count_by_fps}.")
         warnings.warn(
             f"The times of {num_frames} frames are not known; they are counted by `fps`={count_by_fps:g}. Pass "
             "`video_metadata` with `fps` to set the true rate.",

@@ -130,10 +130,7 @@ def _open_named(name: str, limits: VideoLimits, on_wait: OnWait | None) -> Binar
     if scheme in ("http", "https"):
         return _download(name, limits, Clock(limits, on_wait))
     if scheme == "file":
-        parts = urllib.parse.urlsplit(name)
-        if parts.netloc not in ("", "localhost"):
-            raise VideoOpenError(f"A file:// URI must name a file on this machine; got host {shown(parts.netloc)}.")
-        name = urllib.request.url2pathname(parts.path)
+        name = file_named_by(name)
     elif "://" in name:
         raise VideoOpenError(
             f"URLs of scheme {shown(scheme)} are not accepted, only http, https, file and data. "
@@ -155,6 +152,17 @@ def _open_named(name: str, limits: VideoLimits, on_wait: OnWait | None) -> Binar
             f"{shown(name)} is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}. {remedy}."
         )
     return open(descriptor, "rb", buffering=0)
+
+
+def file_named_by(uri: str) -> str:
+    """The path in a file:// URI. Raises VideoOpenError for one of another machine, and for one that is no URI."""
+    try:
+        parts = urllib.parse.urlsplit(uri)
+    except ValueError as error:
+        raise VideoOpenError(f"{shown(uri)} is not a URI: {error}.") from error
+    if parts.netloc not in ("", "localhost"):
+        raise VideoOpenError(f"A file:// URI must name this machine; got host {shown(parts.netloc)}.")
+    return urllib.request.url2pathname(parts.path)
 
 
 def _data_uri(uri: str, limits: VideoLimits) -> bytes:

@@ -62,10 +62,11 @@ class LiveSource:
         self.fps, self.silence_seconds = fps, silence_seconds
         self.waiting, self.num_damaged = WaitingFrames(processor), 0
         self.ending: str | None = None
-        self._stop = threading.Event()
+        self._stop, self._is_file = threading.Event(), False
         self._offset = self._last = self._due = 0.0  # from its clock to ours; of the last picture; of the next
         self._heard = time.monotonic()
         self._container, self._stream = self._opened(source, allow_network=allow_network)
+        self._heard = time.monotonic()  # opening may have taken long
         self._thread = threading.Thread(target=self._read_to_the_end, name="live source", daemon=True)
         self._thread.start()
 
@@ -97,6 +98,7 @@ class LiveSource:
         elif source.startswith("/dev/video"):
             options |= {"format": "v4l2", "container_options": {"protocol_whitelist": "file"}}
         else:
+            self._is_file = True
             what = GrowingFile(source, lambda: self._stop.is_set() or self.silent_seconds > self.silence_seconds)
             options["io_open"] = _refuse_to_open
             options["container_options"] = {"format_whitelist": _FORMATS, "protocol_whitelist": "none"}
@@ -134,7 +136,8 @@ class LiveSource:
         for picture in pictures:
             self._offer(picture)
             self._heard = time.monotonic()
-        if self.silent_seconds > self.silence_seconds:
+        # A file ends by itself then, and the decoder still holds its last pictures.
+        if not self._is_file and self.silent_seconds > self.silence_seconds:
             raise VideoTimeoutError(f"no picture could be decoded for {self.silence_seconds:g} s")
 
     def _offer(self, picture: av.VideoFrame) -> None:

@@ -4,7 +4,6 @@ Shapes: S side of the encoder's pictures.
 """
 
 import base64
-import binascii
 import io
 import threading
 from collections import deque
@@ -92,13 +91,14 @@ def _pixels(image: Any) -> torch.Tensor:
     try:
         data = base64.b64decode(image.rpartition(",")[2], validate=True)
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
-        if max(picture.size) > MAX_SIDE:
-            raise ValueError(
-                f"A frame has at most {MAX_SIDE} x {MAX_SIDE} pixels; got {picture.width} x {picture.height}."
-            )
-        return picture_pixels(picture, layout=None, do_rescale=True, limits=DEFAULT_LIMITS)
-    except (binascii.Error, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        size = picture.size
+        if max(size) <= MAX_SIDE:
+            return picture_pixels(picture, layout=None, do_rescale=True, limits=DEFAULT_LIMITS)
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL's decoders raise any class, such as TypeError for damaged EXIF
         raise ValueError(f"`image` of a frame must be a whole {', '.join(FORMATS)} in base64.") from error
+    raise ValueError(f"A frame has at most {MAX_SIDE} x {MAX_SIDE} pixels; got {size[0]} x {size[1]}.")
 
 
 __all__ = ["WaitingFrames"]

@@ -26,10 +26,11 @@ def load_config(name: str | os.PathLike) -> CrossLMMConfig:
     """
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a field of another type raises any class, such as ZeroDivisionError for a 0
         if os.path.isdir(name):
             raise ValueError(
-                f"{os.fspath(name)!r} must be a CrossLMM checkpoint; this folder's config.json is missing or broken."
+                f"{os.fspath(name)!r} must be a CrossLMM checkpoint; this folder's config.json is missing or broken: "
+                f"{' '.join(str(error).split())[:300]}"
             ) from error
         raise OSError(
             f"A model must be a checkpoint folder or a name on the Hub; {os.fspath(name)!r} is not a folder, and "

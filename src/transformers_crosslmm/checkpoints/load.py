@@ -53,7 +53,14 @@ def load_processor(name: str | os.PathLike, *, add_timestamps: bool | None = Non
     add_timestamps: write each frame's time before it; None: as the checkpoint's processor does.
     """
     load_config(name)
-    processor = CrossLMMProcessor.from_pretrained(name)
+    try:
+        processor = CrossLMMProcessor.from_pretrained(name)
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:  # a field of another type raises any class
+        raise ValueError(
+            f"{os.fspath(name)!r} must be a CrossLMM checkpoint; its processor's files are broken: {str(error)[:300]}"
+        ) from error
     if add_timestamps is not None:
         processor.add_timestamps = add_timestamps
     return processor

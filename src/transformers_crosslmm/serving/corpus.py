@@ -32,6 +32,7 @@ from ..asking.prefilled import VIDEO_FAILURES, IsolatedStream, PrefilledVideo
 from ..checkpoints.folder import checkpoint_digest, checksum, find_folder
 from ..checkpoints.load import load_model, load_processor
 from ..video_decoding import VideoDecodeWarning
+from ..video_source import shown
 
 Engine = Literal["ray", "local", "vllm"]
 Row = dict[str, str | None]
@@ -131,8 +132,8 @@ def read_corpus(path: str | os.PathLike, *, root: str | os.PathLike | None = Non
                 earlier, earlier_number = seen[question_id]
                 if earlier != content:
                     raise ValueError(
-                        f"{where} has the id {question_id!r} of line {earlier_number}, which is another question. "
-                        "Give each question its own id, or leave ids out."
+                        f"{where} has the id {shown(question_id)} of line {earlier_number}, which is another "
+                        "question. Give each question its own id, or leave ids out."
                     )
                 duplicates += 1
                 continue
@@ -156,10 +157,10 @@ def _parsed(line: bytes, where: str) -> tuple[str | None, str, str]:
     for name in ("video", "question"):
         value = record.get(name)
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f'{where}: "{name}" must be a non-empty string; got {value!r}.')
+            raise ValueError(f'{where}: "{name}" must be a non-empty string; got {repr(value)[:80]}.')
     given_id = record.get("id")
     if given_id is not None and (isinstance(given_id, bool) or not isinstance(given_id, str | int) or given_id == ""):
-        raise ValueError(f'{where}: "id" must be a string or an integer; got {given_id!r}.')
+        raise ValueError(f'{where}: "id" must be a string or an integer; got {repr(given_id)[:80]}.')
     return None if given_id is None else str(given_id), record["video"], record["question"]
 
 
@@ -170,7 +171,7 @@ def _locate(video: str, root: str) -> tuple[str, str | None]:
     except (ValueError, OSError) as error:  # a null character, a ring of links
         return video, f"{type(error).__name__}: {error}"
     if os.path.commonpath([file, root]) != root:
-        return video, f"ValueError: The video must be in {root!r}; {video!r} is not."
+        return video, f"ValueError: The video must be in {root!r}; {shown(video)} is not."
     return file, None
 
 
@@ -517,9 +518,9 @@ def _run(
         is_same_video = video == question.video or _locate(video, corpus.root) == _locate(question.video, corpus.root)
         if text != question.question or not is_same_video:
             raise ValueError(
-                f"{files.folder} has another question under the id {question.id!r}: {text!r} about {video!r}; the "
-                f"file has {question.question!r} about {question.video!r}. Name another folder, or give the question "
-                "another id."
+                f"{files.folder} has another question under the id {shown(question.id)}: {shown(text)} about "
+                f"{shown(video)}; the file has {shown(question.question)} about {shown(question.video)}. Name another "
+                "folder, or give the question another id."
             )
         failed += is_failed
     total = sum(1 for _ in corpus)

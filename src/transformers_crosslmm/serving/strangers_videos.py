@@ -2,8 +2,6 @@
 
 import hashlib
 import os
-import urllib.parse
-import urllib.request
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +13,7 @@ from ..asking.allowed_files import SHORTAGES, NotAllowedError, open_below
 from ..frames_crosslmm import SAMPLING_KWARGS, CrossLMMVideoMetadata, FrameSampling, frame_chunk
 from ..processing_crosslmm import CrossLMMProcessor
 from ..video_decoding import VideoError, VideoLimits, decode_video, open_source
-from ..video_source import OnWait
+from ..video_source import OnWait, file_named_by
 from .admission import RefusedError, ServerSettings, Visit, busy
 from .chat_request import shortened
 from .remembered_videos import BoundedCache, SampledVideo
@@ -86,10 +84,7 @@ class VideoReader:
                 yield file
             return
         if scheme == "file":
-            parts = urllib.parse.urlsplit(url)
-            if parts.netloc not in ("", "localhost"):
-                raise RefusedError(400, f"A file:// URL must name this machine; got host {shortened(parts.netloc)}.")
-            url = urllib.request.url2pathname(parts.path)
+            url = file_named_by(url)
         elif not url.startswith("/"):
             raise RefusedError(
                 400,

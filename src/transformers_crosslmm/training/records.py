@@ -11,8 +11,6 @@ import json
 import math
 import os
 import re
-import urllib.parse
-import urllib.request
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -25,6 +23,7 @@ import yaml
 
 from ..frames_crosslmm import SOURCES, VIDEO_OPTIONS, source_in
 from ..processing_crosslmm import _prepared_part
+from ..video_source import file_named_by, shown
 
 
 class UnusableSample(ValueError):
@@ -310,7 +309,7 @@ def _segments(medium: Any) -> list[Any]:
         if medium.keys() != {"video_path", "segments"} or not segments:
             raise ValueError
         times = [(float(start), float(end)) for start, end in segments]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UnusableSample(
             "a video with a `video_path` may have `segments`, a list of pairs of seconds, such as [[0, 10]], and "
             f"nothing else; got {repr(dict(medium))[:200]}."
@@ -340,7 +339,13 @@ def _about_segments(record: Mapping, num_media: Mapping[str, int]) -> list[dict[
             start, end, text = cast(Any, values)
             if not 0 <= start <= end < math.inf or not text.strip():
                 raise ValueError
-        except (TypeError, ValueError, AttributeError) as error:
+            answer = f"{start:.1f} to {end:.1f} seconds"
+        except (
+            TypeError,
+            ValueError,
+            AttributeError,
+            OverflowError,
+        ) as error:  # the last for an integer of 400 digits
             raise UnusableSample(
                 'a segment is [start, end, text], such as [3.4, 7.0, "A door opens."], seconds in order and words; '
                 f"got {repr(segment)[:200]}."
@@ -348,7 +353,7 @@ def _about_segments(record: Mapping, num_media: Mapping[str, int]) -> list[dict[
         question = {"type": "text", "text": f'When does this happen: "{text.strip()}"'}
         turns += [
             {"role": "user", "content": [question] if turns else [{"type": "video"}, question]},
-            {"role": "assistant", "content": f"{start:.1f} to {end:.1f} seconds"},
+            {"role": "assistant", "content": answer},
         ]
     return turns
 
@@ -361,7 +366,7 @@ def _message(turn: Any) -> dict[str, Any]:
         for ours, llavas in (("role", "from"), ("content", "value"))
     )
     if not isinstance(role, str) or role not in ROLES:
-        raise UnusableSample(f"a turn's role must be one of {', '.join(ROLES)}; got {role!r}.")
+        raise UnusableSample(f"a turn's role must be one of {', '.join(ROLES)}; got {repr(role)[:40]}.")
     for name in ("loss", "loss_scale", "weight"):
         if turn.get(name) not in (None, ROLES[role] == "assistant"):
             raise UnusableSample(
@@ -453,17 +458,17 @@ def _below(source: Any, kind: str, root: str | os.PathLike | None) -> Any:
     if not isinstance(source, str | os.PathLike):
         return source
     if root is None:
-        raise ValueError(f"{os.fspath(source)!r} is a media file's name: pass its folder as `media_root`.")
+        raise ValueError(f"{shown(os.fspath(source))} is a media file's name: pass its folder as `media_root`.")
     folder = Path(root).resolve()
-    if isinstance(source, str) and source.startswith("file://"):
-        source = urllib.request.url2pathname(urllib.parse.urlsplit(source).path)
     try:
+        if isinstance(source, str) and source.startswith("file://"):
+            source = file_named_by(source)
         path = (folder / source).resolve()
         is_file = path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # too long, a null character, links in a circle
-        raise UnusableSample(f"{str(source)[:200]!r} is not a file's name: {error}.") from error
+        raise UnusableSample(f"{shown(os.fspath(source))} is not a file's name: {str(error)[:200]}.") from error
     if not path.is_relative_to(folder):
-        raise UnusableSample(f"{os.fspath(source)!r} is outside of the media folder {folder}.")
+        raise UnusableSample(f"{shown(os.fspath(source))} is outside of the media folder {folder}.")
     if not is_file:
         if not folder.is_dir():
             raise NotADirectoryError(f"There is no folder {folder}; `media_root` must be the folder of the media.")

@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import numpy as np
 from vllm.config import ModelConfig
@@ -21,7 +20,7 @@ from ...asking.allowed_files import open_below
 from ...frames_crosslmm import SAMPLING_KWARGS, GivenVideo
 from ...video_decoding import VideoError, decode_video
 from ...video_processing_crosslmm import CrossLMMVideoProcessor, _resize
-from ...video_source import VideoLimits, VideoSource, open_source
+from ...video_source import VideoLimits, VideoSource, file_named_by, open_source
 
 CONNECTOR = "crosslmm"
 SERVED_LIMITS = {"max_bytes": 2**30, "max_decode_seconds": 120.0}
@@ -126,11 +125,10 @@ class CrossLMMConnector(MediaConnector):
     def load_from_url(self, url: str, media_io: MediaIO, *, fetch_timeout: int | None = None) -> Any:
         scheme = url.partition(":")[0].lower()
         if scheme == "file" and self.allowed_local_media_path:
-            parts = urlsplit(url)
-            if parts.netloc not in ("", "localhost"):
-                raise ValueError(f"A file:// URL must name this machine; got host {parts.netloc[:80]}.")
-            path = url2pathname(parts.path)
-            with open_below(path, [self.allowed_local_media_path]) as named, open_source(named, self.limits) as file:
+            with (
+                open_below(file_named_by(url), [self.allowed_local_media_path]) as named,
+                open_source(named, self.limits) as file,
+            ):
                 return media_io.load_bytes(file.read())
         if scheme not in ("http", "https", "data"):  # vLLM's own words
             return super().load_from_url(url, media_io, fetch_timeout=fetch_timeout)
