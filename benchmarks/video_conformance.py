@@ -50,7 +50,7 @@ def blocks(picture: torch.Tensor) -> torch.Tensor:
 def by_ffmpeg(ffmpeg: str, path: Path) -> tuple[list[float], list[torch.Tensor], str]:
     """Times, block means and the first error of the pictures that the command line gives."""
     command = [ffmpeg, "-hide_banner", "-nostdin", "-copyts", "-i", str(path), "-an", "-sn", "-dn", "-vf", "showinfo"]
-    command += ["-vsync", "passthrough", "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe", "-"]
+    command += ["-fps_mode", "passthrough", "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe", "-"]
     means = []
     with tempfile.TemporaryFile("w+", errors="replace") as told:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=told)

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import crosslmm_cli
 from factories import mp4_of, random_frames, save_checkpoint
-from transformers_crosslmm import TINY_CHECKPOINT, CrossLMMConfig, encode_video
+from transformers_crosslmm import TINY_CHECKPOINT, CrossLMMConfig, CrossLMMProcessor, encode_video
 from transformers_crosslmm.asking import conversation
 from transformers_crosslmm.asking.answer_text import AnswerText
 from transformers_crosslmm.asking.conversation import VideoConversation, read_video
@@ -732,3 +732,22 @@ def test_watch_and_demo_pass_timestamps_on(run, monkeypatch, flag, given):
     monkeypatch.setattr(web_page, "serve_page", lambda *_, **__: None)
     assert run("demo", *flag).exit_code == 0
     assert asked == [given]
+
+
+def test_where_a_checkpoint_skips_unchanged_frames_the_pictures_are_those_of_all_frames(
+    run, processor, checkpoint, tmp_path
+):
+    copy = tmp_path / "skips"
+    shutil.copytree(checkpoint, copy)
+    skipping = CrossLMMProcessor.from_pretrained(copy)
+    skipping.video_processor.skip_unchanged = 8
+    skipping.save_pretrained(copy)
+    for name, folder in (("all", checkpoint), ("distinct", str(copy))):
+        options = ("--model", folder, "--fps", "2")
+        seen = run("look", "clip.mp4", *options, "--out", str(tmp_path / f"look-{name}.png"))
+        assert f"{2 * SECONDS} frames, {SECONDS} of them distinct" in seen.output
+        written = ("--timeline", str(tmp_path / f"time-{name}.png"))
+        assert run("ask", "clip.mp4", "What?", *options, *written).exit_code == 0
+    drawn = {path.stem: np.asarray(Image.open(path)).astype(int) for path in tmp_path.glob("*.png")}
+    assert np.abs(drawn["look-all"] - drawn["look-distinct"]).max() <= 8
+    assert drawn["time-all"].shape == drawn["time-distinct"].shape

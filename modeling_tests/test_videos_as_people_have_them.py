@@ -379,3 +379,30 @@ def test_what_follows_a_damaged_keyframe_is_not_called_valid():
             for number, frame, valid in zip(decoded.frame_indices, decoded.frames, decoded.valid, strict=True):
                 if valid:
                     assert np.array_equal(frame.permute(1, 2, 0).numpy(), clean[512 * number]), number
+
+
+@pytest.mark.parametrize("container", ["mp4", "mpegts", "matroska"])
+def test_a_picture_of_an_open_group_is_not_called_damaged(container):
+    """The decoder is told there to forget pictures that it never saw if decoding began at the group's keyframe."""
+    options = {"x264-params": "open-gop=1:scenecut=0"}
+    video = encode(container=container, num_frames=60, gop=12, codec_options=options)
+    every = decode_video(video)
+    for moment, picture in zip(every.times, every.frames, strict=True):
+        sampled = decode_video(video, times=[moment + 0.001], strict=True)
+        assert torch.equal(sampled.frames[0], picture)
+
+
+@pytest.mark.parametrize("moments", [[0.1], [0.1, 0.3], [0.1, 3.5], [0.1, 0.2, 3.5]], ids=str)
+def test_moments_before_the_first_picture_that_can_be_decoded_give_it(tmp_path, moments):
+    """A recording that begins between two keyframes."""
+    with av.open(io.BytesIO(encode(container="mpegts", gop=20))) as whole, av.open(tmp_path / "cut.ts", "w") as cut:
+        stream = cut.add_stream_from_template(whole.streams.video[0])
+        for packet in list(whole.demux(whole.streams.video[0]))[5:-1]:
+            packet.stream = stream
+            cut.mux(packet)
+    every = decode_video(tmp_path / "cut.ts")
+    assert every.times[0] > 0.35
+    sampled = decode_video(tmp_path / "cut.ts", times=moments)
+    assert sampled.times[0] == every.times[0]
+    assert torch.equal(sampled.frames[0], every.frames[0])
+    assert len(sampled.times) == (1 if moments[-1] < 1 else 2)

@@ -16,6 +16,7 @@ import torch
 from transformers_crosslmm import TINY_CHECKPOINT
 from transformers_crosslmm.checkpoints.load import load_model, load_processor
 from transformers_crosslmm.measuring.quality import answer_questions, evaluate, read_questions
+from transformers_crosslmm.media_crosslmm import CrossLMMEncodedMedia
 from transformers_crosslmm.tiny.procedural_videos import write_videos
 
 NEEDED = 'needs pip install "transformers_crosslmm[eval]", in an environment of its own'
@@ -208,3 +209,16 @@ def test_without_lmms_eval_the_error_names_the_extra(monkeypatch):
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
     with pytest.raises(ImportError, match=r'pip install -e "\.\[eval\]"'):
         importlib.import_module(MODULE)
+
+
+def test_videos_of_a_batch_keep_which_of_their_frames_are_shown(lmms_eval):
+    from transformers_crosslmm.measuring.lmms_eval import EncodedVideo, _shared
+
+    skipped = CrossLMMEncodedMedia(
+        last_hidden_state=torch.randn(2, 25, 6), pooler_output=(torch.randn(4 * 9, 8),), frame_index=(0, 0, 1, 1)
+    )
+    whole = CrossLMMEncodedMedia(last_hidden_state=torch.randn(3, 25, 6), pooler_output=(torch.randn(3 * 9, 8),))
+    joined = _shared([EncodedVideo(media, 0, None) for media in (skipped, whole, skipped)])
+    assert joined.frame_index == (0, 0, 1, 1, 2, 3, 4)
+    assert joined.media_index == (0, 1, 0)
+    assert torch.equal(joined.last_hidden_state, torch.cat([skipped.last_hidden_state, whole.last_hidden_state]))

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import crosslmm_cli
 from factories import mp4_of, random_frames, save_checkpoint
-from transformers_crosslmm import frames_crosslmm
+from transformers_crosslmm import CrossLMMProcessor, frames_crosslmm
 from transformers_crosslmm.checkpoints.load import load_model, load_processor
 from transformers_crosslmm.serving import corpus
 from transformers_crosslmm.serving.corpus import COLUMNS, answer_corpus, read_corpus
@@ -132,6 +132,15 @@ def test_answers_are_those_of_generate(folder, tmp_path, ask, add_timestamps):
         expected[record["video"], record["question"]] = text.strip()
     assert answers_of(tmp_path / "answers") == expected
     assert len(set(expected.values())) > 1  # or the order of the rows would not matter
+
+
+def test_a_checkpoint_that_skips_unchanged_frames_does_so_in_a_corpus(folder, tmp_path, ask, encoded_frames):
+    shutil.copytree(folder / "checkpoint", tmp_path / "skipping")
+    skipping = CrossLMMProcessor.from_pretrained(tmp_path / "skipping")
+    skipping.video_processor.skip_unchanged = 8  # what the codec changes in a picture that stays
+    skipping.save_pretrained(tmp_path / "skipping")
+    ask(about("0.mp4"), model=tmp_path / "skipping", num_frames=20)
+    assert sum(encoded_frames) == 5
 
 
 def test_a_video_is_encoded_once_however_often_and_under_whatever_name_it_is_asked_about(folder, ask, encoded_frames):

@@ -1,10 +1,12 @@
 """Several questions about one video share the work."""
 
+import shutil
 import threading
 
 import pytest
-from served import QUESTIONS, SECONDS, data_url, openai, user
+from served import FPS, QUESTIONS, SECONDS, Server, data_url, openai, user
 
+from transformers_crosslmm import CrossLMMProcessor
 from transformers_crosslmm.serving import strangers_videos
 from transformers_crosslmm.serving.remembered_videos import BoundedCache
 
@@ -35,6 +37,21 @@ def test_several_questions_encode_and_prefill_their_video_once(server, generated
     assert sum(length > SECONDS * 9 for length in lengths) == 1
     assert server.number("crosslmm_encoded_frames_total") == before + SECONDS
     assert server.number('crosslmm_cache_lookups_total{kind="prefix",result="hit"}') >= 4
+
+
+def test_a_checkpoint_that_skips_unchanged_frames_does_so_in_a_server(root, clip, generated, tmp_path):
+    skipping = CrossLMMProcessor.from_pretrained(root / "checkpoint")
+    shutil.copytree(root / "checkpoint", tmp_path / "skipping")
+    skipping.video_processor.skip_unchanged = 8  # what the codec changes in a picture that stays
+    skipping.save_pretrained(tmp_path / "skipping")
+    server = Server(tmp_path / "skipping", allowed_folders=(root / "videos",))
+    try:
+        server.answer(QUESTIONS[0], clip, sampling={"fps": FPS})
+        assert server.number("crosslmm_encoded_frames_total") == SECONDS
+        [media] = [entry.media for entry, _ in server.handler.cache._entries.values() if hasattr(entry, "media")]
+        assert media.frame_index == tuple(second for second in range(SECONDS) for _ in range(FPS))
+    finally:
+        server.stop()
 
 
 def test_questions_at_the_same_time_encode_once_too(server, clip, work):

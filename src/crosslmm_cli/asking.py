@@ -225,13 +225,13 @@ def look(
     with Steps() as steps:
         import_package(steps)
         from transformers_crosslmm.asking.conversation import read_video
-        from transformers_crosslmm.asking.pictures import draw_contact_sheet, frame_labels, frame_pictures
+        from transformers_crosslmm.asking.pictures import draw_contact_sheet, frame_labels, stream_pictures
         from transformers_crosslmm.checkpoints.load import load_processor
 
         processor = load_processor(chosen_checkpoint(model))
         steps.begin(f"Reading {video}")
         seen = read_video(processor, video, **wanted)
-        pictures = [picture for chunk in seen for picture in frame_pictures(chunk, processor.video_processor)]
+        pictures = stream_pictures(seen, processor.video_processor)
     labels = frame_labels(len(pictures), seen.times)
     draw_contact_sheet(pictures, labels).save(out)
     distinct = sum(1 for _ in groupby(picture.tobytes() for picture in pictures))

@@ -257,9 +257,11 @@ class _LookAhead:
 
     The container is trusted until the decoder's output contradicts it; then `_Untrusted` is raised.
 
-    A damaged group of pictures (an error, a picture missing or marked corrupt) is decoded again by the lenient decoder
-    without skipping (`careful`). Pictures that are still wrong, and those decoded after the packet with the error, are
-    returned as invalid.
+    A group of pictures with a fault (an error, a picture missing or marked corrupt) is decoded again, first from the
+    keyframe before its own: in open groups the decoder misses pictures that it is told to forget, which is an error
+    and no damage. With the same fault again it is damaged: the lenient decoder decodes it without skipping
+    (`careful`). Pictures that are still wrong, and those decoded after the packet with the error, are returned as
+    invalid.
     """
 
     def __init__(self, file: VideoFile):
@@ -274,7 +276,8 @@ class _LookAhead:
         self.early: dict[int, av.VideoFrame] = {}  # decoded pictures that a later target may want
         self.pending: deque[int] = deque()  # pts wanted, given to the decoder and not yet decoded
         self.last: float = -math.inf  # pts last wanted
-        self.keyframe: float = -math.inf  # pts at which decoding began
+        self.keyframe: float = -math.inf  # pts at which decoding began, or from which on its faults count
+        self.led_in: set[float] = set()  # keyframes whose group was decoded again from the keyframe before
         self.awaited: int | None = None  # the keyframe, until the decoder's output shows that it is one
         self.careful = False
         self.careful_until: float = -math.inf
@@ -311,6 +314,7 @@ class _LookAhead:
                     every = yield from self._serve_next(first, end)
                 else:
                     yield from self._drain()
+                    yield from self._pay()
                     break
             except _Damaged:
                 todo.extendleft(reversed(self.pending))
@@ -322,6 +326,7 @@ class _LookAhead:
         """Yields the last picture due at `target`, unless it has been yielded already."""
         if target > self.careful_until and self._worth_seeking(target):
             yield from self._drain()
+            yield from self._pay()
             self._trust()
             self._start_at(target)
         pts = yield from self._find(target)
@@ -476,6 +481,8 @@ class _LookAhead:
         if found < 0 or (found == 0 and (self.fed is None or not self.careful)):
             return
         yield from self._drain()
+        if self.owed:
+            return
         for _ in range(found):
             self._drop_first()
         self._trust()
@@ -488,15 +495,23 @@ class _LookAhead:
         self.doubtful.clear()
 
     def _begin_again(self) -> None:
-        """Decodes the group with the pending pictures again, completely, with the lenient decoder."""
-        self.broken_groups += self.keyframe in self.broken
+        """Decodes the group with the pending pictures again: from the keyframe before its own or, if that was done
+        already, completely, with the lenient decoder."""
+        first, keyframe = self.pending[0], self.keyframe
+        leads_in = keyframe > self.file.start and keyframe not in self.led_in
+        self.broken_groups += not leads_in and keyframe in self.broken
         if not self.good and self.broken_groups > 1:
             raise _Untrusted  # decoding cannot start at the container's keyframes
-        first = self.pending[0]
         self.again.update(self.pending)
         self.careful_until = max(self.careful_until, self.pending[-1])
         self.pending.clear()
         self.last = first - 1
+        if leads_in:
+            self.led_in.add(keyframe)
+            self._trust()
+            self._start_at(int(keyframe) - 1)
+            self.keyframe = self.awaited = int(keyframe)
+            return
         self.careful = True
         self.doubtful.clear()
         self._start_at(first)
@@ -551,6 +566,16 @@ class _LookAhead:
                 self._damage(pts)
                 self.doubtful.update(self.pending)
             yield from self._hand_out(pts, frame)
+
+    def _pay(self):
+        """Decodes on to the first picture, if it is owed to moments before it."""
+        while self.owed and (self.queue or not self.ended):
+            if self.queue:
+                yield from self._feed_one(skip=False)
+            else:
+                self._read()
+        if self.owed:
+            yield from self._drain()
 
     def _flush(self) -> None:
         self.file.flush()

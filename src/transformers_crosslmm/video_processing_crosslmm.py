@@ -245,7 +245,6 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
         resize = (
             partial(_resize, size=options["size"], resample=options["resample"]) if options["do_resize"] else _identity
         )
-        level = 0.0 if options["skip_unchanged"] is True else float(options["skip_unchanged"])
         if options["skip_unchanged"] is not False:  # always in chunks, so that skipped frames are freed
             chunk_size = chunk_size or FRAMES_COMPARED_AT_ONCE
         readers: list[tuple[Any, Callable[[], Iterator[FrameChunk]]]] = []
@@ -259,9 +258,7 @@ class CrossLMMVideoProcessor(VideoProcessorMixin):
                 limits=options["limits"] or DEFAULT_LIMITS,
             )
             chunks = partial(read, sampling, resize, chunk_size)
-            if options["skip_unchanged"] is not False:
-                chunks = partial(_distinct_frames, chunks, level)
-            readers.append((video.source, chunks))
+            readers.append((video.source, partial(_distinct_frames, chunks, options["skip_unchanged"])))
         return readers, options
 
     def _sampling_of(
@@ -390,8 +387,11 @@ def _resize(frame: Tensor, *, size: Any, resample: int) -> Tensor:
     return F.interpolate(frame[None], size=(size.height, size.width), mode=mode, antialias=antialias)[0]
 
 
-def _distinct_frames(read: Callable[[], Iterator[FrameChunk]], level: float) -> Iterator[FrameChunk]:
-    return map(UnchangedFrames(level), read())
+def _distinct_frames(read: Callable[[], Iterator[FrameChunk]], skip_unchanged: bool | float) -> Iterator[FrameChunk]:
+    """Reads chunks of frames, without those that `skip_unchanged` leaves out."""
+    if skip_unchanged is False:
+        return read()
+    return map(UnchangedFrames(0.0 if skip_unchanged is True else float(skip_unchanged)), read())
 
 
 def _identity(frame: Tensor) -> Tensor:

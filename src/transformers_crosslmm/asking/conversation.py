@@ -24,7 +24,7 @@ from ..modeling_crosslmm import CrossLMMForConditionalGeneration
 from ..processing_crosslmm import CrossLMMProcessor
 from ..video_processing_crosslmm import VideoStream
 from .answer_text import AnswerText
-from .pictures import frame_pictures
+from .pictures import stream_pictures
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,7 @@ class VideoConversation:
 
     def pictures(self) -> list[Image.Image]:
         """The frames as the model sees them; decodes the video again."""
-        return [
-            picture for chunk in self.video or () for picture in frame_pictures(chunk, self.processor.video_processor)
-        ]
+        return [] if self.video is None else stream_pictures(self.video, self.processor.video_processor)
 
     def _new_ids(self, turn: dict[str, Any]) -> list[int]:
         """The tokens between the end of the last answer and the beginning of the next."""

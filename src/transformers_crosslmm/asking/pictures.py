@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..video_processing_crosslmm import CrossLMMVideoProcessor
+from ..video_processing_crosslmm import CrossLMMVideoProcessor, VideoStream
 
 FONT = ImageFont.load_default(13)
 LINE = 18
@@ -26,6 +26,12 @@ def frame_pictures(pixels: torch.Tensor, video_processor: CrossLMMVideoProcessor
         plain = plain / video_processor.rescale_factor
     levels = plain.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(frame) for frame in levels]
+
+
+def stream_pictures(video: VideoStream, video_processor: CrossLMMVideoProcessor) -> list[Image.Image]:
+    """The pictures of all frames of a video; for a skipped, unchanged frame that of the one shown instead."""
+    pictures = [picture for chunk in video for picture in frame_pictures(chunk, video_processor)]
+    return pictures if video.frame_index is None else [pictures[frame] for frame in video.frame_index]
 
 
 def _per_channel(values: Sequence[float]) -> torch.Tensor:
@@ -144,4 +150,5 @@ __all__ = [
     "frame_on_contact_sheet",
     "frame_on_timeline",
     "frame_pictures",
+    "stream_pictures",
 ]

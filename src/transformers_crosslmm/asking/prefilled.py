@@ -14,7 +14,7 @@ from ..frames_crosslmm import read_file
 from ..modeling_crosslmm import CrossLMMForConditionalGeneration
 from ..processing_crosslmm import CrossLMMProcessor
 from ..video_decoding import VideoLimits
-from ..video_processing_crosslmm import VideoStream, _resize
+from ..video_processing_crosslmm import VideoStream, _distinct_frames, _resize
 from .conversation import VideoConversation
 
 LIMITS = VideoLimits(max_decode_seconds=900.0)
@@ -38,7 +38,7 @@ class IsolatedStream(VideoStream):
         wanted = video_processor._sampling(**sampling)
         resize = partial(_resize, size=video_processor.size, resample=video_processor.resample)
         read = partial(read_file, source, wanted, resize, 16, strict=False, limits=limits, isolated=True)
-        super().__init__(source, read, checked._finish)
+        super().__init__(source, partial(_distinct_frames, read, video_processor.skip_unchanged), checked._finish)
         read()  # checks the options; the file is opened when the first frame is requested
 
 

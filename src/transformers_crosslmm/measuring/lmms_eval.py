@@ -6,6 +6,7 @@ lmms_eval --model crosslmm --model_args pretrained=YOU/NAME,num_frames=128 --tas
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from transformers.image_utils import load_image
 
 from ..asking.conversation import read_video
 from ..checkpoints.load import load_model, load_processor
-from ..media_crosslmm import CrossLMMEncodedMedia, encode_video
+from ..media_crosslmm import CrossLMMEncodedMedia, encode_video, join_media
 from ..video_processing_crosslmm import CrossLMMVideoMetadata
 
 try:
@@ -238,8 +239,8 @@ def _shared(videos: list[EncodedVideo]) -> CrossLMMEncodedMedia:
     """The videos of a batch in the order of their placeholders; a video in several rows is stored once."""
     distinct = {id(video.media): video.media for video in videos}
     numbers = {key: number for number, key in enumerate(distinct)}
-    return CrossLMMEncodedMedia(
-        last_hidden_state=torch.cat([media.last_hidden_state for media in distinct.values()]),  # type: ignore[arg-type,misc]
+    return replace(
+        join_media(distinct.values()),
         pooler_output=tuple(video.media.pooler_output[0] for video in videos),  # type: ignore[index,arg-type]
         media_index=tuple(numbers[id(video.media)] for video in videos),
     )

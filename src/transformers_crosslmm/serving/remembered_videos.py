@@ -25,7 +25,7 @@ from .admission import RefusedError, Visit
 class SampledVideo:
     """A video with the sampling that a request asks for.
 
-    key: digest of its bytes, and the sampling. pixels: (T, 3, S, S), or None when they are encoded in `media`.
+    key: digest of its bytes, and the sampling. pixels: (T, 3, S, S) uint8, or None when they are encoded in `media`.
     """
 
     key: Hashable
@@ -204,8 +204,11 @@ class RememberingModel:
         self.metrics.lookups.labels("video", "miss" if media is None else "hit").inc()
         if media is None:
             assert video.pixels is not None
-            media = encode_video(self.model, video.pixels, on_progress=lambda done, total: visit.check())
-            self.metrics.frames.inc(len(video.pixels))
+            [frames] = self.processor.video_processor.stream(
+                [video.pixels], do_sample_frames=False, input_data_format="channels_first"
+            )
+            media = encode_video(self.model, frames, on_progress=lambda done, total: visit.check())
+            self.metrics.frames.inc(len(media.last_hidden_state))  # type: ignore[arg-type]
         if known is None:
             self.cache.put(video.key, replace(video, pixels=None, media=media), tensor_bytes(media))
         return media

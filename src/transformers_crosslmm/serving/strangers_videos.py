@@ -13,6 +13,7 @@ from ..asking.allowed_files import SHORTAGES, NotAllowedError, open_below
 from ..frames_crosslmm import SAMPLING_KWARGS, CrossLMMVideoMetadata, FrameSampling, frame_chunk
 from ..processing_crosslmm import CrossLMMProcessor
 from ..video_decoding import VideoError, VideoLimits, decode_video, open_source
+from ..video_processing_crosslmm import _resize
 from ..video_source import OnWait, file_named_by
 from .admission import RefusedError, ServerSettings, Visit, busy
 from .chat_request import shortened
@@ -106,19 +107,16 @@ class VideoReader:
     def _decoded(
         self, file: BinaryIO, sampling: FrameSampling, visit: Visit
     ) -> tuple[torch.Tensor, CrossLMMVideoMetadata]:
-        """The sampled frames (T, 3, S, S), processed like the processor's, and their metadata."""
+        """The sampled frames, (T, 3, S, S) uint8, and their metadata."""
 
-        def processed(frame: torch.Tensor) -> torch.Tensor:
+        def resized(frame: torch.Tensor) -> torch.Tensor:
             visit.check()
-            features = self.processor(
-                [frame[None]], do_sample_frames=False, input_data_format="channels_first", return_tensors="pt"
-            )
-            return features["pixel_values_videos"][0]
+            return _resize(frame, size=self.processor.size, resample=self.processor.resample)
 
         try:
             video = decode_video(
                 file,
-                frame_transform=processed,
+                frame_transform=resized,
                 limits=self.limits,
                 strict=True,  # a client sees no warnings
                 isolated=True,
