@@ -406,9 +406,12 @@ def test_pooled_tokens_come_in_as_large_as_words(composed, tmp_path, tower_folde
     assert louder["pooled"] == rms["pooled"]
 
 
-def test_float16_says_where_it_ends(tower_folder, text_folder):
-    assert any("65,504" in note for note in compose(tower_folder, text_folder, dtype="float16").notes)
-    assert not any("65,504" in note for note in compose(tower_folder, text_folder, dtype="bfloat16").notes)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_float16_says_where_it_ends_whether_asked_for_or_found(tmp_path, tower_folder, text_folder, dtype):
+    stored = AutoModelForCausalLM.from_pretrained(text_folder, dtype=getattr(torch, dtype))
+    stored.save_pretrained(tmp_path)
+    for conversion in (compose(tower_folder, text_folder, dtype=dtype), compose(tower_folder, tmp_path)):
+        assert any("65,504" in note for note in conversion.report()["notes"]) == (dtype == "float16")
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path, tower_folder, text_folder):
