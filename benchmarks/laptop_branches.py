@@ -3,10 +3,11 @@ the first level of examples/laptop. Writes laptop_branches.json beside this file
 
     python benchmarks/laptop_branches.py runs/laptop [SEED ...]
 
-runs/laptop: where road.sh has put parts and clips. A run is 120 steps of 8 chats about clips of one second. Every chat
+runs/laptop: where road.sh has put parts and clips; all runs of the file are on the same chats. A run is 120 steps of 8 chats about clips of one second. Every chat
 is seen once, so its loss is that of a clip that the model has not seen.
 """
 
+import hashlib
 import json
 import sys
 import tempfile
@@ -56,9 +57,14 @@ def run(folder: Path, arm: str, seed: int) -> dict:
 
 
 def main(folder: Path, seeds: list[int]) -> None:
-    kept = {**origin(__file__, "runs/laptop"), "runs": []}
+    chats = hashlib.sha256((folder / "clips" / "train-1.jsonl").read_bytes()).hexdigest()
+    kept = {**origin(__file__, "runs/laptop"), "chats": chats, "runs": []}
     if KEPT.is_file():
         kept = json.loads(KEPT.read_text())
+    if kept.get("chats") != chats:
+        raise SystemExit(
+            f"{KEPT} has runs on other chats (commit {kept['commit']}), to which these cannot be compared. Move it away."
+        )
     for seed in seeds:
         for arm in ARMS:
             if (arm, seed) not in [(done["arm"], done["seed"]) for done in kept["runs"]]:

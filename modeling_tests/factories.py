@@ -124,12 +124,14 @@ def tiny_tokenizer() -> Qwen2Tokenizer:
 def tiny_processor(**overrides: Any) -> CrossLMMProcessor:
     """The processor of `tiny_config()`: frames of 33×33, a 5×5 patch grid, nine tokens per frame."""
     size = {"height": 33, "width": 33}
-    return CrossLMMProcessor(
-        SiglipImageProcessorPil(size=size),
-        tiny_tokenizer(),
-        CrossLMMVideoProcessor(size=size),
-        **({"pooled_grid_size": 3, "patch_size": 6} | overrides),
-    )
+    fields = {
+        "image_processor": SiglipImageProcessorPil(size=size),
+        "tokenizer": tiny_tokenizer(),
+        "video_processor": CrossLMMVideoProcessor(size=size),
+        "pooled_grid_size": 3,
+        "patch_size": 6,
+    }
+    return CrossLMMProcessor(**(fields | overrides))
 
 
 def random_frames(num_frames: int = 10, *, height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray:

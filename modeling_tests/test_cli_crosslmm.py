@@ -307,7 +307,16 @@ def test_a_question_without_a_video_is_answered_by_the_language_model(run, model
     assert run("chat", *length, stdin="What is it?\n").stdout.strip() == first
 
 
-@pytest.mark.parametrize("words", ["clip.mp4", "gone.mkv", "https://example.org/watch"])
+@pytest.mark.parametrize(
+    "words", ["Why? " * 60, "What is https://example.org/?", "Explain main.ts"], ids=["long", "address", "file"]
+)
+def test_a_question_is_one_whatever_its_length_and_what_it_names(run, checkpoint, words):
+    result = run("ask", words, "--model", checkpoint, "--max-new-tokens", "1", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["question"] == words
+
+
+@pytest.mark.parametrize("words", ["clip.mp4", "gone.mkv", "My Clip.MOV", "https://example.org/watch"])
 def test_a_video_without_a_question_is_not_taken_for_a_question(run, words):
     result = run("ask", words)
     assert result.exit_code == 2

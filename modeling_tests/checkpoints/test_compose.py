@@ -22,8 +22,8 @@ from transformers import (
     TokenizersBackend,
 )
 
-from factories import mp4_of, random_frames, shake
-from transformers_crosslmm.checkpoints.chat import add_marks, find_tokenizer
+from factories import mp4_of, random_frames, shake, tiny_processor
+from transformers_crosslmm.checkpoints.chat import add_marks, find_tokenizer, media_template
 from transformers_crosslmm.checkpoints.compose import compose
 from transformers_crosslmm.checkpoints.conversion import ConversionError, check_complete, write_checkpoint
 from transformers_crosslmm.checkpoints.folder import stored_tensors
@@ -287,6 +287,16 @@ def test_a_chat_of_text_is_the_language_models_own_token_for_token(composed, tex
     assert "<system>Be kind." in processor.apply_chat_template([{"role": "user", "content": "Why?"}])
 
 
+def test_a_chat_begins_with_what_its_template_writes_and_nothing_else(tmp_path, tower_folder):
+    own = other_tokenizer(chat_template=LLAMA_TEMPLATE.replace("{{ bos_token }}", ""))
+    write_checkpoint(compose(tower_folder, save_text(tmp_path / "text", tokenizer=own)), tmp_path / "out")
+    processor, chat = AutoProcessor.from_pretrained(tmp_path / "out"), [{"role": "user", "content": "Why?"}]
+    ids = processor.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"][0]
+    assert list(ids) == own.apply_chat_template(chat, return_dict=True)["input_ids"]
+    begun = processor.apply_chat_template(chat, tokenize=True, processor_kwargs={"add_special_tokens": True})[0]
+    assert list(begun) == [258, *ids]
+
+
 def test_media_stand_in_the_language_models_own_chats_and_answers_are_marked(composed):
     processor = AutoProcessor.from_pretrained(composed[0])
     video = {"type": "video", "video": mp4_of(random_frames(4), fps=1)}
@@ -357,6 +367,44 @@ def test_marks_of_its_own_and_named_templates_are_kept(tmp_path, tower_folder):
         assert written == other_tokenizer().apply_chat_template(chat, tokenize=False)
 
 
+@pytest.mark.parametrize("by_processor", [True, False])
+def test_thoughts_are_kept_and_dropped_as_by_the_language_models_own_template(by_processor):
+    """Its template drops all thoughts but the last, which it finds by a token that is not special."""
+    own = (
+        "{% for message in messages %}{% set words = message.content %}{% if '</think>' in words and not loop.last %}"
+        "{% set words = words.split('</think>')[1].lstrip('\\n') %}{% elif message.role == 'assistant' and loop.last "
+        "and '<think>' not in words %}{% set words = '<think></think>' + words %}{% endif %}"
+        "<{{ message.role }}>{{ words }}</s>{% endfor %}"
+    )
+    tokenizers = [other_tokenizer(chat_template=own) for _ in range(2)]
+    for tokenizer in tokenizers:
+        tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in ("<think>", "</think>")])
+    theirs, ours = tokenizers
+    add_marks(ours)
+    template, why = media_template(ours)
+    assert why is None
+    processor = tiny_processor(tokenizer=ours, chat_template=template)
+    render = processor.apply_chat_template if by_processor else ours.apply_chat_template
+    options = {} if by_processor else {"chat_template": template}
+
+    def learned(*turns):
+        chat = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        told = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        encoded = render([chat], **told, **options)
+        (ids,), (mask,) = encoded["input_ids"], encoded["assistant_masks"]
+        assert list(ids) == theirs.apply_chat_template(chat, return_dict=True)["input_ids"]
+        return ours.decode([token_id for token_id, own in zip(ids, mask, strict=True) if own])
+
+    thought = "<think>\nHm.\n</think>\n\n"
+    assert learned("Why?", f"{thought}So. ") == f"{thought}So. </s>"
+    assert learned("Why?", f"{thought}So.", "And?", "No.") == "So.</s>No.</s>"
+    assert learned("Why?", f"{thought}So.", "And?", f"{thought}No.") == f"So.</s>{thought}No.</s>"
+
+    chat = [{"role": "user", "content": "<think>"}]
+    (ids,) = render([chat], tokenize=True, return_dict=True, **options)["input_ids"]
+    assert ours.convert_tokens_to_ids("<think>") not in list(ids), "others cannot write the assistant's tokens"
+
+
 @pytest.mark.parametrize(
     ("own", "why"),
     [
@@ -406,9 +454,12 @@ def test_pooled_tokens_come_in_as_large_as_words(composed, tmp_path, tower_folde
     assert louder["pooled"] == rms["pooled"]
 
 
-def test_float16_says_where_it_ends(tower_folder, text_folder):
-    assert any("65,504" in note for note in compose(tower_folder, text_folder, dtype="float16").notes)
-    assert not any("65,504" in note for note in compose(tower_folder, text_folder, dtype="bfloat16").notes)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_float16_says_where_it_ends_whether_asked_for_or_found(tmp_path, tower_folder, text_folder, dtype):
+    stored = AutoModelForCausalLM.from_pretrained(text_folder, dtype=getattr(torch, dtype))
+    stored.save_pretrained(tmp_path)
+    for conversion in (compose(tower_folder, text_folder, dtype=dtype), compose(tower_folder, tmp_path)):
+        assert any("65,504" in note for note in conversion.report()["notes"]) == (dtype == "float16")
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path, tower_folder, text_folder):

@@ -722,6 +722,8 @@ def test_convert_begins_from_a_llava_and_says_that_it_is_untrained(tmp_path, lla
     run("convert", llava_folder, "--pooled-grid-size", "2", "--dtype", "bfloat16", "--out", tmp_path / "ours")
     config = CrossLMMConfig.from_pretrained(tmp_path / "ours")
     assert (config.untrained, config.pooled_grid_size, config.dtype) == (True, 2, torch.bfloat16)
+    report = convert_llava(llava_folder, pooled_grid_size=2, dtype="float16").report()
+    assert any("65,504" in note for note in report["notes"])
 
 
 def test_convert_never_takes_a_trained_crosslmm_for_a_llava(tmp_path, their_checkpoint):

@@ -1,7 +1,7 @@
 """One person and one video: ask, chat, watch, look, demo."""
 
 import contextlib
-import mimetypes
+import os
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -30,6 +30,11 @@ from .base import (
     only_one_model,
     print_json,
     sampling_options,
+)
+
+VIDEO_SUFFIXES = (
+    *(".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov"),
+    *(".mp4", ".mpeg", ".mpg", ".ogv", ".vob", ".webm", ".wmv"),
 )
 
 
@@ -269,10 +274,10 @@ def demo(
     serve_page(page, host=host, port=port)
 
 
-def names_a_video(word: str) -> bool:
-    """Whether this is the name of a file, an address, or a name such as videos have."""
-    kind = mimetypes.guess_type(word)[0] or ""
-    return Path(word).exists() or "://" in word or kind.startswith("video/")
+def names_a_video(words: str) -> bool:
+    """Whether this is the name of a file, an address alone, or ends as videos' names do."""
+    is_address = "://" in words and len(words.split()) == 1
+    return is_address or words.lower().endswith(VIDEO_SUFFIXES) or os.path.exists(words)
 
 
 def begin_conversation(

@@ -355,22 +355,30 @@ class CrossLMMProcessor(ProcessorMixin):
         part can have sampling options of its own (`VIDEO_OPTIONS`), which override `processor_kwargs`.
         sanitize_control_tokens: which tokens are ordinary characters in a chat's texts. None: `MARKS`, the tokenizer's
         own special tokens (end, padding and so on) and tokens that the chat template writes; others, such as those
-        added by a user, stay tokens. True: all special tokens too. False: none.
+        added by a user, stay tokens. True: all special tokens too. False: none. What is not special, such as
+        `<think>`, stays a token in the assistant's texts, because the assistant writes it.
         load_audio_from_video: has no effect; servers set it for every model.
         """
         if not isinstance(conversation, list | tuple) or not conversation:
             raise ValueError("A chat is a list of messages, at least one; a batch is a list of chats.")
         if "audio" in {**kwargs, **(kwargs.get("processor_kwargs") or {})}:
             raise ValueError(NO_AUDIO)
-        escape = TextEscape(self._tokens_to_escape(chat_template, sanitize_control_tokens))
+        everywhere, elsewhere = self._tokens_to_escape(chat_template, sanitize_control_tokens)
+        own, others = TextEscape(everywhere), TextEscape(everywhere | elsewhere)
+
+        def escaped(message: Mapping[str, Any]) -> dict[str, Any]:
+            return (own if message.get("role") == "assistant" else others).message(message)
+
         if isinstance(conversation[0], Mapping):
-            conversation = [escape.message(message) for message in conversation]
+            conversation = [escaped(message) for message in conversation]
         else:
-            conversation = [
-                [escape.message(message) for message in getattr(chat, "messages", chat)] for chat in conversation
-            ]
+            conversation = [[escaped(message) for message in getattr(chat, "messages", chat)] for chat in conversation]
         if "texts_are_escaped" in self._template_text(chat_template):  # other templates lack this variable
             kwargs["texts_are_escaped"] = True
+        options = kwargs.get("processor_kwargs") or {}
+        if kwargs.get("tokenize") and "add_special_tokens" not in options.get("text_kwargs", {}):
+            # As in a tokenizer's own `apply_chat_template`: the template writes all special tokens.
+            kwargs["processor_kwargs"] = {"add_special_tokens": False} | options
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def _template_text(self, chat_template: str | None) -> str:
@@ -378,18 +386,21 @@ class CrossLMMProcessor(ProcessorMixin):
         named = (self.chat_template or {}) if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         return named.get(chat_template or "default", chat_template) or ""
 
-    def _tokens_to_escape(self, chat_template: str | None, sanitize_control_tokens: bool | None) -> set[str]:
-        """The tokens to escape; see `apply_chat_template`. Looked up for each call, to include tokens added later."""
+    def _tokens_to_escape(
+        self, chat_template: str | None, sanitize_control_tokens: bool | None
+    ) -> tuple[set[str], set[str]]:
+        """The tokens to escape in all texts, and those to escape in texts that are not the assistant's; see
+        `apply_chat_template`. Looked up for each call, to include tokens added later."""
         if sanitize_control_tokens is False:
-            return set()
+            return set(), set()
         added = self.tokenizer.added_tokens_decoder.values()
         written = self._template_text(chat_template)
-        return {
+        special = {
             *MARKS,
             *(value for value in self.tokenizer.special_tokens_map.values() if isinstance(value, str)),
-            *(token.content for token in added if token.content in written),
-            *(token.content for token in added if token.special and sanitize_control_tokens),
+            *(t.content for t in added if t.special and (sanitize_control_tokens or t.content in written)),
         }
+        return special, {token.content for token in added if token.content in written}
 
     def _make_marks_escapable(self) -> None:
         """Adds a normaliser to the tokenizer that drops `ESCAPE` after the search for special tokens."""

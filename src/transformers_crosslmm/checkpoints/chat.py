@@ -20,10 +20,10 @@ PROBES = ("  def f(x):\n\treturn x**2  \n\n\nEND", "I don't know 12345 caf\u0065
 """Texts that tokenizers of different families split differently: runs of blanks, digits, combining characters."""
 
 MEDIA_TEMPLATE = """\
-{%- macro as_text(text) -%}
+{%- macro as_text(text, role="") -%}
     {%- set escaped = namespace(text=text) -%}
     {%- if not texts_are_escaped -%}
-        {%- for mark in @MARKS@ -%}
+        {%- for mark in @MARKS@ + ([] if role == "assistant" else @WORDS@) -%}
             {%- set escaped.text = escaped.text | replace(mark, mark[0] ~ "\ue000" ~ mark[1:]) -%}
         {%- endfor -%}
     {%- endif -%}
@@ -32,30 +32,33 @@ MEDIA_TEMPLATE = """\
 {%- macro own(messages) -%}
 {{- "" }}@OWN@{{ "" -}}
 {%- endmacro -%}
-{%- set chat = namespace(plain=[], hollow=[], words=[]) -%}
+{%- set chat = namespace(plain=[], hollow=[], thoughts=[], words=[]) -%}
 {%- for message in messages -%}
     {%- set content = namespace(text=message.content, run="") -%}
     {%- if message.content is string -%}
-        {%- set content.text = as_text(message.content) -%}
+        {%- set content.text = as_text(message.content, message.role) -%}
     {%- elif message.content is defined and message.content is not none -%}
         {%- set content.text = "" -%}
         {%- for part in message.content -%}
             {%- if part.type in ("video", "image") -%}
                 {%- set mark = "<|vision_start|><|" ~ part.type ~ "_pad|><|vision_end|>" -%}
-                {%- set content.text = content.text ~ as_text(content.run) ~ mark -%}
+                {%- set content.text = content.text ~ as_text(content.run, message.role) ~ mark -%}
                 {%- set content.run = "" -%}
             {%- elif part.text -%}
                 {%- set content.run = content.run ~ part.text -%}
             {%- endif -%}
         {%- endfor -%}
-        {%- set content.text = content.text ~ as_text(content.run) -%}
+        {%- set content.text = content.text ~ as_text(content.run, message.role) -%}
     {%- endif -%}
     {%- set message = dict(message, role=as_text(message.role)) -%}
     {%- set message = dict(message, content=content.text) if content.text is string else message -%}
     {%- set chat.plain = chat.plain + [message] -%}
     {%- if message.role == "assistant" and content.text is string -%}
-        {%- set chat.words = chat.words + [content.text@TRIM@] -%}
-        {%- set message = dict(message, content="@HOLLOW@") -%}
+        {%- set words = content.text.split("</think>")[-1].lstrip() if "</think>" in content.text else content.text -%}
+        {%- set thought = content.text[:content.text | length - words | length] -%}
+        {%- set chat.thoughts = chat.thoughts + [thought] -%}
+        {%- set chat.words = chat.words + [words@TRIM@] -%}
+        {%- set message = dict(message, content=thought ~ "@HOLLOW@") -%}
     {%- endif -%}
     {%- set chat.hollow = chat.hollow + [message] -%}
 {%- endfor -%}
@@ -66,20 +69,25 @@ MEDIA_TEMPLATE = """\
     {%- set filled.text = filled.text ~ word ~ (pieces[loop.index] or "") -%}
 {%- endfor -%}
 {%- if filled.text == whole and pieces | length == chat.words | length + 1 -%}
-    {{- pieces[0] -}}
+    {%- set rest = namespace(text=pieces[0]) -%}
     {%- for word in chat.words -%}
+        {%- set thought = chat.thoughts[loop.index0] -%}
+        {%- set thought = thought if rest.text.endswith(thought) else "" -%}
+        {{- rest.text[:rest.text | length - thought | length] -}}
         {%- set end = @END@ if pieces[loop.index].startswith(@END@) else "" -%}
-        {%- generation -%}{{- word ~ end -}}{%- endgeneration -%}
-        {{- pieces[loop.index][end | length:] -}}
+        {%- generation -%}{{- thought ~ word ~ end -}}{%- endgeneration -%}
+        {%- set rest.text = pieces[loop.index][end | length:] -%}
     {%- endfor -%}
+    {{- rest.text -}}
 {%- else -%}
     {{- whole -}}
 {%- endif -%}
 """
 """Wraps the template of a language model (OWN), which gets messages of text with marks in place of media. Its output
 is unchanged. A second run with HOLLOW in place of the assistant's text finds that text; it and the end of its turn
-(END) are marked for training. If a program other than the processor renders the template, it escapes special tokens in
-texts (MARKS) itself."""
+(END) are marked for training, and the thought before it where the template keeps it. If a program other than the
+processor renders the template, it escapes special tokens in texts (MARKS) itself, and in texts that are not the
+assistant's also the words that the language model has tokens for (WORDS), such as <think>."""
 
 
 def find_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -155,10 +163,13 @@ def _with_media(tokenizer: PreTrainedTokenizerBase, own: str) -> str:
     # The template's own generation marks would be counted at their place in the macro, not in the output.
     unmarked = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", own.removesuffix("\n"))
     unmarked = re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", unmarked)
-    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.content in own)
+    added = [token for token in tokenizer.added_tokens_decoder.values() if token.content in own]
     named = (value for value in tokenizer.special_tokens_map.values() if isinstance(value, str))
-    marks = json.dumps(sorted({*MARKS, *added, *named}))
-    template = MEDIA_TEMPLATE.replace("@MARKS@", marks).replace("@TRIM@", " | trim" if is_trimmed else "")
+    marks = {*MARKS, *named, *(token.content for token in added if token.special)}
+    words = {token.content for token in added} - marks
+    template = MEDIA_TEMPLATE.replace("@MARKS@", json.dumps(sorted(marks)))
+    template = template.replace("@WORDS@", json.dumps(sorted(words)))
+    template = template.replace("@TRIM@", " | trim" if is_trimmed else "")
     template = template.replace("@END@", json.dumps(end)).replace("@HOLLOW@", HOLLOW).replace("@OWN@", unmarked)
     _check_template(tokenizer, own, template, end)
     return template

@@ -43,11 +43,6 @@ IMAGE_STATISTICS: dict[str, dict[str, Any]] = {
 }
 """Normalisation and resampling by kind of encoder, for folders without an image processor."""
 
-HALF_PRECISION = (
-    "float16 overflows at 65,504: compare largest_activation, which longer texts and training can exceed; bfloat16 "
-    "has the range of float32"
-)
-
 
 def compose(
     vision: str | os.PathLike | None = None,
@@ -90,8 +85,6 @@ def compose(
     image_options, notes = image_options_of(vision_folder, config)
     if preset is not None:
         notes += _differences_from_preset(config, preset)
-    if dtype == "float16":
-        notes.append(HALF_PRECISION)
     own_tokenizer = find_tokenizer(text_folder if tokenizer is None else find_folder(tokenizer))
     generation_config, chat_template = generation_config_of(text_folder, text_config), None
     if own_tokenizer is not None:

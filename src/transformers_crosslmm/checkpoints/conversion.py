@@ -29,6 +29,10 @@ from .name_tables import NameTable, rename
 from .network import expected_shapes, names_in_class, network_of
 
 REPORT = "conversion_report.json"
+HALF_PRECISION = (
+    "float16 overflows at 65,504, which activations of some language models come near (largest_activation is that of "
+    "a short text); bfloat16 has the range of float32"
+)
 
 
 class ConversionError(ValueError):
@@ -67,17 +71,18 @@ class Conversion:
 
     def report(self) -> dict[str, Any]:
         """The content of conversion_report.json, also used by the model card."""
+        dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values()})
         return {
             "sources": self.sources,
             "versions": {"transformers_crosslmm": __version__, "transformers": transformers.__version__},
             "parameters": sum(math.prod(tensor.shape) for tensor in self.tensors.values()),
             "bytes": self.num_bytes,
             "largest_shard_bytes": self.peak_bytes(),
-            "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values()}),
+            "dtypes": dtypes,
             "tensors_taken_over": len(self.tensors) - len(self.initialised),
             "tensors_initialised": len(self.initialised),
             "left_out": sorted(self.left_out),
-            "notes": self.notes,
+            "notes": [*self.notes, *[HALF_PRECISION] * ("float16" in dtypes)],
         }
 
 
