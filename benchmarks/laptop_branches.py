@@ -3,8 +3,8 @@ the first level of examples/laptop. Writes laptop_branches.json beside this file
 
     python benchmarks/laptop_branches.py runs/laptop [SEED ...]
 
-runs/laptop: where road.sh has put parts and clips; all runs of the file are on the same chats. A run is 120 steps of 8 chats about clips of one second. Every chat
-is seen once, so its loss is that of a clip that the model has not seen.
+runs/laptop: where road.sh has put parts and clips; all runs of the file are on the same chats. A run is 120 steps of 8
+chats about clips of one second. Every chat is seen once, so its loss is that of a clip that the model has not seen.
 """
 
 import hashlib
@@ -63,7 +63,8 @@ def main(folder: Path, seeds: list[int]) -> None:
         kept = json.loads(KEPT.read_text())
     if kept.get("chats") != chats:
         raise SystemExit(
-            f"{KEPT} has runs on other chats (commit {kept['commit']}), to which these cannot be compared. Move it away."
+            f"{KEPT} has runs on other chats (commit {kept['commit']}), so these cannot be compared to them. Move it "
+            "away."
         )
     for seed in seeds:
         for arm in ARMS:
