@@ -547,6 +547,14 @@ def test_marks_are_marks_where_a_chat_is_not_sanitised(processor):
     assert marks_in(processor, ids) == ["<|im_start|>", "<|im_end|>", "<|im_end|>"]
 
 
+def test_half_a_surrogate_pair_is_refused_in_texts_and_chats(processor):
+    with pytest.raises(ValueError, match="character 1 is half a surrogate pair"):
+        processor(text="a\ud800")
+    for content in ("a\ud800", [{"type": "text", "text": "a\ud800"}]):
+        with pytest.raises(ValueError, match="character 1 is half a surrogate pair"):
+            processor.apply_chat_template([{"role": "user", "content": content}])
+
+
 def test_texts_are_padded_on_the_left_unless_asked_otherwise(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.padding_side = "right"

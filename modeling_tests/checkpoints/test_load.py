@@ -8,7 +8,7 @@ import pytest
 from factories import save_checkpoint
 from transformers_crosslmm import TINY_CHECKPOINT, CrossLMMForConditionalGeneration, CrossLMMProcessor
 from transformers_crosslmm.checkpoints import load
-from transformers_crosslmm.checkpoints.folder import checkpoint_digest
+from transformers_crosslmm.checkpoints.folder import checkpoint_digest, stored_tensors
 from transformers_crosslmm.checkpoints.inspect import load_config
 from transformers_crosslmm.checkpoints.load import caution, load_model, load_processor
 
@@ -67,6 +67,34 @@ def test_a_value_of_a_wrong_kind_is_a_broken_checkpoint(checkpoint, file, part, 
     change(checkpoint / file, **(values if part is None else {part: written[part] | values}))
     with pytest.raises(ValueError, match=r"must be a CrossLMM checkpoint.*(missing or|files are) broken: \S"):
         load_processor(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"weight_map": {"a": "../secret.safetensors"}},
+        {"weight_map": {"a": "/etc/secret.safetensors"}},
+        {"weight_map": {"a": 3}},
+        {"weight_map": ["model.safetensors"]},
+        {},
+        [],
+    ],
+    ids=str,
+)
+def test_an_index_names_files_of_its_folder_only(checkpoint, content):
+    """Whoever wrote it must not have other weights of this machine put into what is converted and published."""
+    shutil.copy(checkpoint / "model.safetensors", checkpoint.parent / "secret.safetensors")
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="names of files in its folder"):
+        stored_tensors(checkpoint)
+
+
+def test_a_tensor_of_a_type_that_torch_lacks_is_named(tmp_path):
+    header = json.dumps({"a": {"dtype": "U16", "shape": [1], "data_offsets": [0, 2]}}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(2))
+    with pytest.raises(ValueError, match=r"a must be of a type among F64, .*; got U16"):
+        stored_tensors(tmp_path)
 
 
 def test_a_digest_changes_with_what_decides_an_answer_and_with_nothing_else(checkpoint, tmp_path):

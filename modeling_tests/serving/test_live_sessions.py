@@ -210,6 +210,15 @@ def test_a_message_is_parsed_within_a_limit_of_its_own_beside_its_picture(connec
         assert told(session)["seen"] == 1
 
 
+def test_a_question_that_is_no_unicode_is_an_error_and_the_session_goes_on(connect, expected):
+    with connect() as session:
+        send_frames(session, FRAMES[:1], TIMES[:1])
+        assert told(session)["seen"] == 1
+        send(session, "ask", question="\ud800")
+        assert "half a surrogate pair" in session.receive_json()["message"]
+        assert answer_to(session)["text"] == expected(FRAMES[:1], TIMES[:1])
+
+
 def test_a_frame_that_does_not_come_later_is_refused(connect):
     with connect() as session:
         send_frames(session, FRAMES[:2], [1.0, 2.0])

@@ -555,7 +555,7 @@ class TextEscape:
         return prepared
 
     def _texts(self, texts: list[str]) -> list[str]:
-        joined = "".join(texts)
+        joined = _checked("".join(texts))
         places = [match.start() + 1 for match in self._tokens.finditer(joined)]
         pieces = [joined[start:end] for start, end in pairwise([0, *places, len(joined)])]
         ends = [end + bisect_left(places, end) for end in accumulate(map(len, texts))]
@@ -614,7 +614,19 @@ def _as_texts(text: Any) -> list[str]:
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, list | tuple) or not all(isinstance(sample, str) for sample in texts):
         raise ValueError(f"`text` must be a string or a list of strings; got {type(text).__name__}.")
-    return list(texts)
+    return list(map(_checked, texts))
+
+
+def _checked(text: str) -> str:
+    """Raises ValueError for half a surrogate pair, such as JSON can hold: tokenizers would raise TypeError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"A text must be Unicode; character {error.start} is half a surrogate pair. Leave it out, or decode the "
+            'text with `errors="replace"`.'
+        ) from None
+    return text
 
 
 def _flatten_images(images: Any) -> tuple[list[Any], list[int] | None]:

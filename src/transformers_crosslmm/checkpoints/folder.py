@@ -112,7 +112,7 @@ def read_json(path: Path) -> dict:
         raise FileNotFoundError(f"A checkpoint folder must have {path.name}; {path.parent} does not.")
     try:
         return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON; {error}.") from error
 
 
@@ -131,7 +131,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     for single, reader in (("model.safetensors", safetensors_of), ("pytorch_model.bin", _pickled)):
         index = folder / f"{single}.index.json"
         if index.is_file():
-            shards = sorted(set(read_json(index)["weight_map"].values()))
+            shards = _shards_of(index)
             missing = [shard for shard in shards if not (folder / shard).is_file()]
             if missing:
                 raise FileNotFoundError(
@@ -146,6 +146,16 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     )
 
 
+def _shards_of(index: Path) -> list[str]:
+    """The files that an index names. Raises ValueError for names out of its folder: the index may be a stranger's."""
+    content = read_json(index)
+    named = content.get("weight_map") if isinstance(content, dict) else None
+    shards = list(named.values()) if isinstance(named, dict) else [None]
+    if not all(isinstance(shard, str) and Path(shard).name == shard for shard in shards):
+        raise ValueError(f"{index} must have a `weight_map` from tensors to names of files in its folder.")
+    return sorted(set(shards))
+
+
 def safetensors_of(path: Path) -> dict[str, StoredTensor]:
     """All tensors of a `.safetensors` file. Raises ValueError for a truncated file or another format."""
 
@@ -158,7 +168,10 @@ def safetensors_of(path: Path) -> dict[str, StoredTensor]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118, not a dict
                 view = file.get_slice(name)
-                dtype = SAFETENSORS_DTYPES[view.get_dtype()]
+                dtype = SAFETENSORS_DTYPES.get(view.get_dtype())
+                if dtype is None:
+                    known = ", ".join(SAFETENSORS_DTYPES)
+                    raise ValueError(f"{path}: {name} must be of a type among {known}; got {view.get_dtype()}.")
                 tensors[name] = StoredTensor(tuple(view.get_shape()), dtype, partial(read, name))
     except SafetensorError as error:
         raise ValueError(f"{path} must be a complete safetensors file; {error}. Download it again.") from error
