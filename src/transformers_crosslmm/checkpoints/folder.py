@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -150,7 +151,7 @@ def _shards_of(index: Path) -> list[str]:
     """The files that an index names. Raises ValueError for names out of its folder: the index may be a stranger's."""
     content = read_json(index)
     named = content.get("weight_map") if isinstance(content, dict) else None
-    shards = list(named.values()) if isinstance(named, dict) else [None]
+    shards: list[Any] = list(named.values()) if isinstance(named, dict) else [None]
     if not all(isinstance(shard, str) and Path(shard).name == shard for shard in shards):
         raise ValueError(f"{index} must have a `weight_map` from tensors to names of files in its folder.")
     return sorted(set(shards))
