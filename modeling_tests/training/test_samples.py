@@ -7,6 +7,7 @@ from PIL import Image
 from test_records import record, video_record
 
 from factories import random_frames, random_model, tiny_config, tiny_processor
+from transformers_crosslmm.media_crosslmm import join_pixels
 from transformers_crosslmm.training.datasets import CrossLMMDataset
 from transformers_crosslmm.training.records import UnusableSample
 from transformers_crosslmm.training.samples import IGNORED, CrossLMMDataCollator, encode_chat
@@ -155,3 +156,29 @@ def test_an_image_may_have_any_mode_and_shape(mode, tmp_path):
     sample = encode_chat(tiny_processor(), record("<image>", "A.", image="odd.tiff"), media_root=tmp_path)
     assert sample["pixel_values"].shape == (1, 3, 33, 33)
     assert torch.isfinite(sample["pixel_values"]).all()
+
+
+def test_unchanged_frames_are_skipped_in_training_and_the_loss_stays(tmp_path):
+    for name, frame in zip("abc", random_frames(3), strict=True):
+        Image.fromarray(frame).save(tmp_path / f"{name}.png")
+    records = []
+    for videos in (["aaab", "bb"], [], ["caa"]):
+        seen = [{"type": "video", "video": [f"{name}.png" for name in names]} for names in videos]
+        turns = [{"role": "user", "content": [*seen, "?"]}, {"role": "assistant", "content": "Yes."}]
+        records.append({"messages": turns})
+    processor = tiny_processor()
+    config = tiny_config(
+        text_config={"vocab_size": len(processor.tokenizer)},
+        image_token_id=processor.image_token_id,
+        video_token_id=processor.video_token_id,
+    )
+    model = random_model(config)
+    every = CrossLMMDataCollator(processor, media_root=tmp_path)(records)
+    processor.video_processor.skip_unchanged = True
+    distinct = CrossLMMDataCollator(processor, media_root=tmp_path)(records)
+    assert distinct["video_frame_index"].tolist() == [0, 0, 0, 1, 2, 2, 3, 4, 4]
+    assert len(distinct["pixel_values_videos"]) == 5
+    torch.testing.assert_close(model(**distinct).loss, model(**every).loss)
+    frames = {"pixel_values_videos": torch.zeros(2, 3, 33, 33)}  # of a processor that skips none
+    mixed = join_pixels([encode_chat(processor, records[0], media_root=tmp_path), frames])
+    assert mixed["video_frame_index"].tolist() == [0, 0, 0, 1, 2, 2, 3, 4]

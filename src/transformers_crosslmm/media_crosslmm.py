@@ -101,6 +101,25 @@ def join_media(parts: Iterable[BaseModelOutputWithPooling]) -> CrossLMMEncodedMe
     )
 
 
+def join_pixels(rows: Iterable[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """Joins the media inputs of several rows, each with those of its own media, to those of a batch:
+    `pixel_values_videos`, `video_num_frames`, `pixel_values` and, if a row has one, `video_frame_index`."""
+    rows, joined = list(rows), {}
+    for name in ("pixel_values_videos", "video_num_frames", "pixel_values"):
+        tensors = [torch.as_tensor(row[name]) for row in rows if row.get(name) is not None]
+        if tensors:
+            joined[name] = torch.cat(tensors)
+    if any(row.get("video_frame_index") is not None for row in rows):
+        shown, before = [], 0
+        for row in rows:
+            pixels, index = row.get("pixel_values_videos"), row.get("video_frame_index")
+            if pixels is not None:
+                shown.append(before + (torch.arange(len(pixels)) if index is None else torch.as_tensor(index)))
+                before += len(pixels)
+        joined["video_frame_index"] = torch.cat(shown)
+    return joined
+
+
 def media_index(output: BaseModelOutputWithPooling) -> tuple[int, ...]:
     """For each entry of `pooler_output`, its medium in `last_hidden_state`."""
     index = output.media_index if isinstance(output, CrossLMMEncodedMedia) else None

@@ -15,7 +15,7 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils.chat_template_utils import Chat, is_valid_message
 
 from .frames_crosslmm import flatten_videos, is_nested
-from .media_crosslmm import CrossLMMEncodedMedia, join_media
+from .media_crosslmm import CrossLMMEncodedMedia, join_media, join_pixels
 
 
 class Question(Chat):
@@ -123,17 +123,7 @@ class VideoTextToTextPipeline(ImageTextToTextPipeline):
         """Batches inputs: pads texts on the left, for generation, and concatenates media."""
         rows = [{name: item[name][0] for name in ("input_ids", "attention_mask")} for item in items]
         batch = dict(self.tokenizer.pad(rows, padding=True, padding_side="left", return_tensors="pt"))
-        for name in ("pixel_values_videos", "video_num_frames", "pixel_values"):
-            tensors = [item[name] for item in items if name in item]
-            if tensors:
-                batch[name] = torch.cat(tensors)
-        indices, frames = [], 0
-        for item in items:
-            if "video_frame_index" in item:
-                indices.append(item["video_frame_index"] + frames)  # numbered over the pixels of all items
-                frames += len(item["pixel_values_videos"])
-        if indices:
-            batch["video_frame_index"] = torch.cat(indices)
+        batch |= join_pixels(items)
         encoded = [item["mm_encoder_outputs"]["video"] for item in items if "mm_encoder_outputs" in item]
         if encoded:
             batch["mm_encoder_outputs"] = {"video": join_media(encoded)}

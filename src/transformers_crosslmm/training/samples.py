@@ -14,6 +14,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from ..media_crosslmm import join_pixels
 from ..processing_crosslmm import CrossLMMProcessor
 from ..video_decoding import VideoDecodeWarning
 from .records import UnusableSample, chat_of, with_media_below
@@ -98,8 +99,9 @@ class CrossLMMDataCollator:
     processor: the model's. media_root, max_length: see `encode_chat`; for records only.
 
     Returns `input_ids`, `attention_mask` and `labels` (B, L) and, if the batch has media, `pixel_values_videos`
-    (F, 3, S, S) with `video_num_frames` (videos,), and `pixel_values` (images, 3, S, S). Raises UnusableSample for
-    records that cannot be used, ValueError for a batch without any token to learn and for samples without `labels`.
+    (F, 3, S, S) with `video_num_frames` (videos,) and, if unchanged frames were skipped, `video_frame_index`, and
+    `pixel_values` (images, 3, S, S). Raises UnusableSample for records that cannot be used, ValueError for a batch
+    without any token to learn and for samples without `labels`.
     """
 
     processor: CrossLMMProcessor
@@ -118,11 +120,7 @@ class CrossLMMDataCollator:
         }
         if not (batch["labels"][:, 1:] != IGNORED).any():
             raise ValueError("Nothing to learn: no sample of this batch has a token of the assistant.")
-        for name in ("pixel_values_videos", "video_num_frames", "pixel_values"):
-            present = [torch.as_tensor(sample[name]) for sample in encoded if sample.get(name) is not None]
-            if present:
-                batch[name] = torch.cat(present)
-        return batch
+        return batch | join_pixels(encoded)
 
     def _encoded(self, sample: Mapping[str, Any]) -> Mapping[str, Any]:
         if "input_ids" not in sample:
