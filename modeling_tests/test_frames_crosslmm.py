@@ -194,6 +194,13 @@ def test_a_picture_that_cannot_be_read_is_named_without_its_data(processor, pict
     assert len(str(raised.value)) < 400
 
 
+def test_a_picture_of_pil_that_cannot_be_read_or_has_no_pixels_is_refused(processor):
+    with pytest.raises(VideoError, match="The data cannot be read as a picture"):
+        image_of(processor, Image.open(io.BytesIO(with_damaged_exif())))
+    with pytest.raises(VideoError, match="needs pixels; got 0 x 5"):
+        image_of(processor, Image.new("RGB", (0, 5)))
+
+
 def test_limits_hold_for_pictures_too(processor, files):
     with pytest.raises(VideoError, match="more than max_pixels=100"):
         image_of(processor, str(files[0]), limits=VideoLimits(max_pixels=100))

@@ -546,18 +546,18 @@ def read_picture(source: Any, limits: VideoLimits) -> np.ndarray:
 
     Raises VideoError if it cannot be read. A string that is not a path may be base64.
     """
-    if isinstance(source, Image.Image):
-        return _upright(source)
     if isinstance(source, str) and len(source) > 64 and ":" not in source and not os.path.exists(source):
         source = f"data:;base64,{source}"
-    with open_source(source, limits) as file:
-        try:
+    try:
+        if isinstance(source, Image.Image):  # PIL may read its file only now
+            return _upright(source)
+        with open_source(source, limits) as file:
             return _upright(_opened_picture(file, limits))
-        except (VideoError, MemoryError):
-            raise
-        except Exception as error:  # PIL's decoders raise any class, such as TypeError for damaged EXIF
-            what = shown(os.fspath(source)) if isinstance(source, str | os.PathLike) else "The data"
-            raise VideoOpenError(f"{what} cannot be read as a picture. Check the file format.") from error
+    except (VideoError, MemoryError):
+        raise
+    except Exception as error:  # PIL's decoders raise any class, such as TypeError for damaged EXIF
+        what = shown(os.fspath(source)) if isinstance(source, str | os.PathLike) else "The data"
+        raise VideoOpenError(f"{what} cannot be read as a picture. Check the file format.") from error
 
 
 def _opened_picture(file: Any, limits: VideoLimits) -> Image.Image:
@@ -574,6 +574,8 @@ def _opened_picture(file: Any, limits: VideoLimits) -> Image.Image:
 
 def _upright(picture: Image.Image) -> np.ndarray:
     picture = ImageOps.exif_transpose(picture)
+    if 0 in picture.size:
+        raise VideoOpenError(f"A picture needs pixels; got {picture.width} x {picture.height}.")
     if picture.mode not in ("I", "F") and not picture.mode.startswith("I;16"):
         return np.asarray(picture.convert("RGB"))
     grey = np.asarray(picture)
