@@ -392,6 +392,17 @@ def test_a_picture_of_an_open_group_is_not_called_damaged(container):
         assert torch.equal(sampled.frames[0], picture)
 
 
+def test_every_picture_of_an_open_group_is_found_however_many_are_wanted():
+    """At some distances decoding begins twice at the same keyframe, and so meets the same missing pictures twice."""
+    options = {"x264-params": "open-gop=1:scenecut=0"}
+    video = encode(num_frames=900, gop=50, codec_options=options)
+    every = decode_video(video, fps=1000, max_frames=900)
+    for number in (13, 32, 51, 64, 90):
+        sampled = decode_video(video, num_frames=number, strict=True)
+        assert sampled.times == [every.times[index] for index in sampled.frame_indices]
+        assert torch.equal(sampled.frames, every.frames[list(sampled.frame_indices)])
+
+
 @pytest.mark.parametrize("moments", [[0.1], [0.1, 0.3], [0.1, 3.5], [0.1, 0.2, 3.5]], ids=str)
 def test_moments_before_the_first_picture_that_can_be_decoded_give_it(tmp_path, moments):
     """A recording that begins between two keyframes."""

@@ -277,7 +277,8 @@ class _LookAhead:
         self.pending: deque[int] = deque()  # pts wanted, given to the decoder and not yet decoded
         self.last: float = -math.inf  # pts last wanted
         self.keyframe: float = -math.inf  # pts at which decoding began, or from which on its faults count
-        self.led_in: set[float] = set()  # keyframes whose group was decoded again from the keyframe before
+        self.led_in: float = -math.inf  # `keyframe`, if decoding began at the keyframe before it
+        self.damaged: set[float] = set()  # keyframes whose group has a fault with that too
         self.awaited: int | None = None  # the keyframe, until the decoder's output shows that it is one
         self.careful = False
         self.careful_until: float = -math.inf
@@ -464,6 +465,7 @@ class _LookAhead:
         self.keyframe = -math.inf if first is None else first
         self.awaited = None if self.queue and self.queue[0].is_discard else first
         self.leading = self.failed = False
+        self.led_in = -math.inf
 
     def _drop_first(self) -> None:
         packet = self.queue.popleft()
@@ -498,7 +500,7 @@ class _LookAhead:
         """Decodes the group with the pending pictures again: from the keyframe before its own or, if that was done
         already, completely, with the lenient decoder."""
         first, keyframe = self.pending[0], self.keyframe
-        leads_in = keyframe > self.file.start and keyframe not in self.led_in
+        leads_in = keyframe > self.file.start and keyframe not in (self.led_in, *self.damaged)
         self.broken_groups += not leads_in and keyframe in self.broken
         if not self.good and self.broken_groups > 1:
             raise _Untrusted  # decoding cannot start at the container's keyframes
@@ -507,11 +509,11 @@ class _LookAhead:
         self.pending.clear()
         self.last = first - 1
         if leads_in:
-            self.led_in.add(keyframe)
             self._trust()
             self._start_at(int(keyframe) - 1)
-            self.keyframe = self.awaited = int(keyframe)
+            self.led_in = self.keyframe = self.awaited = int(keyframe)
             return
+        self.damaged.add(keyframe)
         self.careful = True
         self.doubtful.clear()
         self._start_at(first)
