@@ -226,7 +226,7 @@ def test_ctrl_c_ends_cleanly(folder):
     (stand_in / "asking").mkdir()
     (stand_in / "checkpoints").mkdir()
     (stand_in / "asking" / "conversation.py").write_text("read_video = None")
-    (stand_in / "asking" / "pictures.py").write_text("draw_contact_sheet = frame_labels = frame_pictures = None")
+    (stand_in / "asking" / "pictures.py").write_text("draw_contact_sheet = frame_labels = stream_pictures = None")
     (stand_in / "checkpoints" / "load.py").write_text("load_processor = None")
     path = os.pathsep.join([str(stand_in.parent), str(Path(crosslmm_cli.__file__).parents[1])])
     finished = subprocess.run(
