@@ -36,37 +36,45 @@ def folder(tmp_path_factory) -> Path:
 @contextmanager
 def served(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen]]:
     """vLLM's server in a process of its own, found through the entry point: its address and the process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "1024", "--max-num-seqs", "16", "--served-model-name", "m", *options]
-    log = folder.parent / "server.log"
+    # The port stays bound, so that no other server can take it and answer while vLLM starts, which takes a minute.
+    with socket.socket() as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM does: both may bind, it alone listens
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+        command += ["--max-model-len", "1024", "--max-num-seqs", "16", "--served-model-name", "m", *options]
+        with _running(command, folder.parent / "server.log", f"http://127.0.0.1:{port}") as server:
+            yield f"http://127.0.0.1:{port}", server
+
+
+@contextmanager
+def _running(command: list[str], log: Path, address: str) -> Iterator[subprocess.Popen]:
+    """The server from its first answer; it and its workers end with the context."""
     with open(log, "wb") as output:
         server = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
         )
-        try:
-            deadline = time.monotonic() + 900
-            while time.monotonic() < deadline and server.poll() is None:
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                    break
-                except (urllib.error.URLError, OSError):
-                    time.sleep(1)
-            else:
-                pytest.fail(log.read_text()[-3000:])
-            yield f"http://127.0.0.1:{port}", server
-        finally:
-            everyone = []
-            if server.poll() is None:  # while it starts, it is slow to end and leaves its workers
-                process = psutil.Process(server.pid)
-                everyone = [process, *process.children(recursive=True)]
-            server.terminate()
-            _, left = psutil.wait_procs(everyone, timeout=60)
-            for one in left:
-                one.kill()
+    try:
+        deadline = time.monotonic() + 900
+        while time.monotonic() < deadline and server.poll() is None:
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5)
+                break
+            except (urllib.error.URLError, OSError):
+                time.sleep(1)
+        else:
+            pytest.fail(log.read_text()[-3000:])
+        yield server
+    finally:
+        everyone = []
+        if server.poll() is None:  # while it starts, it is slow to end and leaves its workers
+            process = psutil.Process(server.pid)
+            everyone = [process, *process.children(recursive=True)]
+        server.terminate()
+        _, left = psutil.wait_procs(everyone, timeout=60)
+        for one in left:
+            one.kill()
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +90,18 @@ def chats(folder) -> list[tuple[list[dict[str, Any]], list[int]]]:
     return found
 
 
-def answer(address: str, content: list[dict[str, Any]]) -> list[int]:
+def answer(address: str, content: list[dict[str, Any]], **options: Any) -> list[int]:
     body = {"model": "m", "messages": [{"role": "user", "content": content}], "return_token_ids": True}
-    body |= {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    body |= {"temperature": 0, "max_tokens": 12, "ignore_eos": True} | options
     request = urllib.request.Request(
         f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=300) as response:
-        return json.load(response)["choices"][0]["token_ids"]
+    try:
+        with urllib.request.urlopen(request, timeout=300) as response:
+            return json.load(response)["choices"][0]["token_ids"]
+    except urllib.error.HTTPError as error:
+        error.add_note(error.read().decode())  # the server's reason
+        raise
 
 
 def test_a_thousand_requests_are_answered_and_none_is_mixed_up(folder, chats):
@@ -98,18 +110,27 @@ def test_a_thousand_requests_are_answered_and_none_is_mixed_up(folder, chats):
     assert written == [chats[number % 25][1] for number in range(1000)]
 
 
-def test_without_vllms_media_cache_a_refused_request_costs_the_next_one_nothing(folder, chats):
-    """As docs/vllm.md advises: with the cache, vLLM fails the next request about the same video."""
-    content, expected = chats[1]
-    refused = {"model": "m", "messages": [{"role": "user", "content": content}], "temperature": -3}
-    with served(folder, "--mm-processor-cache-gb", "0") as (address, _):
-        request = urllib.request.Request(
-            f"{address}/v1/chat/completions", json.dumps(refused).encode(), {"Content-Type": "application/json"}
-        )
-        with pytest.raises(urllib.error.HTTPError, match="400"):
-            urllib.request.urlopen(request, timeout=300)
-        assert answer(address, content) == expected
-        assert answer(address, content) == expected
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--mm-processor-cache-type", "shm"),
+        # Refused requests keep their places in the cache: here they fill it.
+        ("--mm-processor-cache-type", "shm", "--mm-processor-cache-gb", "0.0002"),
+        ("--mm-processor-cache-gb", "0"),
+    ],
+    ids=["shared memory", "shared memory that is full", "no cache"],
+)
+def test_with_these_caches_of_media_a_refused_request_costs_the_next_one_nothing(folder, chats, options):
+    """As docs/vllm.md advises: with its own choice of cache, vLLM fails the next request about the same video."""
+    refused = [{"temperature": -3}, {"max_tokens": 0}, {"truncate_prompt_tokens": 8, "truncation_side": "right"}]
+    with served(folder, *options) as (address, _):
+        for number, (content, _) in enumerate(chats):
+            if number % 5 == 0:  # without a video
+                continue
+            with pytest.raises(urllib.error.HTTPError, match="400"):
+                answer(address, content, **refused[number % 3])
+        for _ in range(2):
+            assert [answer(address, content) for content, _ in chats] == [expected for _, expected in chats]
 
 
 @pytest.mark.parametrize(
