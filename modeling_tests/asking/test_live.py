@@ -121,6 +121,64 @@ def test_with_max_frames_it_forgets_the_oldest_quarter_and_encodes_nothing_twice
     assert encoded == [1] * SIZE + [3]
 
 
+@pytest.mark.parametrize(
+    ("scope", "options"),
+    [("causal", {}), ("frame", {}), ("video", {}), ("causal", {"visual_norm": "none", "visual_time": "none"})],
+    ids=["causal", "frame", "video", "not normalised"],
+)
+def test_unchanged_frames_are_encoded_and_kept_once_and_answers_stay_the_same(scope, options, monkeypatch):
+    model, processor = model_and_processor(scope, **options)
+    encoded = []
+    encode = model.get_video_features
+    monkeypatch.setattr(model, "get_video_features", lambda pixels, **_: encoded.append(len(pixels)) or encode(pixels))
+    processor.video_processor.skip_unchanged = True
+    live = LiveVideo(model, processor, max_frames=8)
+    processor.video_processor.skip_unchanged = False  # what is given at once is encoded whole
+    pictures = random_frames(5)[[0, 0, 0, 0, 0, 1, 1, 2, 3, 3, 3, 4]]
+    for piece in in_pieces(SIZE, 1, 3, 7, 8, 9):  # once nothing new, and once what is shown was forgotten in part
+        live.add(pictures[piece], TIMES[piece])
+        first = live.num_forgotten
+        given = pictures[first : piece.stop], TIMES[first : piece.stop]
+        mine, count = ask(live), len(encoded)
+        whole = at_once(model, processor, *given)
+        del encoded[count:]
+        assert mine.text == whole.text
+        assert_close_to_scale(mine.logits, whole.logits, relative=1e-6)  # runs are merged in float32
+    assert encoded == [1, 1, 1, 1, 1]
+    assert live._original.untyped_storage().nbytes() <= 8 * live._original[0].nbytes
+    assert live._num_distinct == 5
+    assert live.add(pictures[-1:], [99.0]) == 2
+    assert live._num_distinct == 4
+    assert encoded == [1, 1, 1, 1, 1]
+    kept = np.concatenate([pictures[6:], pictures[-1:]])
+    whole = at_once(model, processor, kept, [*TIMES[6:], 99.0])
+    assert_close_to_scale(ask(live).logits, whole.logits, relative=1e-6)
+
+
+def test_what_is_shown_and_all_forgotten_is_encoded_again():
+    model, processor = model_and_processor()
+    processor.video_processor.skip_unchanged = 3
+    live, frames = LiveVideo(model, processor, max_frames=1), random_frames(1)
+    for second in range(3):
+        live.add(frames, [float(second)])
+    processor.video_processor.skip_unchanged = False
+    assert ask(live) == at_once(model, processor, frames, [2.0])
+
+
+def test_a_frame_that_could_not_be_encoded_is_not_taken_for_a_shown_one(monkeypatch):
+    model, processor = model_and_processor()
+    processor.video_processor.skip_unchanged = True
+    live, frames = LiveVideo(model, processor), random_frames(2)
+    live.add(frames[:1], [0.0])
+    with monkeypatch.context() as broken:
+        broken.setattr(model, "get_video_features", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            live.add(frames[1:], [1.0])
+    live.add(frames[1:], [1.0])
+    processor.video_processor.skip_unchanged = False
+    assert ask(live) == at_once(model, processor, frames, [0.0, 1.0])
+
+
 def test_of_more_new_frames_than_it_may_have_it_looks_at_the_last():
     model, processor = model_and_processor()
     live, frames = LiveVideo(model, processor, max_frames=3), random_frames(SIZE)

@@ -217,12 +217,12 @@ class FrameChunk:
 class UnchangedFrames:
     """Removes unchanged frames from a video's chunks, which are passed in order.
 
-    level: the largest difference of a pixel, in grey levels, from the last kept frame. Comparing with that frame, and
-    not with the previous one, prevents slow changes from adding up.
+    level: the largest difference of a pixel, in grey levels, from the last kept frame; True for 0. Comparing with that
+    frame, and not with the previous one, prevents slow changes from adding up.
     """
 
-    def __init__(self, level: float) -> None:
-        self.level = level
+    def __init__(self, level: bool | float) -> None:
+        self.level = 0.0 if level is True else float(level)
         self.shown: Tensor | None = None
         self.num_distinct = 0
 

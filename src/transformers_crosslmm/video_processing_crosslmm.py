@@ -391,7 +391,7 @@ def _distinct_frames(read: Callable[[], Iterator[FrameChunk]], skip_unchanged: b
     """Reads chunks of frames, without those that `skip_unchanged` leaves out."""
     if skip_unchanged is False:
         return read()
-    return map(UnchangedFrames(0.0 if skip_unchanged is True else float(skip_unchanged)), read())
+    return map(UnchangedFrames(skip_unchanged), read())
 
 
 def _identity(frame: Tensor) -> Tensor:

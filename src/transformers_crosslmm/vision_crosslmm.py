@@ -140,6 +140,8 @@ class TokenNorm:
     @classmethod
     def of(cls, original: torch.Tensor, codes: torch.Tensor) -> "TokenNorm":
         """Computes the norm for tokens (F, N, D) of frames with these codes."""
+        if not len(original):  # of a live video whose new frames show nothing new
+            return cls(codes.new_empty(original.shape[:2]), codes)
         variances = (to_float32(chunk).var(-1, correction=0) for chunk in original.split(FRAMES_AT_ONCE))
         return cls((concat_parts(variances, len(original)) + NORM_EPS).rsqrt(), codes)
 

@@ -11,7 +11,9 @@ frames, so the pooled tokens of all frames are prefilled anew with the first que
 Shapes: T frames in view, t new ones, N patches and s x s pooled tokens per frame, D vision width, C language width.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -19,7 +21,7 @@ import torch
 from transformers import DynamicCache
 
 from ..cache_crosslmm import Medium, PooledTokens, VisualMemory, memory_in
-from ..frames_crosslmm import CrossLMMVideoMetadata
+from ..frames_crosslmm import CrossLMMVideoMetadata, FrameChunk, UnchangedFrames
 from ..generation_crosslmm import PREFILL_TOKENS
 from ..modeling_crosslmm import CrossLMMForConditionalGeneration
 from ..processing_crosslmm import CrossLMMProcessor, timestamp
@@ -39,10 +41,10 @@ class LiveVideo(VideoConversation):
         go, and the pooled tokens of the kept ones are prefilled again, as those of a video that begins with them. So
         memory, and the mean time per frame, stay what they are for ever. None: frames are kept until the context is
         full.
-    num_seen, num_forgotten: frames ever encoded, and those in view no more; `times` are the seconds of the rest.
+    num_seen, num_forgotten: frames ever added, and those in view no more; `times` are the seconds of the rest.
     An answer equals, up to rounding, that to the same frames given at once with these times. Timestamps and the time
-    instruction are written if the processor says so; every frame is kept, whatever its `skip_unchanged` says. A
-    question knows nothing of earlier ones: what was true then may have changed.
+    instruction are written, and unchanged frames encoded and kept once, if the processor says so. A question knows
+    nothing of earlier ones: what was true then may have changed.
     Raises ValueError for more frames than the context holds.
     """
 
@@ -72,7 +74,10 @@ class LiveVideo(VideoConversation):
         """Begins anew, without a frame; times may then begin anew too."""
         self.video = VideoStream("live", _no_pictures, _no_pictures)
         self.video.metadata = CrossLMMVideoMetadata(total_num_frames=0, frame_times=[])
-        self._original = self._pooled = torch.empty(0)  # (room, N, D) and (room, s x s, C)
+        skip = self.processor.video_processor.skip_unchanged
+        self._unchanged = None if skip is False else UnchangedFrames(skip)
+        self._shown: list[int] = []  # for each frame in view, the number of the distinct frame that it shows
+        self._original = self._pooled = torch.empty(0)  # of distinct frames, (room, N, D) and (room, s x s, C)
         self._begin_cache()
 
     @torch.no_grad()
@@ -99,15 +104,26 @@ class LiveVideo(VideoConversation):
             frames, moments = frames[-self.max_frames :], moments[-self.max_frames :]
         else:
             self._check_room(self.video.num_frames + len(moments))
-        inputs = self.processor.video_processor(
-            frames, do_sample_frames=False, skip_unchanged=False, return_tensors="pt"
-        )
-        encoded = self.model.get_video_features(inputs["pixel_values_videos"], return_dict=True)
-        original = encoded.last_hidden_state.to(self.model.model.language_model.dtype)
-        pooled = encoded.pooler_output[0].unflatten(0, (len(moments), -1))
-        forgotten = self._make_room(len(moments))
-        self._original = _written(self._original, self.video.num_frames, original, self.max_frames)
-        self._pooled = _written(self._pooled, self.video.num_frames, pooled, self.max_frames)
+        forgotten = self._num_to_forget(len(moments))
+        unchanged = copy.copy(self._unchanged)  # so that a failure changes nothing
+        if unchanged is not None and forgotten == self.video.num_frames:
+            unchanged = UnchangedFrames(unchanged.level)
+        first = 0 if unchanged is None else unchanged.num_distinct
+        [video] = self.processor.video_processor.stream([frames], do_sample_frames=False, skip_unchanged=False)
+        if unchanged is not None:
+            video = VideoStream("live", partial(_without, unchanged, video._read), video._finish)
+        pixels = video.pixels
+        shown = range(len(moments)) if video.frame_index is None else video.frame_index
+        encoded = self.model.get_video_features(pixels, return_dict=True) if len(pixels) else None
+        self._forget_oldest(forgotten)
+        num_distinct = self._num_distinct
+        if encoded is not None:
+            original = encoded.last_hidden_state.to(self.model.model.language_model.dtype)
+            pooled = encoded.pooler_output[0].unflatten(0, (len(pixels), -1))
+            self._original = _written(self._original, num_distinct, original, self.max_frames)
+            self._pooled = _written(self._pooled, num_distinct, pooled, self.max_frames)
+        self._unchanged = unchanged
+        self._shown += [num_distinct + number - first for number in shown]
         self._set_times([*self.times, *moments])
         self.num_seen += len(moments)
         if self._is_causal:
@@ -141,19 +157,29 @@ class LiveVideo(VideoConversation):
                 f"question; got {num_frames}. Give `max_frames`, at most {most}."
             )
 
-    def _make_room(self, num_new: int) -> int:
-        """Forgets the oldest frames where new ones would be too many, and returns how many."""
+    @property
+    def _num_distinct(self) -> int:
+        return self._shown[-1] + 1 if self._shown else 0
+
+    def _num_to_forget(self, num_new: int) -> int:
+        """How many of the oldest frames have to go, where new ones would be too many."""
         known = self.video.num_frames
         if self.max_frames is None or known + num_new <= self.max_frames:
             return 0
-        count = min(known, max(known + num_new - self.max_frames, self.max_frames // 4))
+        return min(known, max(known + num_new - self.max_frames, self.max_frames // 4))
+
+    def _forget_oldest(self, count: int) -> None:
+        if not count:
+            return
         self._begin_cache()
-        for buffer in (self._original, self._pooled):
-            for start in range(count, known, count):  # so many at a time: they may be moved by less than there are
-                part = buffer[start : min(start + count, known)]
-                buffer[start - count : start - count + len(part)] = part
+        known = self._num_distinct
+        first = known if count == len(self._shown) else self._shown[count]
+        for buffer in (self._original, self._pooled) if first else ():
+            for start in range(first, known, first):  # so many at a time: they may be moved by fewer
+                part = buffer[start : min(start + first, known)]
+                buffer[start - first : start - first + len(part)] = part
+        self._shown = [number - first for number in self._shown[count:]]
         self._set_times(self.times[count:])
-        return count
 
     def _set_times(self, times: list[float]) -> None:
         self.video.num_frames = len(times)
@@ -192,8 +218,11 @@ class LiveVideo(VideoConversation):
         """
         known, model = memory_in(self.cache), self.model.model
         last, (patches, _) = self.video.num_frames, self._original.shape[1:]
-        first = 0 if known is None else known.num_patches // patches
-        _, norm = model.normalise(self._original[first:last], torch.arange(first, last), is_lazy=True)
+        first = distinct = 0
+        if known is not None and known.states is not None:
+            first, distinct = known.num_patches // patches, len(known.states) // patches
+        new = self._original[distinct : self._num_distinct]
+        _, norm = model.normalise(new, torch.arange(first, last), is_lazy=True)
         folding = {} if known is None else dict(known.folding)
         if known is not None:
             norm = norm if known.norm is None else known.norm.concat(norm)
@@ -204,11 +233,12 @@ class LiveVideo(VideoConversation):
             patches_per_frame=patches,
             tokens_per_frame=self.processor.tokens_per_frame,
             rows=[[Medium(places, (0, last * patches))]],
-            states=self._original[:last].flatten(0, 1),
+            states=self._original[: self._num_distinct].flatten(0, 1),
             norm=norm,
+            frame_index=None if self._num_distinct == last else torch.tensor(self._shown),
             num_patches=last * patches,
             pooled=PooledTokens(
-                tokens=self._pooled[first:last].flatten(0, 1),
+                tokens=self._pooled[self._shown[first:last]].flatten(0, 1),
                 numbers=torch.where(is_new, is_new.long().cumsum(-1) - 1, -1),
                 start=len(self._seen_ids),
             ),
@@ -242,6 +272,10 @@ def _written(buffer: torch.Tensor, first: int, new: torch.Tensor, room: int | No
         buffer = larger
     buffer[first:needed] = new
     return buffer
+
+
+def _without(unchanged: UnchangedFrames, read: Callable[[], Iterator[FrameChunk]]) -> Iterator[FrameChunk]:
+    return map(unchanged, read())
 
 
 def _no_pictures(*_: Any) -> NoReturn:
