@@ -11,13 +11,16 @@ import contextlib
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
+import transformers
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import transformers_crosslmm
 from transformers_crosslmm import attention_crosslmm
 
 aten = torch.ops.aten
@@ -185,8 +188,11 @@ class PretendGpus(TorchDispatchMode):
             self.traffic.uploads.append(f"index {caller()}")
 
 
+LIBRARIES = tuple(str(Path(library.__file__).parent) for library in (transformers, transformers_crosslmm))
+
+
 def caller() -> str:
-    frames = [frame for frame in traceback.extract_stack() if "/transformers" in frame.filename]
+    frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(LIBRARIES)]
     return f"{frames[-1].filename.rpartition('/')[2]}: {frames[-1].line}" if frames else "test"
 
 
