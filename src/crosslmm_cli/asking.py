@@ -22,6 +22,7 @@ from .base import (
     Steps,
     Timestamps,
     Video,
+    VideoIfAny,
     app,
     check_picture,
     check_video,
@@ -40,10 +41,7 @@ VIDEO_SUFFIXES = (
 
 @app.command()
 def ask(
-    video: Annotated[
-        str | None,
-        typer.Argument(help="A video file or URL; without it the language model answers alone.", show_default=False),
-    ] = None,
+    video: VideoIfAny = None,
     question: Annotated[
         str | None, typer.Argument(help="A question; a video's frames count from 1.", show_default=False)
     ] = None,
@@ -108,10 +106,7 @@ def ask(
 
 @app.command()
 def chat(
-    video: Annotated[
-        str | None,
-        typer.Argument(help="A video file or URL; without it the language model answers alone.", show_default=False),
-    ] = None,
+    video: VideoIfAny = None,
     model: Model = None,
     frames: Frames = None,
     fps: Fps = None,

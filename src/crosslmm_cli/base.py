@@ -52,6 +52,10 @@ app = typer.Typer(
 
 
 Video = Annotated[str, typer.Argument(help="A video file or URL.", show_default=False)]
+VideoIfAny = Annotated[
+    str | None,
+    typer.Argument(help="A video file or URL; without it the language model answers alone.", show_default=False),
+]
 Model = Annotated[
     str | None,
     typer.Option(help="A checkpoint folder, or its name on the Hub.", show_default="the package's tiny checkpoint"),

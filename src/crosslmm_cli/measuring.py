@@ -178,8 +178,8 @@ def info(
             last_frame = (context or config.max_sequence_length) / fps
             stamp = timestamp_tokens(model, [last_frame], add_timestamps=add_timestamps)
             costs = count_costs(config, quantization=quantization, timestamp_tokens=stamp)
-    elif add_timestamps:
-        raise typer.BadParameter(f"{model} is a size without a tokenizer; count timestamps of a checkpoint.")
+    else:
+        refuse_timestamps_of_a_size(model, add_timestamps)
     context = context or costs.max_positions
     in_context = costs.frames_in_context(context)
     in_memory = {form: costs.frames_in_memory(form, memory * 2**30) for form in costs.cache_bytes_per_frame}
@@ -238,6 +238,11 @@ def length(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
+def refuse_timestamps_of_a_size(model: str | None, add_timestamps: bool | None) -> None:
+    if add_timestamps:
+        raise typer.BadParameter(f"{model} is a size without a tokenizer; count timestamps of a checkpoint.")
+
+
 def timestamp_tokens(model: str | None, times: Sequence[float], *, add_timestamps: bool | None) -> int:
     """Tokens of these times before frames: 0 where `add_timestamps` or the checkpoint's processor leaves them out.
 
@@ -249,8 +254,7 @@ def timestamp_tokens(model: str | None, times: Sequence[float], *, add_timestamp
     from transformers_crosslmm.processing_crosslmm import timestamp
 
     if model in PRESETS:
-        if add_timestamps:
-            raise typer.BadParameter(f"{model} is a size without a tokenizer; count timestamps of a checkpoint.")
+        refuse_timestamps_of_a_size(model, add_timestamps)
         return 0
     checkpoint = chosen_checkpoint(model)
     if add_timestamps is None:

@@ -340,12 +340,7 @@ def _about_segments(record: Mapping, num_media: Mapping[str, int]) -> list[dict[
             if not 0 <= start <= end < math.inf or not text.strip():
                 raise ValueError
             answer = f"{start:.1f} to {end:.1f} seconds"
-        except (
-            TypeError,
-            ValueError,
-            AttributeError,
-            OverflowError,
-        ) as error:  # the last for an integer of 400 digits
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:  # overflow: an integer of 400 digits
             raise UnusableSample(
                 'a segment is [start, end, text], such as [3.4, 7.0, "A door opens."], seconds in order and words; '
                 f"got {repr(segment)[:200]}."
