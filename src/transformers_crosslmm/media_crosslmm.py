@@ -109,15 +109,22 @@ def join_pixels(rows: Iterable[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         tensors = [torch.as_tensor(row[name]) for row in rows if row.get(name) is not None]
         if tensors:
             joined[name] = torch.cat(tensors)
-    if any(row.get("video_frame_index") is not None for row in rows):
-        shown, before = [], 0
-        for row in rows:
-            pixels, index = row.get("pixel_values_videos"), row.get("video_frame_index")
-            if pixels is not None:
-                shown.append(before + (torch.arange(len(pixels)) if index is None else torch.as_tensor(index)))
-                before += len(pixels)
-        joined["video_frame_index"] = torch.cat(shown)
+    if (index := join_frame_index(rows)) is not None:
+        joined["video_frame_index"] = index
     return joined
+
+
+def join_frame_index(rows: Sequence[Mapping[str, Any]]) -> torch.Tensor | None:
+    """`video_frame_index` of a batch of such rows, counted over the pixels of all; None if no row has one."""
+    if all(row.get("video_frame_index") is None for row in rows):
+        return None
+    shown, before = [], 0
+    for row in rows:
+        pixels, index = row.get("pixel_values_videos"), row.get("video_frame_index")
+        if pixels is not None:
+            shown.append(before + (torch.arange(len(pixels)) if index is None else torch.as_tensor(index)))
+            before += len(pixels)
+    return torch.cat(shown)
 
 
 def media_index(output: BaseModelOutputWithPooling) -> tuple[int, ...]:

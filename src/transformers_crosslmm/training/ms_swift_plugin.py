@@ -30,7 +30,7 @@ from transformers import AutoModelForImageTextToText, Trainer  # noqa: E402
 
 from transformers_crosslmm import CrossLMMForConditionalGeneration  # noqa: E402
 from transformers_crosslmm.checkpoints.load import load_processor  # noqa: E402
-from transformers_crosslmm.media_crosslmm import join_pixels  # noqa: E402
+from transformers_crosslmm.media_crosslmm import join_frame_index  # noqa: E402
 from transformers_crosslmm.training.samples import encode_chat  # noqa: E402
 from transformers_crosslmm.training.trainer import (  # noqa: E402
     CrossLMMTrainingArguments,
@@ -120,8 +120,10 @@ class CrossLMMTemplate(Template):
         return sample | {name: sample[name].tolist() for name in ("input_ids", "labels")}
 
     def _data_collator_mm_data(self, batch: list[dict[str, Any]]) -> dict[str, Any]:
-        media, joined = super()._data_collator_mm_data(batch), join_pixels(batch)
-        return media | {name: joined[name] for name in ("video_num_frames", "video_frame_index") if name in joined}
+        media = super()._data_collator_mm_data(batch)
+        counts = [sample["video_num_frames"] for sample in batch if "video_num_frames" in sample]
+        own = {"video_num_frames": torch.cat(counts) if counts else None, "video_frame_index": join_frame_index(batch)}
+        return media | {name: value for name, value in own.items() if value is not None}
 
 
 class CrossLMMOptimizer(OptimizerCallback):
